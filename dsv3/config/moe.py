@@ -1,0 +1,139 @@
+"""Mixture of experts: who scores, how load is balanced, and what happens to an expert that is full.
+
+Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together), so `balance` is a tuple:
+
+    SignBias        b_i += rate * sign(mean load - load_i) after each step, for selection only   arXiv 2408.15664
+    SequenceLoss    alpha * sum_i f_i P_i within each sequence                                     arXiv 2412.19437 eq. 17-20
+    SwitchLoss      alpha * E * sum_i f_i P_i over the batch                                       arXiv 2101.03961 eq. 4-6
+    QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                                     the article, section 1.2
+
+Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in training only.
+The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is `Fixed(factor=1.2)`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dsv3.config.rules import require, require_kind, require_number, require_one_of, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SignBias:
+    """Bias added to the scores for selection only, moved by `rate` against the sign of the load error, without gradient."""
+
+    rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        require_number(self, "rate", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLoss:
+    """DeepSeek-V3's complementary loss within each sequence."""
+
+    alpha: float = 0.0001
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchLoss:
+    """The load-balancing loss of Switch Transformer, over the whole batch."""
+
+    alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticLoss:
+    """The article's loss on mean probabilities; it never looks at the loads themselves."""
+
+    alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+Balance = SignBias | SequenceLoss | SwitchLoss | QuadraticLoss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropless:
+    """Every token reaches all of its experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """An expert takes at most ceil(N K / E * factor) tokens and drops the rest: the least probable, or the last in the batch."""
+
+    factor: float
+    policy: Literal["probability", "position"] = "probability"
+
+    def __post_init__(self) -> None:
+        require_number(self, "factor", low=0.0, above=True)
+        require_one_of(self, "policy", ("probability", "position"))
+
+
+Capacity = Dropless | Fixed
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A DeepSeekMoE layer: `n_routed_experts` of width `moe_intermediate_size`, of which a token uses `num_experts_per_tok`, and shared ones."""
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_shared_experts: int = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    balance: tuple[Balance, ...] = field(default_factory=lambda: (SignBias(), SequenceLoss()))
+    capacity: Capacity = field(default_factory=Dropless)
+
+    def __post_init__(self) -> None:
+        require_positive(
+            self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
+        )
+        require_number(self, "n_shared_experts", low=0)
+        require_one_of(self, "scoring_func", ("sigmoid", "softmax"))
+        require_number(self, "routed_scaling_factor", low=0.0, above=True)
+        require_kind(self, "capacity", (Dropless, Fixed))
+        self._check_balance()
+        self._check_groups()
+
+    def _check_balance(self) -> None:
+        kinds = [type(method) for method in self.balance]
+        known = all(kind in (SignBias, SequenceLoss, SwitchLoss, QuadraticLoss) for kind in kinds)
+        rule = "must be a tuple of SignBias, SequenceLoss, SwitchLoss, QuadraticLoss"
+        require(
+            isinstance(self.balance, tuple) and known, "balance", self.balance, rule, "write e.g. balance=(SignBias(),)"
+        )
+        require(len(kinds) == len(set(kinds)), "balance", self.balance, "names a method twice", "give each method once")
+
+    def _check_groups(self) -> None:
+        experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
+        require(experts % groups == 0, "n_group", groups, f"must divide n_routed_experts={experts}", "use a divisor")
+        require(
+            self.topk_group <= groups,
+            "topk_group",
+            self.topk_group,
+            f"must be at most n_group={groups}",
+            "lower topk_group",
+        )
+        reachable = experts // groups * self.topk_group
+        rule = f"must be at most the {reachable} experts of {self.topk_group} of {groups} groups of {experts} experts"
+        require(k <= reachable, "num_experts_per_tok", k, rule, "lower it, or raise n_routed_experts or topk_group")
+        enough = groups == 1 or experts // groups >= 2
+        require(
+            enough,
+            "n_group",
+            groups,
+            "a group is scored by its two best experts, so it holds two or more",
+            "use fewer groups",
+        )

@@ -1,0 +1,24 @@
+"""The whole of a run: the model, how it is trained, on what."""
+
+from dataclasses import dataclass, field
+
+from dsv3.config.model import Model
+from dsv3.config.rules import require
+from dsv3.config.train import Data, Train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A model, its training and its data, checked against each other."""
+
+    model: Model
+    train: Train = field(default_factory=Train)
+    data: Data = field(default_factory=Data)
+
+    def __post_init__(self) -> None:
+        length, most = self.train.sequence_length, self.model.max_position_embeddings
+        rule = f"must be at most model.max_position_embeddings={most}"
+        require(length <= most, "train.sequence_length", length, rule, "shorten the sequences or raise the maximum")
+        ahead = 0 if self.model.mtp is None else self.model.mtp.num_nextn_predict_layers
+        rule = f"must exceed the {ahead} tokens that multi-token prediction looks ahead"
+        require(length > ahead, "train.sequence_length", length, rule, "lengthen the sequences or lower model.mtp")
