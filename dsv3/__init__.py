@@ -4,7 +4,8 @@ The rooms, in the direction of imports (a room imports from columns to its left 
 
     config | precision pipeline resilience data | layers augment | attention moe | model | parallel | train | generate
 
-Shapes are said once: as jaxtyping on public functions (`Float[Tensor, "B T D"]`) and as suffixes inside them (`score_TE`). The letters:
+Shapes are said once: as jaxtyping on public functions (`Float[Tensor, "B T D"]`) and as suffixes inside them
+(`score_TE`). The letters:
 
     B  sequences in a batch             E  routed experts
     T  positions of the queries         K  experts that a token goes to, or keys that a query keeps

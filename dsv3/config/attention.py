@@ -3,8 +3,9 @@
     MultiHead | Grouped | Latent        one K and V per head | shared by a group of heads | compressed to a latent (MLA)
       each with  select =  Everything | Window | PerHead
 
-Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V2 and V3, arXiv 2405.04434 and 2412.19437 section 2.1.1
-(Latent). `PerHead` is the article's dynamic sparse attention in the form that can run; `dsv3/attention/select/per_head.py` says what was repaired.
+Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V2 and V3, arXiv 2405.04434 and
+2412.19437 section 2.1.1 (Latent). `PerHead` is the article's dynamic sparse attention in the form that can run;
+`dsv3/attention/select/per_head.py` says what was repaired.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ class Window:
 class PerHead:
     """Each head keeps the visible tokens that a linear map of x scores highest.
 
-    Either a share of the visible tokens (`keep`, the article's 0.3; then the cost stays quadratic) or a fixed number of them (`k`).
+    Either a share of the visible tokens (`keep`, the article's 0.3; the cost then stays quadratic) or a fixed number
+    of them (`k`).
     """
 
     keep: float | None = None

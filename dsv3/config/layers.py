@@ -1,6 +1,7 @@
 """Positions: rotary embedding, and YaRN when the context is stretched.
 
-YaRN (arXiv 2309.00071) keeps fast frequencies, divides slow ones by `factor` and blends between; the softmax scale grows by mscale squared.
+YaRN (arXiv 2309.00071) keeps fast frequencies, divides slow ones by `factor` and blends between; the softmax scale
+grows by mscale squared.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dsv3.config.rules import require_number, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """Stretch positions `factor` times beyond `original_max_position_embeddings`; the beta bounds count turns over that length."""
+    """Stretch positions `factor` times beyond the original maximum; the beta bounds count turns over that length."""
 
     factor: float
     original_max_position_embeddings: int

@@ -14,10 +14,10 @@ from dsv3.config.rules import require, require_kind, require_number, require_pos
 
 @dataclass(frozen=True, kw_only=True)
 class MTP:
-    """Multi-token prediction (arXiv 2412.19437 section 2.2): `num_nextn_predict_layers` modules, each one token further ahead.
+    """Multi-token prediction (arXiv 2412.19437 section 2.2): a chain of modules, each one token further ahead.
 
-    `hidden` says which hidden state feeds the first module: before the final norm (the paper's equation) or after it (what the released
-    checkpoint's readers do). Both are normalised again, so they differ by the final norm's weights alone.
+    `hidden` says which hidden state feeds the first module: before the final norm (the paper's equation) or after it
+    (what the released checkpoint's readers do). Both are normalised again, so they differ by that norm's weights alone.
     """
 
     num_nextn_predict_layers: int = 1
@@ -32,7 +32,7 @@ class MTP:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder of `num_hidden_layers` blocks; the first `first_k_dense_replace` are dense, the others have `moe` (None: all dense)."""
+    """A decoder of `num_hidden_layers` blocks: the first `first_k_dense_replace` dense, the others with `moe`."""
 
     vocab_size: int
     hidden_size: int

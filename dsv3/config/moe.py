@@ -2,13 +2,14 @@
 
 Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together), so `balance` is a tuple:
 
-    SignBias        b_i += rate * sign(mean load - load_i) after each step, for selection only   arXiv 2408.15664
-    SequenceLoss    alpha * sum_i f_i P_i within each sequence                                     arXiv 2412.19437 eq. 17-20
-    SwitchLoss      alpha * E * sum_i f_i P_i over the batch                                       arXiv 2101.03961 eq. 4-6
-    QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                                     the article, section 1.2
+    SignBias        b_i += rate * sign(mean load - load_i), for selection only     arXiv 2408.15664
+    SequenceLoss    alpha * sum_i f_i P_i within each sequence                     arXiv 2412.19437 eq. 17-20
+    SwitchLoss      alpha * E * sum_i f_i P_i over the batch                       arXiv 2101.03961 eq. 4-6
+    QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                     the article, section 1.2
 
-Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in training only.
-The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is `Fixed(factor=1.2)`.
+Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in
+training only. The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is
+`Fixed(factor=1.2)`.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from dsv3.config.rules import require, require_kind, require_number, require_one
 
 @dataclass(frozen=True, kw_only=True)
 class SignBias:
-    """Bias added to the scores for selection only, moved by `rate` against the sign of the load error, without gradient."""
+    """Bias on the scores, for selection only, moved by `rate` against the sign of the load error, without gradient."""
 
     rate: float = 0.001
 
@@ -67,7 +68,7 @@ class Dropless:
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """An expert takes at most ceil(N K / E * factor) tokens and drops the rest: the least probable, or the last in the batch."""
+    """An expert takes at most ceil(N K / E * factor) tokens and drops the least probable, or the last in the batch."""
 
     factor: float
     policy: Literal["probability", "position"] = "probability"
@@ -82,7 +83,7 @@ Capacity = Dropless | Fixed
 
 @dataclass(frozen=True, kw_only=True)
 class MoE:
-    """A DeepSeekMoE layer: `n_routed_experts` of width `moe_intermediate_size`, of which a token uses `num_experts_per_tok`, and shared ones."""
+    """A DeepSeekMoE layer: a token goes to `num_experts_per_tok` of the routed experts and to every shared one."""
 
     n_routed_experts: int
     num_experts_per_tok: int

@@ -1,10 +1,12 @@
 """Precision modes: the format in which a training step multiplies, and what protects it.
 
-Float32       reference
-BFloat16      autocast: matrix products in bf16, everything else in fp32
-Float16       autocast in fp16 under dynamic loss scaling
-Float8Block   DeepSeek-V3's recipe (arXiv 2412.19437 section 3.3), emulated: e4m3 codes, activations scaled per 1 x 128 tile, weights per
-              128 x 128 block, products accumulated in fp32
+Weights and optimizer state are fp32 in all of them.
+
+    Float32       every product in fp32: the reference
+    BFloat16      autocast: matrix products in bf16
+    Float16       autocast in fp16 under dynamic loss scaling
+    Float8Block   DeepSeek-V3's recipe (arXiv 2412.19437 section 3.3), emulated: e4m3 codes, activations scaled per
+                  1 x 128 tile, weights per 128 x 128 block, products accumulated in fp32
 """
 
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ class BFloat16:
 
 @dataclass(frozen=True, kw_only=True)
 class Float16:
-    """Products in fp16 by autocast; the loss is multiplied by a scale that halves at an overflow and doubles after quiet steps."""
+    """Products in fp16 by autocast, under a loss scale that halves at an overflow and doubles after quiet steps."""
 
     init_scale: float = 65536.0
     growth_interval: int = 2000

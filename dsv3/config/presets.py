@@ -20,7 +20,7 @@ from dsv3.config.whole import Config
 
 
 def tiny() -> Config:
-    """DeepSeek-V3 in small: latent attention, one dense layer, sigmoid router with bias, a shared expert, one token further ahead."""
+    """DeepSeek-V3 in small: latent attention, one dense layer, biased sigmoid router, a shared expert, MTP."""
     model = Model(
         vocab_size=2048,
         hidden_size=128,
@@ -80,9 +80,9 @@ def small() -> Config:
 
 
 def article() -> Config:
-    """The article's design at its stated size: 128 experts, top-2, capacity 1.2, alpha 0.01, each head keeping 30% of the tokens.
+    """The article's design at its stated size: 128 experts, top-2, capacity 1.2, alpha 0.01, heads that keep 30%.
 
-    It states 67 billion parameters and no width, depth, vocabulary or shared expert; those below were chosen to add up to 67 billion.
+    It states 67 billion parameters and no width, depth, vocabulary or shared expert; those below were chosen to add up.
     """
     model = Model(
         vocab_size=102400,
@@ -154,7 +154,7 @@ def deepseek_v2_lite() -> Config:
 
 
 def deepseek_v3() -> Config:
-    """DeepSeek-V3, arXiv 2412.19437 section 4.2 and its published config.json: 671 billion parameters, 37 billion active, plus its MTP module."""
+    """DeepSeek-V3, arXiv 2412.19437 section 4.2 and its config.json: 671 billion parameters, 37 billion active."""
     model = Model(
         vocab_size=129280,
         hidden_size=7168,

@@ -1,7 +1,7 @@
 """Configs as JSON and back, and a digest that names a config.
 
-A value of a union carries the name of its variant under "kind", so that a file reads without the code. Unknown or missing names are errors: a
-setting that silently falls back to a default is a run nobody meant.
+A value of a union carries the name of its variant under "kind", so that a file reads without the code. Unknown or
+missing names are errors: a setting that silently falls back to a default is a run nobody meant.
 """
 
 import json
@@ -39,7 +39,7 @@ def digest(config: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return {"kind": type(value).__name__} | {name: _plain(getattr(value, name)) for name in field_names(value)}
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
@@ -56,18 +56,18 @@ def _build(kind: Any, plain: Any, path: str) -> Any:
         return tuple(_build(get_args(kind)[0], part, f"{path}[{i}]") for i, part in enumerate(plain))
     if is_dataclass(kind):
         return _build_config(kind, plain, path)
-    return _build_scalar(kind, plain, path)
+    return _build_scalar((kind,), plain, path)
 
 
 def _build_union(options: tuple[Any, ...], plain: Any, path: str) -> Any:
     if isinstance(plain, dict):
-        named = {option.__name__: option for option in options if is_dataclass(option)}
+        named = {option.__name__: option for option in options if isinstance(option, type) and is_dataclass(option)}
         if plain.get("kind") not in named:
             raise ValueError(f"{path}.kind={plain.get('kind')!r}: must be one of {', '.join(named)}")
         return _build(named[plain["kind"]], plain, path)
     if plain is None and NoneType in options:
         return None
-    return _build_scalar(Union[tuple(option for option in options if not is_dataclass(option))], plain, path)
+    return _build_scalar(tuple(option for option in options if not is_dataclass(option)), plain, path)
 
 
 def _build_config(kind: Any, plain: Any, path: str) -> Any:
@@ -81,8 +81,7 @@ def _build_config(kind: Any, plain: Any, path: str) -> Any:
     return kind(**{name: _build(hints[name], value, f"{path}.{name}") for name, value in given.items()})
 
 
-def _build_scalar(kind: Any, plain: Any, path: str) -> Any:
-    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+def _build_scalar(allowed: tuple[Any, ...], plain: Any, path: str) -> Any:
     for option in allowed:
         if get_origin(option) is Literal and plain in get_args(option):
             return plain
@@ -90,4 +89,5 @@ def _build_scalar(kind: Any, plain: Any, path: str) -> Any:
             return float(plain)
         if isinstance(option, type) and type(plain) is option:
             return plain
-    raise ValueError(f"{path}={plain!r}: must be {kind}")
+    listed = " or ".join(getattr(option, "__name__", str(option)) for option in allowed)
+    raise ValueError(f"{path}={plain!r}: must be {listed}")

@@ -1,7 +1,7 @@
 """How a model is trained: steps, batch, optimizer, schedule, precision.
 
-Defaults follow DeepSeek-V3 (arXiv 2412.19437 section 4.2) where a small run allows it: AdamW 0.9/0.95 with decay 0.1, clip 1.0, linear warm-up,
-a constant phase, a cosine to a tenth of the peak, multi-token loss weight 0.3.
+Defaults follow DeepSeek-V3 (arXiv 2412.19437 section 4.2) where a small run allows it: AdamW 0.9/0.95 with decay 0.1,
+clip 1.0, linear warm-up, a constant phase, a cosine to a tenth of the peak, multi-token loss weight 0.3.
 """
 
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ Optimizer = AdamW | SGD
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate: linear over `warmup` of the steps, constant, then a cosine over `decay` of them down to `final` x the peak."""
+    """Learning rate: linear over a share `warmup` of the steps, constant, cosine over `decay` to `final` x peak."""
 
     warmup: float = 0.1
     decay: float = 0.4
@@ -94,7 +94,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is read: files or folders of .txt, .jsonl(.gz|.zst), .parquet; empty: the running Python's own documentation and library."""
+    """What is read: files or folders of .txt, .jsonl(.gz|.zst), .parquet; none: the running Python's own library."""
 
     paths: tuple[str, ...] = ()
     validation: float = 0.05
