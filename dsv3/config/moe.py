@@ -109,13 +109,12 @@ class MoE:
         self._check_groups()
 
     def _check_balance(self) -> None:
-        kinds = [type(method) for method in self.balance]
-        known = all(kind in (SignBias, SequenceLoss, SwitchLoss, QuadraticLoss) for kind in kinds)
-        rule = "must be a tuple of SignBias, SequenceLoss, SwitchLoss, QuadraticLoss"
-        require(
-            isinstance(self.balance, tuple) and known, "balance", self.balance, rule, "write e.g. balance=(SignBias(),)"
-        )
-        require(len(kinds) == len(set(kinds)), "balance", self.balance, "names a method twice", "give each method once")
+        known = (SignBias, SequenceLoss, SwitchLoss, QuadraticLoss)
+        tuple_of_known = isinstance(self.balance, tuple) and all(isinstance(method, known) for method in self.balance)
+        rule = f"must be a tuple of {', '.join(kind.__name__ for kind in known)}"
+        require(tuple_of_known, "balance", self.balance, rule, "write e.g. balance=(SignBias(),)")
+        kinds = {type(method) for method in self.balance}
+        require(len(kinds) == len(self.balance), "balance", self.balance, "names a method twice", "give each one once")
 
     def _check_groups(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok
