@@ -1,0 +1,92 @@
+"""Keeping the experts equally busy: three losses and one update without gradient.
+
+With p_ni = s_ni / sum_j s_nj the normalised score of expert i for token n, and loads counted before anything is dropped:
+
+    SequenceLoss     alpha * mean over sequences of  sum_i f_i P_i,   P_i = mean_t p_ti,   f_i = E / (K T) * #{t: i in top-K of s_t}
+    SwitchLoss       alpha * E * sum_i f_i P_i over the batch,        P_i = mean_n p_ni,   f_i = load_i / (N K)
+    QuadraticLoss    alpha * sum_i (P_i - 1/E)^2 over the batch
+    SignBias         b_i += rate * sign(mean load - load_i), after the optimizer's step
+
+The first two equal alpha when every expert has the same load and probability. The top-K of the sequence loss is of the scores alone: neither bias nor
+groups (arXiv 2412.19437 equations 17 to 20). Switch (arXiv 2101.03961 equations 4 to 6) has K = 1; dividing by K keeps its scale. The article's
+quadratic loss has no f at all: it is zero for equal mean probabilities however skewed the loads are.
+
+Several processes share a batch: `mean` then replaces a batch statistic by its mean over them. The room knows no process group.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3.config import MoE, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
+from dsv3.moe.routing import Routing
+
+Mean = Callable[[Tensor], Tensor]
+
+
+def alone(statistic: Tensor) -> Tensor:
+    """The mean over one process: the statistic itself."""
+    return statistic
+
+
+def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -> dict[str, Float[Tensor, ""]]:
+    """The losses that `moe.balance` asks for, by name and times their alpha; `batch` is the number of sequences that the tokens make up.
+
+    `mean` must have the value of the mean over processes and the gradient of the local statistic; gradients are then averaged as for any other loss.
+    """
+    losses: dict[str, Tensor] = {}
+    for method in moe.balance:
+        match method:
+            case SequenceLoss(alpha=alpha):
+                losses["sequence"] = alpha * sequence_loss(routing, batch)
+            case SwitchLoss(alpha=alpha):
+                losses["switch"] = alpha * switch_loss(routing, mean)
+            case QuadraticLoss(alpha=alpha):
+                losses["quadratic"] = alpha * quadratic_loss(routing, mean)
+            case SignBias():
+                pass
+    return losses
+
+
+def probabilities(routing: Routing) -> Float[Tensor, "N E"]:
+    """Scores normalised over the experts; softmax scores already are."""
+    return routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+
+
+def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:
+    """DeepSeek-V3's loss within each sequence, averaged over `batch` sequences of equal length; 1 at perfect balance."""
+    tokens, experts = routing.scores.shape
+    k, length = routing.indices.shape[1], tokens // batch
+    assert tokens == batch * length, f"{tokens} tokens do not make {batch} sequences of equal length"
+    chosen = routing.scores.detach().topk(k, dim=-1, sorted=False).indices.view(batch, length * k)
+    load_BE = torch.zeros(batch, experts, dtype=routing.scores.dtype, device=chosen.device)
+    load_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load_BE.dtype))
+    f_BE = load_BE * (experts / (k * length))
+    p_BE = probabilities(routing).view(batch, length, experts).mean(dim=1)
+    return (f_BE * p_BE).sum(dim=-1).mean()
+
+
+def switch_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
+    """Switch Transformer's loss over the batch; 1 at perfect balance."""
+    tokens, experts = routing.scores.shape
+    f_E = mean(routing.counts.to(routing.scores.dtype) / (tokens * routing.indices.shape[1]))
+    return experts * (f_E * mean(probabilities(routing).mean(dim=0))).sum()
+
+
+def quadratic_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
+    """The article's loss over the batch; 0 when the mean probabilities are equal."""
+    p_E = mean(probabilities(routing).mean(dim=0))
+    return (p_E - 1 / len(p_E)).square().sum()
+
+
+@torch.no_grad()
+def sign_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate: float) -> Float[Tensor, " E"]:
+    """The bias after one step: overloaded experts lose `rate`, underloaded ones gain it, an expert at the mean stays.
+
+    Any unit of load gives the same update, so counts may be sums over micro-batches and processes.
+    """
+    # E * count against the total, in whole numbers: a rounded mean would make an exactly average expert look off balance.
+    error_E = counts.sum() - counts * len(counts)
+    return bias + rate * error_E.sign().to(bias.dtype)

@@ -1,0 +1,76 @@
+"""The DeepSeekMoE layer: y = sum of the chosen routed experts + the shared experts (arXiv 2401.06066, and 2412.19437 section 2.1.2).
+
+Shared experts see every token, unweighted; n of them are one SwiGLU of n times the width. Capacity acts in training only: at inference an output
+must not depend on which other tokens are in the batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dsv3.config import Fixed, Model, MoE, SignBias
+from dsv3.layers import SwiGLU
+from dsv3.moe.balance import sign_bias
+from dsv3.moe.capacity import drop
+from dsv3.moe.experts import Experts
+from dsv3.moe.router import route
+from dsv3.moe.routing import Routing
+
+
+class Gate(nn.Module):
+    """The router's weight, and the selection bias, which no optimizer sees and which stays float32 when the model is cast."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, model: Model, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, model.hidden_size))
+        nn.init.normal_(self.weight, std=model.initializer_range)
+        self.register_buffer("e_score_correction_bias", torch.zeros(moe.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Routing:
+        """Route every token, without capacity."""
+        return route(x, self.weight, self.e_score_correction_bias, self.moe)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        if after.dtype != torch.float32:
+            # In bfloat16 a bias above 0.5 would swallow updates of 0.001.
+            self.e_score_correction_bias = before.to(after.device)
+        return self
+
+
+class MoELayer(nn.Module):
+    """Routed and shared experts of one block."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        assert model.moe is not None, "MoELayer needs a model with model.moe"
+        self.moe = model.moe
+        self.gate = Gate(model, model.moe)
+        self.experts = Experts(model)
+        shared = model.moe.n_shared_experts * model.moe.moe_intermediate_size
+        self.shared_experts = SwiGLU(model.hidden_size, shared) if shared else None
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """The layer's output, and what its router decided."""
+        x_ND = x.flatten(0, 1)
+        routing = self.gate(x_ND)
+        if self.training and isinstance(self.moe.capacity, Fixed):
+            routing = drop(routing, self.moe, self.moe.capacity)
+        y = self.experts(x_ND, routing).view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing
+
+    def update_bias(self, counts: Int[Tensor, " E"]) -> None:
+        """Move the selection bias after an optimizer step by the loads of that step's whole batch; without `SignBias` nothing moves."""
+        for method in self.moe.balance:
+            if isinstance(method, SignBias):
+                bias = self.gate.e_score_correction_bias
+                bias.copy_(sign_bias(bias, counts.to(bias.device), method.rate))
