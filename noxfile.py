@@ -1,4 +1,4 @@
-"""The project's jobs. Every session is a `python -m ...` in an environment that nox makes; what follows `--` is passed on.
+"""The project's jobs: each is a `python -m ...` in an environment that nox makes; what follows `--` is passed on.
 
     nox -s bench            train, measure, run the studies, write the report       -- --profile full
     nox -s tests            the tests, with every shape annotation checked          -- -k attention
@@ -8,8 +8,8 @@
     nox -s report           tables, figures, pages and claims from the records      -- --check
     nox -s gate             exact costs of a training step against expectations     -- --accept --reason "..."
 
-The sessions share one environment, so that torch is installed once. nox's virtualenv backend is set because pip, unlike uv, looks for
-wheels where the machine's own pip configuration says.
+The sessions share one environment, so that torch is installed once. nox's virtualenv backend is set because pip, unlike
+uv, looks for wheels where the machine's own pip configuration says.
 """
 
 from pathlib import Path
