@@ -1,0 +1,65 @@
+"""From figure to record: Measurement (what came out) + Point (what was asked) + Provenance (where) -> Record.
+
+A meter knows only its figure; the case or the study knows the arm; the run knows the machine. Each says its part once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bench.fingerprint import Provenance, utc_now
+from bench.metrics import metric
+from bench.record import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A metric's value, how many independent samples stand behind it, and its 95% interval where it has one."""
+
+    metric: str
+    value: int | float
+    n: int = 1
+    interval: tuple[float, float] | None = None
+    samples: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        metric(self.metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What was asked: an arm of a study, against a baseline or alone, at one seed and one place on the axes.
+
+    `config` and `rule` are digests: of the run's config, and of the rule of verdict written before it.
+    """
+
+    study: str
+    arm: str
+    baseline: str | None = None
+    seed: int | None = None
+    config: str | None = None
+    rule: str | None = None
+    axes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+def record(point: Point, provenance: Provenance, measurement: Measurement, *, time: str | None = None) -> Record:
+    """The record of a figure; `time` is this moment unless given."""
+    row = metric(measurement.metric)
+    return Record(
+        **vars(point), **vars(provenance), **vars(measurement), unit=row.unit, noise=row.noise, time=time or utc_now()
+    )
+
+
+def failure(point: Point, provenance: Provenance, name: str, error: str, *, time: str | None = None) -> Record:
+    """The record of a figure of metric `name` that could not be had, and why."""
+    row = metric(name)
+    return Record(
+        **vars(point),
+        **vars(provenance),
+        metric=name,
+        unit=row.unit,
+        noise=row.noise,
+        value=None,
+        n=0,
+        error=error,
+        time=time or utc_now(),
+    )

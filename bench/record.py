@@ -1,0 +1,234 @@
+"""A record: one measured figure with everything that says what was measured, as one JSON line with sorted keys.
+
+A figure without its arm, seed, config, machine and revision cannot be compared with another, so they travel together.
+Files only grow: a record is appended whole or not at all, and a run killed at any instant costs at most the line it was
+writing. Reading never fails on a bad line; it names it. A measurement that failed is a record too, with `error` in
+place of a value.
+
+Lines with equal `id` measure the same thing again; the later one stands (`latest`).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+SCHEMA = 1
+
+Noise = Literal["exact", "paired", "absolute"]
+Profile = Literal["quick", "full"]
+
+_IDENTITY = (
+    "study",
+    "baseline",
+    "arm",
+    "seed",
+    "metric",
+    "axes",
+    "config",
+    "corpus",
+    "machine",
+    "revision",
+    "profile",
+    "rule",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One figure: what was asked (study, arm, metric, axes), what came out (value, n, interval), where it comes from.
+
+    value     finite, or None when `error` says why there is none
+    n         independent samples behind the value and its interval; 0 for an error
+    interval  (low, high) at 95%, or None
+    noise     "exact": equal on every run; "paired": a ratio of interleaved arms; "absolute": this machine, this hour
+    samples   the n samples, one per block or process, or None
+    config    digest of the run's config; corpus: digest of the text it read; rule: digest of the rule of verdict
+    axes      what else identifies the point, such as {"length": 4096}
+    """
+
+    study: str
+    arm: str
+    metric: str
+    unit: str
+    noise: Noise
+    value: int | float | None
+    n: int
+    machine: str
+    revision: str
+    profile: Profile
+    time: str
+    baseline: str | None = None
+    seed: int | None = None
+    interval: tuple[float, float] | None = None
+    samples: tuple[float, ...] | None = None
+    config: str | None = None
+    corpus: str | None = None
+    rule: str | None = None
+    error: str | None = None
+    axes: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("study", "arm", "metric", "machine", "revision", "time"):
+            _require(isinstance(getattr(self, name), str) and getattr(self, name) != "", self, name, "must be text")
+        _require(isinstance(self.unit, str), self, "unit", 'must be text ("" for a pure number)')
+        _require(self.noise in get_args(Noise), self, "noise", f"must be one of {', '.join(get_args(Noise))}")
+        _require(self.profile in get_args(Profile), self, "profile", "must be quick or full")
+        for name in ("baseline", "config", "corpus", "rule", "error"):
+            text = getattr(self, name)
+            _require(text is None or (isinstance(text, str) and text != ""), self, name, "must be text or None")
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        _require(self.seed is None or whole, self, "seed", "must be a whole number or None")
+        self._check_value()
+        self._check_axes()
+
+    def _check_value(self) -> None:
+        measured = self.error is None
+        _require(
+            _finite(self.value) if measured else self.value is None,
+            self,
+            "value",
+            "must be a finite number, or None beside an error",
+        )
+        whole = isinstance(self.n, int) and not isinstance(self.n, bool)
+        _require(whole and self.n >= (1 if measured else 0), self, "n", "must be at least 1 (0 for an error)")
+        if self.interval is not None:
+            ordered = len(self.interval) == 2 and all(map(_finite, self.interval))
+            ordered = ordered and self.interval[0] <= self.interval[1]
+            _require(ordered, self, "interval", "must be (low, high), finite and ordered")
+        if self.samples is not None:
+            agree = len(self.samples) == self.n and all(map(_finite, self.samples))
+            _require(agree, self, "samples", f"must be n={self.n} finite numbers")
+
+    def _check_axes(self) -> None:
+        for name, value in self.axes.items():
+            plain = isinstance(name, str) and (isinstance(value, str) or _finite(value))
+            _require(plain, self, "axes", "must map names to text or finite numbers")
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits that name what was measured, whatever came out: reports point at a figure by it."""
+        identity = {name: getattr(self, name) for name in _IDENTITY} | {"axes": dict(self.axes)}
+        return sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A line that is no record: its number in the file, from 1, and why."""
+
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What a file of records holds: the records in file order, and the lines that are none."""
+
+    records: tuple[Record, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def to_line(record: Record) -> str:
+    """The record as one line of JSON, keys sorted, without the line's end."""
+    plain = {f.name: getattr(record, f.name) for f in fields(record)}
+    plain |= {"axes": dict(record.axes), "id": record.id, "schema": SCHEMA}
+    return json.dumps(plain, sort_keys=True, allow_nan=False)
+
+
+def from_line(line: str) -> Record:
+    """Read back what `to_line` wrote; the result equals the original.
+
+    Raises:
+        ValueError: a line that is not JSON, is of another schema, lacks or adds a field, holds a bad value, or whose id
+            does not match its content.
+    """
+    plain = json.loads(line, parse_constant=_refuse_constant)
+    if not isinstance(plain, dict):
+        raise ValueError("not an object with the fields of a record")
+    schema = plain.pop("schema", None)
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ValueError(f"schema={schema}: newer than {SCHEMA}, which this dsv3 reads; update dsv3")
+    if schema != SCHEMA:
+        raise ValueError(f"schema={schema!r}: must be {SCHEMA}")
+    identity = plain.pop("id", None)
+    differing = sorted(plain.keys() ^ {f.name for f in fields(Record)})
+    if differing:
+        raise ValueError(f"missing or unknown fields: {', '.join(differing)}")
+    record = Record(**_tuples(plain))
+    if record.id != identity:
+        raise ValueError(f"id={identity!r}: its content has id {record.id}; was the line edited?")
+    return record
+
+
+def append(path: Path | str, records: Iterable[Record]) -> None:
+    """Add records at the end of the file, all or none, on disk when this returns; the folder is made.
+
+    An unfinished last line, left by a crash of an earlier writer, is closed first so that it cannot swallow a record.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    lines = "".join(to_line(record) + "\n" for record in records)
+    if not lines:
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        data = (_close_torn_line(handle) + lines).encode()
+        # One write: the system keeps concurrent appends of a local file apart, so that lines of two runs never mix.
+        written = os.write(handle, data)
+        if written != len(data):
+            raise OSError(f"{path}: only {written} of {len(data)} bytes written; is the disk full?")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load(path: Path | str) -> Loaded:
+    """The records of a file, and the lines that are none, each with its reason. A missing file holds nothing."""
+    path = Path(path)
+    records, skipped = [], []
+    data = path.read_bytes() if path.exists() else b""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(from_line(line.decode()))
+        except (ValueError, TypeError) as error:
+            skipped.append(Skipped(line=number, reason=str(error)))
+    return Loaded(records=tuple(records), skipped=tuple(skipped))
+
+
+def latest(records: Iterable[Record]) -> tuple[Record, ...]:
+    """One record per id, the last of each, in the order in which the ids first came."""
+    return tuple({record.id: record for record in records}.values())
+
+
+def _close_torn_line(handle: int) -> str:
+    size = os.fstat(handle).st_size
+    return "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""
+
+
+def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
+    lists = {name: tuple(plain[name]) for name in ("interval", "samples") if plain[name] is not None}
+    if not isinstance(plain["axes"], dict):
+        raise ValueError(f"axes={plain['axes']!r}: must be an object")
+    return plain | lists
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no finite number")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds: bool, record: Record, name: str, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(record, name)!r}: {rule}; in the record of {record.metric!r}")
