@@ -1,0 +1,179 @@
+"""From records to an estimate with an interval, and from an estimate to a verdict.
+
+A replicate is one seed (of a timing: one fresh process). Over n replicates the estimate is their mean with a 95% t
+interval, which holds up at few replicates where a bootstrap does not; paired ratios are averaged as logarithms, so that
+r and 1/r are each other's mirror. An exact metric that is equal in all replicates has the interval [v, v]. A claim is a
+region of values: an estimate whose whole interval lies inside holds, one whose whole interval lies outside does not,
+and one across the border decides nothing.
+
+The exact sign-flip test assumes only that an effect's sign is arbitrary when there is none: with n pairs its least p is
+2 / 2^n, hence 6 pairs for one comparison at 0.05, and 1 + log2(m / 0.05) for m of them under Holm. Both are scipy's and
+statsmodels'.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ablations.claims import Outcome, Verdict
+from bench.record import Record
+
+Value = str | int | float
+
+
+class NoEvidence(LookupError):
+    """The records that a rule asks for are not there (yet)."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value, its 95% interval (None with a single noisy replicate) and the replicates behind it."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def map(self, function: Callable[[float], float]) -> "Estimate":
+        """The estimate of a monotone function of the value: `saved = ratio.map(lambda r: 1 - r)`."""
+        if self.low is None or self.high is None:
+            return Estimate(function(self.value), None, None, self.n)
+        low, high = sorted((function(self.low), function(self.high)))
+        return Estimate(function(self.value), low, high, self.n)
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.3g} (n={self.n}, no interval)"
+        if self.low == self.high:
+            return f"{self.value:.4g}"
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+
+def estimate(records: Sequence[Record], *, arm: str, metric: str, **where: Value) -> Estimate:
+    """The mean over replicates of one arm's metric at the point that `where` selects.
+
+    Raises:
+        NoEvidence: no record of that arm and metric at that point.
+        ValueError: the axes in `where` leave more than one point.
+    """
+    rows = replicates(records, arm=arm, metric=metric, **where)
+    return summarise(list(rows.values()))
+
+
+def compare(
+    records: Sequence[Record], *, arm: str, baseline: str, metric: str, ratio: bool = False, **where: Value
+) -> Estimate:
+    """The paired difference (or ratio) of an arm's metric from the baseline's, over the seeds that both have.
+
+    Raises:
+        NoEvidence: no seed has both.
+        ValueError: the axes in `where` leave more than one point.
+    """
+    ours = replicates(records, arm=arm, metric=metric, **where)
+    theirs = replicates(records, arm=baseline, metric=metric, **where)
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared:
+        raise NoEvidence(f"no seed has {metric} of both {arm} and {baseline}{_at(where)}")
+    pairs = [(float(_value(ours[seed])), float(_value(theirs[seed]))) for seed in shared]
+    exact = all(ours[seed].noise == theirs[seed].noise == "exact" for seed in shared)
+    if ratio:
+        return mean([a / b for a, b in pairs], exact=exact, geometric=True)
+    return mean([a - b for a, b in pairs], exact=exact)
+
+
+def replicates(records: Sequence[Record], *, arm: str, metric: str, **where: Value) -> dict[int | None, Record]:
+    """The records of one point by seed.
+
+    Raises:
+        NoEvidence: there is none.
+        ValueError: the axes in `where` leave more than one point.
+    """
+    rows = [row for row in records if row.error is None and (row.arm, row.metric) == (arm, metric)]
+    rows = [row for row in rows if all(row.axes.get(name) == value for name, value in where.items())]
+    if not rows:
+        raise NoEvidence(f"no record of {metric} of {arm}{_at(where)}")
+    points = {tuple(sorted(row.axes.items(), key=str)) for row in rows}
+    if len(points) > 1:
+        names = sorted(
+            {name for point in points for name, value in point if not all((name, value) in p for p in points)}
+        )
+        raise ValueError(f"{metric} of {arm}{_at(where)}: several points are left; also say {', '.join(names)}")
+    return {row.seed: row for row in rows}
+
+
+def summarise(rows: Sequence[Record]) -> Estimate:
+    """The mean over replicates of one point, with the interval its noise class allows."""
+    if len(rows) == 1 and rows[0].noise != "exact":
+        low, high = rows[0].interval or (None, None)
+        return Estimate(float(_value(rows[0])), low, high, rows[0].n)
+    exact = all(row.noise == "exact" for row in rows)
+    ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
+    return mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
+
+
+def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = False) -> Estimate:
+    """The mean with its 95% t interval, of the logarithms where `geometric`; equal exact values have the interval [v,
+    v].
+    """
+    n = len(values)
+    if exact and len(set(values)) == 1:
+        return Estimate(values[0], values[0], values[0], n)
+    if geometric and min(values) > 0:
+        return mean([math.log(value) for value in values]).map(math.exp)
+    if n == 1:
+        return Estimate(values[0], None, None, 1)
+    from scipy.stats import t
+
+    middle = math.fsum(values) / n
+    spread = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)
+    half = float(t.ppf(0.975, n - 1)) * spread
+    return Estimate(middle, middle - half, middle + half, n)
+
+
+def decide(found: Estimate, answer: str, *, at_least: float = -math.inf, at_most: float = math.inf) -> Verdict:
+    """Whether the whole interval lies in [at_least, at_most] (holds), outside it (does not), or across a border (not
+    decidable here).
+
+    `answer` is the sentence that the page prints: write the estimate into it, `f"saves {found} of the bytes"`.
+    """
+    assert at_least <= at_most, f"the region [{at_least}, {at_most}] is empty"
+    low, high = found.low, found.high
+    if low is None or high is None:
+        outcome = Outcome.UNDECIDABLE
+    elif at_least <= low and high <= at_most:
+        outcome = Outcome.HOLDS
+    elif high < at_least or at_most < low:
+        outcome = Outcome.FAILS
+    else:
+        outcome = Outcome.UNDECIDABLE
+    return Verdict(outcome=outcome, answer=answer, value=found.value, low=low, high=high, n=found.n)
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p of the exact sign-flip test that paired differences are symmetric around zero."""
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    values = (np.asarray(differences, dtype=float),)
+    return float(permutation_test(values, np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
+
+
+def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, bool]:
+    """Which of several comparisons differ, at a family-wise error of `alpha` (Holm)."""
+    from statsmodels.stats.multitest import multipletests
+
+    return dict(zip(p_values, multipletests(list(p_values.values()), alpha, method="holm")[0].tolist(), strict=True))
+
+
+def seeds_needed(comparisons: int = 1, alpha: float = 0.05) -> int:
+    """The fewest pairs with which the sign-flip test under Holm can find anything: 1 + log2(m / alpha), rounded up."""
+    return 1 + math.ceil(math.log2(comparisons / alpha))
+
+
+def _value(row: Record) -> int | float:
+    assert row.value is not None, f"a record without error has a value: {row!r}"
+    return row.value
+
+
+def _at(where: Mapping[str, Value]) -> str:
+    return "".join(f", {name}={value}" for name, value in where.items())
