@@ -6,6 +6,23 @@ record.py       Record, append, load: one figure as one JSON line
 metrics.py      METRICS: what each figure means, which way is better, how it misleads
 measurement.py  Measurement, Point, record, failure: from a meter's figure to a record
 fingerprint.py  Provenance, provenance, fingerprint, machine_id, revision
+meters/         paired times, peak bytes, saved bytes, FLOPs, routing load, energy
+cases.py        what a case does with its arms; conftest.py gives it to pytest as fixtures
+bench_*.py      the cases, one file per room
 
-Those four do not import torch, and neither does this file.
+The first four do not import torch, and neither does this file.
+
+To add a case, write `bench_<what>` in `bench/bench_<room>.py`; bench_layers.py is the form to copy:
+
+    def bench_window(measure_arms, keep, device, profile):
+        # docstring: what against what, in which phase
+        sdpa, window = ...                                      # callables without arguments, ready to run on `device`
+        def check(): torch.testing.assert_close(...)            # before any timing; raises where an arm is wrong
+        measure_arms(phase="forward",                           # forward | forward_backward | step | decode
+                     baseline="sdpa", arms={"sdpa": sdpa, "window": window}, check=check,
+                     axes={"length": length}, tokens=length)    # tokens adds tokens per second
+        keep("window", [measurement, ...], baseline="sdpa", axes={"length": length})     # figures of other meters
+
+`measure_arms` returns the figures, `figures["window"]["forward_cpu_ratio"].value`. Run one file by
+`python -m pytest bench/bench_layers.py --bench-profile quick --bench-out DIR`, all of them by `python -m bench`.
 """

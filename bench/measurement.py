@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 
 from bench.fingerprint import Provenance, utc_now
 from bench.metrics import metric
-from bench.record import Record
+from bench.record import Over, Record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A metric's value, how many independent samples stand behind it, and its 95% interval where it has one."""
+    """A metric's value, how many samples of what (`over`) stand behind it, and its 95% interval where it has one."""
 
     metric: str
     value: int | float
     n: int = 1
+    over: Over | None = None
     interval: tuple[float, float] | None = None
     samples: tuple[float, ...] | None = None
 

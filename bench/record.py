@@ -21,6 +21,7 @@ SCHEMA = 1
 
 Noise = Literal["exact", "paired", "absolute"]
 Profile = Literal["quick", "full"]
+Over = Literal["blocks", "calls", "processes", "seeds"]
 
 _IDENTITY = (
     "study",
@@ -43,10 +44,11 @@ class Record:
     """One figure: what was asked (study, arm, metric, axes), what came out (value, n, interval), where it comes from.
 
     value     finite, or None when `error` says why there is none
-    n         independent samples behind the value and its interval; 0 for an error
+    n         samples behind the value and its interval; 0 for an error
+    over      what the n samples are: blocks of interleaved arms, calls (both of one process), fresh processes, seeds
     interval  (low, high) at 95%, or None
     noise     "exact": equal on every run; "paired": a ratio of interleaved arms; "absolute": this machine, this hour
-    samples   the n samples, one per block or process, or None
+    samples   the n samples, or None
     config    digest of the run's config; corpus: digest of the text it read; rule: digest of the rule of verdict
     axes      what else identifies the point, such as {"length": 4096}
     """
@@ -64,6 +66,7 @@ class Record:
     time: str
     baseline: str | None = None
     seed: int | None = None
+    over: Over | None = None
     interval: tuple[float, float] | None = None
     samples: tuple[float, ...] | None = None
     config: str | None = None
@@ -78,6 +81,8 @@ class Record:
         _require(isinstance(self.unit, str), self, "unit", 'must be text ("" for a pure number)')
         _require(self.noise in get_args(Noise), self, "noise", f"must be one of {', '.join(get_args(Noise))}")
         _require(self.profile in get_args(Profile), self, "profile", "must be quick or full")
+        over = (None, *get_args(Over))
+        _require(self.over in over, self, "over", f"must be None or one of {', '.join(get_args(Over))}")
         for name in ("baseline", "config", "corpus", "rule", "error"):
             text = getattr(self, name)
             _require(text is None or (isinstance(text, str) and text != ""), self, name, "must be text or None")

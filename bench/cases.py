@@ -1,0 +1,162 @@
+"""What a benchmark case does with its arms: check parity, then time alternated blocks, then keep the records.
+
+A case is a function `bench_<what>` in `bench/bench_<room>.py` that asks pytest for `measure_arms`. It hands over
+callables that are ready to run, and a check that raises where an arm does not compute what its reference does. No
+figure without the check: where it fails, every figure asked for becomes an error record and the case fails.
+
+On a CPU the blocks run at one thread, where CPU time decides, and then at all cores for wall time. On a GPU wall time
+around a synchronisation is the only clock. One round of pytest-benchmark is one block, so its JSON holds the time of
+whole blocks and, in extra_info, our figures.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bench.fingerprint import Provenance
+from bench.measurement import Measurement, Point, failure, record
+from bench.meters.paired import Block, Clock, calls_needed, cuda_clock, process_clock, summary, threads, time_block
+from bench.record import Profile, append
+
+BLOCKS: Mapping[Profile, int] = {"quick": 7, "full": 15}
+
+Arms = Mapping[str, Callable[[], object]]
+Figures = dict[str, dict[str, Measurement]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the command line chose: where records go, how long to measure, on which device."""
+
+    out: Path
+    device: str
+    provenance: Provenance
+
+    @property
+    def profile(self) -> Profile:
+        """quick or full."""
+        return self.provenance.profile
+
+    def keep(self, point: Point, measurements: Iterable[Measurement]) -> None:
+        """Append figures that a case measured itself, such as peak bytes."""
+        records = [record(point, self.provenance, measurement) for measurement in measurements]
+        append(self.out / "records.jsonl", records)
+
+    def keep_failures(self, point: Point, names: Iterable[str], error: str) -> None:
+        """Append an error record for each metric that could not be had."""
+        append(self.out / "records.jsonl", [failure(point, self.provenance, name, error) for name in names])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One stretch of blocks: how many threads, which clock to read and which of its hands decide."""
+
+    threads: int | None
+    clock: Clock
+    hands: tuple[str, ...]
+
+
+def sessions(device: str) -> tuple[Session, ...]:
+    """CPU time at one thread and then wall time at all cores; wall time alone on a GPU."""
+    if device != "cpu":
+        return (Session(threads=None, clock=cuda_clock, hands=("wall",)),)
+    one = Session(threads=1, clock=process_clock, hands=("cpu",))
+    return one, Session(threads=cores(), clock=process_clock, hands=("wall",))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_arms(
+    run: Run,
+    benchmark: Any,
+    *,
+    study: str,
+    phase: str,
+    arms: Arms,
+    baseline: str,
+    check: Callable[[], None],
+    axes: Mapping[str, str | int | float] | None = None,
+    seed: int | None = None,
+    config: str | None = None,
+    blocks: int | None = None,
+    tokens: int | None = None,
+) -> Figures:
+    """Check, time and keep the arms of one case; its figures by arm and metric.
+
+    phase     "forward", "forward_backward", "step" or "decode": names the ratios
+    check     raises where an arm is not equal to its reference; runs before anything is timed
+    axes      what else identifies the point, such as {"length": 4096}; device, phase and threads are added
+    tokens    tokens of one call: adds tokens_per_second
+
+    Raises:
+        Exception: what the check or an arm raised, after it was written as error records.
+    """
+    where = dict(axes or {}) | {"device": run.device, "phase": phase}
+    point = Point(study=study, arm=baseline, baseline=baseline, seed=seed, config=config, axes=where)
+    try:
+        check()
+        timed = _time(run, benchmark, arms, blocks or BLOCKS[run.profile])
+    except Exception as error:
+        _keep_error(run, point, arms, phase, f"{type(error).__name__}: {error}")
+        raise
+    figures: Figures = {arm: {} for arm in arms}
+    for session, taken in timed:
+        with_threads = where if session.threads is None else where | {"threads": session.threads}
+        for arm in arms:
+            found = summary(taken, arm, baseline, phase, session.hands)
+            if tokens is not None and "wall" in session.hands:
+                found += (throughput(found[0], tokens),)
+            run.keep(replace(point, arm=arm, axes=with_threads), found)
+            figures[arm] |= {measurement.metric: measurement for measurement in found}
+    benchmark.group = study
+    benchmark.extra_info |= {"axes": where, "figures": {arm: _plain(found) for arm, found in figures.items()}}
+    return figures
+
+
+def throughput(wall_seconds: Measurement, tokens: int) -> Measurement:
+    """Tokens per second from the wall time of a call that handles `tokens` of them."""
+    low, high = wall_seconds.interval or (wall_seconds.value, wall_seconds.value)
+    samples = wall_seconds.samples and tuple(tokens / sample for sample in wall_seconds.samples)
+    return replace(
+        wall_seconds,
+        metric="tokens_per_second",
+        value=tokens / wall_seconds.value,
+        interval=wall_seconds.interval and (tokens / high, tokens / low),
+        samples=samples,
+    )
+
+
+def _time(run: Run, benchmark: Any, arms: Arms, blocks: int) -> list[tuple[Session, list[Block]]]:
+    timed: list[tuple[Session, list[Block]]] = []
+    for session in sessions(run.device):
+        taken: list[Block] = []
+        with threads(session.threads):
+            calls = calls_needed(arms, session.clock)
+
+            def block(calls: int = calls, taken: list[Block] = taken, session: Session = session) -> None:
+                taken.append(time_block(arms, len(taken), calls, session.clock))
+
+            # pytest-benchmark takes one measurement per case: the blocks that decide, which come first.
+            if not timed:
+                benchmark.pedantic(block, rounds=blocks)
+            else:
+                for _ in range(len(timed[0][1])):
+                    block()
+        timed.append((session, taken))
+    return timed
+
+
+def _keep_error(run: Run, point: Point, arms: Arms, phase: str, error: str) -> None:
+    hands = [hand for session in sessions(run.device) for hand in session.hands]
+    for arm in arms:
+        names = [f"{hand}_seconds" if arm == point.baseline else f"{phase}_{hand}_ratio" for hand in hands]
+        run.keep_failures(replace(point, arm=arm), names, error)
+
+
+def _plain(found: Mapping[str, Measurement]) -> dict[str, dict[str, Any]]:
+    return {name: {"value": figure.value, "n": figure.n, "interval": figure.interval} for name, figure in found.items()}
