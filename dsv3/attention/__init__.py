@@ -1,0 +1,22 @@
+"""The attention room: modules that make queries, keys and values; selectors that say which keys; one `attend` that does the rest."""
+
+from dsv3.attention.attend import attend
+from dsv3.attention.build import build
+from dsv3.attention.cache import KeyValueCache, LayerCache
+from dsv3.attention.dense import dense, eager
+from dsv3.attention.latent import LatentAttention
+from dsv3.attention.multi_head import MultiHeadAttention
+from dsv3.attention.selection import Selection, SelectionCost
+
+__all__ = [
+    "KeyValueCache",
+    "LatentAttention",
+    "LayerCache",
+    "MultiHeadAttention",
+    "Selection",
+    "SelectionCost",
+    "attend",
+    "build",
+    "dense",
+    "eager",
+]

@@ -1,0 +1,70 @@
+"""attend(q, k, v, selection): the one function through which every variant of attention goes.
+
+    out_t = sum_j softmax_j(scale * q_t . k_j + weight_j) v_j      over the keys j that the selection lets t see (None: all j <= t)
+
+A selector decides which keys; this decides nothing. So variants share kernels and tests, and what a variant costs is what its selection costs.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.attention.dense import dense
+from dsv3.attention.selection import Selection
+from dsv3.attention.sparse import sparse
+from dsv3.config.rules import require
+
+
+def attend(
+    q: Float[Tensor, "B H T P"],
+    k: Float[Tensor, "B G S P"],
+    v: Float[Tensor, "B G S R"],
+    selection: Selection | None = None,
+    *,
+    scale: float | None = None,
+) -> Float[Tensor, "B H T R"]:
+    """Attention of queries at the last T of S positions; head i reads key-value head i // (H/G). `scale` defaults to P^-0.5.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, or a selection made for other shapes.
+    """
+    _check_shapes(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    if selection is None:
+        return dense(q, k, v, scale=scale)
+    _check_selection(q, k, selection)
+    return sparse(q, k, v, selection, scale=scale)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        shape = tuple(tensor.shape)
+        require(
+            tensor.ndim == 4, f"{name}.shape", shape, "must be [batch, heads, positions, width]", "add the missing axes"
+        )
+    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    name = "(q.shape, k.shape, v.shape)"
+    same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]
+    require(same, name, shapes, "batch, keys and widths must agree", "pass [B,H,T,P], [B,G,S,P] and [B,G,S,R]")
+    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(divides, name, shapes, "key-value heads must divide the query heads", "group the heads evenly")
+    rule = "queries are the last T of S positions, so T must be at most S"
+    require(q.shape[2] <= k.shape[2], name, shapes, rule, "pass the keys of all positions")
+
+
+def _check_selection(q: Tensor, k: Tensor, selection: Selection) -> None:
+    batch, heads, blocks, _ = selection.indices.shape
+    expected = -(-q.shape[2] // selection.block_q)
+    name, given = "selection.indices.shape", tuple(selection.indices.shape)
+    rule = f"must be [{q.shape[0]}, h, {expected}, K] for {q.shape[2]} queries in blocks of {selection.block_q}"
+    require((batch, blocks) == (q.shape[0], expected), name, given, rule, "select for these queries")
+    allowed = {1, k.shape[1], q.shape[1]}
+    require(
+        heads in allowed, name, given, f"h must be one of {sorted(allowed)}", "select per head, per group or for all"
+    )
+    for name, tensor, length in (("rank", selection.rank, k.shape[2]), ("limit", selection.limit, q.shape[2])):
+        if tensor is not None:
+            shape = tuple(tensor.shape)
+            want = (batch, heads, length)
+            require(shape == want, f"selection.{name}.shape", shape, f"must be {want}", "select for these keys")

@@ -1,0 +1,115 @@
+"""The cache of a decoder: what attention must remember of past tokens, in buffers allocated once.
+
+    MultiHead, Grouped   key [B,G,M,P] and value [B,G,M,P] per layer
+    Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head (arXiv 2405.04434 section 2.1.2)
+    with PerHead         importance [B,M,H] besides
+
+M is `max_length`. A forward pass writes its tokens behind the `length` already there, in place; the new length is a new value (`advance`), so that
+the same buffers can be continued from an earlier point. What is written is detached: a cache is for inference.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dsv3.config import Attention, Grouped, Latent, Model, MultiHead, PerHead
+from dsv3.config.rules import require
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's buffers, each with positions on the last axis but one, and how many positions are filled."""
+
+    buffers: dict[str, Tensor]
+    length: int
+
+    def append(self, **new: Tensor) -> dict[str, Tensor]:
+        """Write the new positions behind the filled ones; returns each buffer up to and including them.
+
+        Raises:
+            ValueError: when they do not fit, or belong to another number of sequences.
+        """
+        assert new.keys() == self.buffers.keys(), f"this layer caches {list(self.buffers)}, not {list(new)}"
+        filled = {}
+        for name, rows in new.items():
+            buffer = self.buffers[name]
+            stop = self.length + rows.shape[-2]
+            _check_room(buffer, rows, stop)
+            buffer[..., self.length : stop, :] = rows.detach()
+            filled[name] = buffer[..., :stop, :]
+        return filled
+
+
+@dataclass(frozen=True)
+class KeyValueCache:
+    """The layers' caches of one batch of sequences; all layers hold the same number of positions."""
+
+    layers: tuple[LayerCache, ...]
+    max_length: int
+
+    @classmethod
+    def empty(
+        cls,
+        model: Model,
+        batch: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> "KeyValueCache":
+        """Buffers for `batch` sequences of up to `max_length` tokens, nothing in them yet.
+
+        Raises:
+            ValueError: when batch or max_length is below 1, or max_length above what the model's positions allow.
+        """
+        require(batch >= 1, "batch", batch, "must be at least 1", "cache at least one sequence")
+        most = model.max_position_embeddings
+        rule = f"must be between 1 and max_position_embeddings={most}"
+        require(1 <= max_length <= most, "max_length", max_length, rule, "choose a length inside that range")
+        shapes = _shapes(model.attention, batch, max_length)
+
+        def layer() -> LayerCache:
+            buffers = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+            return LayerCache(buffers, 0)
+
+        return cls(tuple(layer() for _ in range(model.num_hidden_layers)), max_length)
+
+    @property
+    def length(self) -> int:
+        """Positions filled so far."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, filled or not."""
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+
+    def advance(self, tokens: int) -> "KeyValueCache":
+        """The same buffers, counted `tokens` positions longer: what a model returns after every layer wrote them."""
+        return replace(self, layers=tuple(replace(layer, length=layer.length + tokens) for layer in self.layers))
+
+
+def _shapes(attention: Attention, batch: int, max_length: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]]
+    match attention:
+        case Latent():
+            width = attention.kv_lora_rank + attention.qk_rope_head_dim
+            shapes = {"latent": (batch, max_length, width)}
+        case Grouped() | MultiHead():
+            heads = key_value_heads(attention)
+            shape = (batch, heads, max_length, attention.head_dim)
+            shapes = {"key": shape, "value": shape}
+    if isinstance(attention.select, PerHead):
+        shapes["importance"] = (batch, max_length, attention.num_attention_heads)
+    return shapes
+
+
+def key_value_heads(attention: MultiHead | Grouped) -> int:
+    """How many heads of keys and values there are: all, or one per group."""
+    return attention.num_key_value_heads if isinstance(attention, Grouped) else attention.num_attention_heads
+
+
+def _check_room(buffer: Tensor, rows: Tensor, stop: int) -> None:
+    room, batch = buffer.shape[-2], buffer.shape[0]
+    require(stop <= room, "length", stop, f"must be at most the cache's max_length={room}", "allocate a longer cache")
+    require(rows.shape[0] == batch, "batch", rows.shape[0], f"must be the cache's {batch}", "use a cache of that batch")
