@@ -102,14 +102,20 @@ class Claim:
     @property
     def least(self) -> float:
         """The smallest estimate with which a claim of "at least" still holds: value - margin."""
-        assert self.value is not None and self.margin is not None, f"{self.id} claims no value"
-        return self.value - self.margin
+        return self._value() - self._margin()
 
     @property
     def most(self) -> float:
         """The largest estimate with which a claim of "at most" still holds: value + margin."""
-        assert self.value is not None and self.margin is not None, f"{self.id} claims no value"
-        return self.value + self.margin
+        return self._value() + self._margin()
+
+    def _value(self) -> float:
+        assert self.value is not None, f"{self.id} claims no value"
+        return self.value
+
+    def _margin(self) -> float:
+        assert self.margin is not None, f"{self.id} has no margin"
+        return self.margin
 
 
 @cache

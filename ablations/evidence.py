@@ -105,7 +105,7 @@ def summarise(rows: Sequence[Record]) -> Estimate:
     """The mean over replicates of one point, with the interval its noise class allows."""
     if len(rows) == 1 and rows[0].noise != "exact":
         low, high = rows[0].interval or (None, None)
-        return Estimate(float(_value(rows[0])), low, high, rows[0].n)
+        return Estimate(float(_value(rows[0])), low, high, 1)
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
     return mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)

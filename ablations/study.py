@@ -117,6 +117,7 @@ class Reading:
               failure.
     axes      what identifies the point beside the cell's own axes, such as {"layer": 3}
     config    digest of the config that ran, where it is not that of the arm
+    corpus    digest of the text that was read, where one was
     """
 
     arm: str
@@ -126,6 +127,7 @@ class Reading:
     pending: str | None = None
     axes: Mapping[str, Value] = field(default_factory=dict)
     config: str | None = None
+    corpus: str | None = None
 
     def __post_init__(self) -> None:
         given = [part for part in (self.measurement, self.failed, self.pending) if part is not None]

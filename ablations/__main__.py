@@ -1,0 +1,133 @@
+"""`python -m ablations list` shows the studies; `run NAME...` or `run --all` runs what is left of them."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ablations import STUDIES
+from ablations.catalogue import load
+from ablations.run import label, remaining, run
+from ablations.study import Study
+from bench.fingerprint import save
+from bench.record import Profile
+from dsv3.config.rules import require
+
+_OUT = Path("reports", "out")
+
+
+@dataclass(frozen=True)
+class List:
+    """What each study asks, and how many of its cells are done, left and expected to take how long."""
+
+    profile: Literal["quick", "full"] = "quick"
+    """quick: two seeds, small sizes; full: what the rules of verdict ask"""
+    out: Path = _OUT
+    """folder of the records"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run the cells that are left, each in a fresh process; what is done is not run again."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """studies by name, or paths of study files"""
+    all: bool = False
+    """every study"""
+    profile: Literal["quick", "full"] = "quick"
+    """quick: two seeds, small sizes; full: what the rules of verdict ask"""
+    out: Path = _OUT
+    """folder of the records"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+
+Command = Annotated[List, tyro.conf.subcommand(name="list")] | Annotated[Run, tyro.conf.subcommand(name="run")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0: everything asked for is done; 1: a cell failed; 2: the command cannot be carried out."""
+    command: Any = tyro.cli(Command, prog="python -m ablations", args=arguments)
+    console = Console(stderr=isinstance(command, Run))
+    try:
+        if isinstance(command, List):
+            console.print(_table(command))
+            return 0
+        return _run(command, console)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on from here")
+        return 130
+
+
+def _table(command: List) -> Table:
+    table = Table(title=f"studies, {command.profile} profile", title_justify="left")
+    for heading in ("study", "question"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("cells", "done", "left", "expected hours"):
+        table.add_column(heading, justify="right")
+    for name in STUDIES:
+        study = load(name)
+        todo = remaining(study, command.profile, command.out, command.device)
+        numbers = (todo.cells, todo.cells - len(todo.left), len(todo.left))
+        table.add_row(name, study.question, *map(str, numbers), f"{todo.hours:.2f}")
+    return table
+
+
+def _run(command: Run, console: Console) -> int:
+    require(
+        bool(command.names) != command.all,
+        "names",
+        command.names,
+        "must name studies, or be left out for --all",
+        "see list",
+    )
+    names = STUDIES if command.all else command.names
+    studies = {_located(name): load(name) for name in names}
+    out = command.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    save(out)
+    failures = sum(
+        _run_study(name, study, command.profile, out, command.device, console) for name, study in studies.items()
+    )
+    console.print(f"records in {command.out / 'records.jsonl'}; `python -m reports build` makes the report of them")
+    return 1 if failures else 0
+
+
+def _run_study(name: str, study: Study, profile: Profile, out: Path, device: str, console: Console) -> int:
+    todo = remaining(study, profile, out, device)
+    failures = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[cell]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(study.name, total=todo.cells, completed=todo.cells - len(todo.left), cell="")
+        for wrong in run(name, study, todo.left, profile, out, lambda cell: progress.update(bar, cell=label(cell))):
+            progress.advance(bar)
+            if wrong:
+                failures += 1
+                progress.console.print(f"{study.name}: {wrong}", style="red", markup=False)
+        progress.update(bar, cell=f"{failures} failed" if failures else "done")
+    return failures
+
+
+def _located(name: str) -> str:
+    """The name as the process of a cell will find it, whatever folder it starts in."""
+    return str(Path(name).resolve()) if name.endswith(".py") else name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

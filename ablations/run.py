@@ -1,0 +1,106 @@
+"""Run a study: each cell in a fresh process, one after another, once.
+
+A cell that fails leaves error records and the rest goes on; it is tried again by the next run. Nothing runs at the same
+time as a cell, because a neighbour would stand in its timings.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ablations.cache import cell_key, done
+from ablations.cell import READINGS_FAILED, order, to_record
+from ablations.code import ROOT
+from ablations.study import Cell, Reading, Study
+from bench.fingerprint import provenance
+from bench.record import Profile, append
+
+_PATIENCE = 20  # times the expected seconds before a cell counts as hung, on a machine that may be slow and shared
+_START = 120  # seconds that importing torch may take on top
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """The cells of a study under a profile: how many there are, and which are still to be run."""
+
+    cells: int
+    left: tuple[Cell, ...]
+
+    @property
+    def hours(self) -> float:
+        """What the cells that are left are expected to take on two cores."""
+        return sum(cell.seconds for cell in self.left) / 3600
+
+
+def remaining(study: Study, profile: Profile, out: Path, device: str = "cpu") -> Left:
+    """Which cells of the study are still to be run into that folder."""
+    cells = tuple(replace(cell, device=device) for cell in study.cells(profile))
+    already = done(out)
+    return Left(cells=len(cells), left=tuple(cell for cell in cells if cell_key(study, cell, profile) not in already))
+
+
+def run(
+    name: str, study: Study, cells: tuple[Cell, ...], profile: Profile, out: Path, on_cell: Callable[[Cell], None]
+) -> Iterator[str]:
+    """Run the cells in turn; yields, as each ends, what went wrong with it ("" for nothing). `on_cell` hears of each
+    start.
+
+    Args:
+        name: the study as `catalogue.load` knows it, since the cell's process loads it anew.
+    """
+    for cell in cells:
+        on_cell(cell)
+        status, said = _in_fresh_process(order(name, cell, profile, out), limit=_START + _PATIENCE * cell.seconds)
+        if status == 0:
+            yield ""
+        elif status == READINGS_FAILED:
+            yield f"{label(cell)}: an arm failed; its records say why"
+        else:
+            reason = said.strip().splitlines()[-1] if said.strip() else f"the process ended with status {status}"
+            _record_failure(study, cell, profile, out, reason)
+            yield f"{label(cell)}: {said.strip() or reason}"
+
+
+def label(cell: Cell) -> str:
+    """A cell in a few words: its arm, axes and seed."""
+    axes = [f"{name}={value}" for name, value in cell.axes.items()]
+    return " ".join([*([cell.arm] if cell.arm else []), *axes, *([] if cell.seed is None else [f"seed={cell.seed}"])])
+
+
+def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
+    """The exit status of the cell's process and what it printed."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            (sys.executable, "-m", "ablations.cell"),
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert process.stdin is not None, "a pipe was asked for"
+        with process, process.stdin:
+            try:
+                process.stdin.write(text + "\n")
+                process.stdin.flush()
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                said.write(f"\ngave up after {limit:.0f} s; declare more seconds for this cell, or a smaller one")
+                status = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        said.seek(0)
+        return status, said.read()
+
+
+def _record_failure(study: Study, cell: Cell, profile: Profile, out: Path, reason: str) -> None:
+    arms = [arm.name for arm in study.arms] if cell.arm is None else [cell.arm]
+    readings = [Reading(arm=arm, metric=study.metrics[0], failed=reason) for arm in arms]
+    append(out / "records.jsonl", [to_record(study, cell, reading, provenance(profile)) for reading in readings])
