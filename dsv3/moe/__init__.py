@@ -1,4 +1,4 @@
-"""The mixture-of-experts room: router -> capacity -> dispatch -> experts, balance beside it, load statistics on what came out.
+"""The mixture-of-experts room: router -> capacity -> dispatch -> experts; balance beside them, load statistics after.
 
 A layer returns its output and a `Routing`; losses, bias updates and statistics are functions of that value.
 """

@@ -1,17 +1,20 @@
 """Keeping the experts equally busy: three losses and one update without gradient.
 
-With p_ni = s_ni / sum_j s_nj the normalised score of expert i for token n, and loads counted before anything is dropped:
+With p_ni = s_ni / sum_j s_nj, the normalised score of expert i for token n, and loads counted before any drop:
 
-    SequenceLoss     alpha * mean over sequences of  sum_i f_i P_i,   P_i = mean_t p_ti,   f_i = E / (K T) * #{t: i in top-K of s_t}
-    SwitchLoss       alpha * E * sum_i f_i P_i over the batch,        P_i = mean_n p_ni,   f_i = load_i / (N K)
+    SequenceLoss     alpha * sum_i f_i P_i per sequence, averaged over sequences
+                     P_i = mean_t p_ti,   f_i = E / (K T) * number of t with i in the top-K of s_t
+    SwitchLoss       alpha * E * sum_i f_i P_i over the batch,   P_i = mean_n p_ni,   f_i = load_i / (N K)
     QuadraticLoss    alpha * sum_i (P_i - 1/E)^2 over the batch
     SignBias         b_i += rate * sign(mean load - load_i), after the optimizer's step
 
-The first two equal alpha when every expert has the same load and probability. The top-K of the sequence loss is of the scores alone: neither bias nor
-groups (arXiv 2412.19437 equations 17 to 20). Switch (arXiv 2101.03961 equations 4 to 6) has K = 1; dividing by K keeps its scale. The article's
-quadratic loss has no f at all: it is zero for equal mean probabilities however skewed the loads are.
+The first two equal alpha when every expert has the same load and probability. The top-K of the sequence loss is of the
+scores alone, without bias and groups (arXiv 2412.19437 equations 17 to 20). Switch (arXiv 2101.03961 equations 4 to 6)
+has K = 1; dividing by K keeps its scale. The article's quadratic loss has no f at all: it is zero for equal mean
+probabilities, however skewed the loads are.
 
-Several processes share a batch: `mean` then replaces a batch statistic by its mean over them. The room knows no process group.
+When several processes share a batch, `mean` replaces a batch statistic by its mean over them: the room knows no process
+group.
 """
 
 from collections.abc import Callable
@@ -32,9 +35,10 @@ def alone(statistic: Tensor) -> Tensor:
 
 
 def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -> dict[str, Float[Tensor, ""]]:
-    """The losses that `moe.balance` asks for, by name and times their alpha; `batch` is the number of sequences that the tokens make up.
+    """The losses that `moe.balance` asks for, by name and times their alpha; the tokens make up `batch` sequences.
 
-    `mean` must have the value of the mean over processes and the gradient of the local statistic; gradients are then averaged as for any other loss.
+    `mean` has the value of the mean over processes and the gradient of the local statistic; the gradients of the
+    processes are then averaged as for any other loss.
     """
     losses: dict[str, Tensor] = {}
     for method in moe.balance:
@@ -56,7 +60,7 @@ def probabilities(routing: Routing) -> Float[Tensor, "N E"]:
 
 
 def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:
-    """DeepSeek-V3's loss within each sequence, averaged over `batch` sequences of equal length; 1 at perfect balance."""
+    """DeepSeek-V3's loss within a sequence, averaged over `batch` sequences of equal length; 1 at perfect balance."""
     tokens, experts = routing.scores.shape
     k, length = routing.indices.shape[1], tokens // batch
     assert tokens == batch * length, f"{tokens} tokens do not make {batch} sequences of equal length"
@@ -87,6 +91,6 @@ def sign_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate: float)
 
     Any unit of load gives the same update, so counts may be sums over micro-batches and processes.
     """
-    # E * count against the total, in whole numbers: a rounded mean would make an exactly average expert look off balance.
+    # E * count against the total, in whole numbers: against a rounded mean an average expert would look off balance.
     error_E = counts.sum() - counts * len(counts)
     return bias + rate * error_E.sign().to(bias.dtype)

@@ -1,13 +1,15 @@
-"""What an expert does when it is full: capacity = min(ceil(N K / E * factor), N), and the rest of its tokens is dropped.
+"""What an expert does when it is full: of its tokens it keeps min(ceil(N K / E * factor), N) and drops the rest.
 
     probability    it keeps the tokens that want it most (largest gate weight)
     position       it keeps the tokens that come first in the batch
 
-Sources: GShard and Switch Transformer, arXiv 2006.16668 and 2101.03961 section 2.2 (position); Megatron-LM has both. Loads are counted before
-dropping: after it, every overloaded expert looks exactly full and a balancing bias would see nothing to correct.
+Sources: GShard and Switch Transformer, arXiv 2006.16668 and 2101.03961 section 2.2 (position); Megatron-LM has both.
+Loads are counted before dropping: after it every overloaded expert looks exactly full, and a balancing bias would see
+nothing to correct.
 
-Dropping by probability is not causal: a later token with a larger weight takes the place of an earlier one, so training sees the future.
-The article's "dynamic capacity, 1.2 x the mean load" is a fixed one: the mean load is N K / E whatever the router does.
+Dropping by probability is not causal: a later token with a larger weight takes the place of an earlier one, so training
+sees the future. The article's "dynamic capacity, 1.2 x the mean load" is a fixed one: the mean load is N K / E whatever
+the router does.
 """
 
 import math
@@ -22,7 +24,7 @@ from dsv3.moe.routing import Routing
 
 
 def expert_capacity(tokens: int, moe: MoE, factor: float) -> int:
-    """Tokens that one expert takes at most, of `tokens` in the batch."""
+    """The most that one expert takes of `tokens` tokens in the batch."""
     mean_load = tokens * moe.num_experts_per_tok / moe.n_routed_experts
     return min(math.ceil(mean_load * factor), tokens)
 
@@ -35,7 +37,7 @@ def drop(routing: Routing, moe: MoE, fixed: Fixed) -> Routing:
 
 
 def place_in_queue(indices: Int[Tensor, "N K"], priority: Float[Tensor, "N K"] | None) -> Int[Tensor, "N K"]:
-    """How many pairs stand before each pair in the queue of its expert: by falling priority (None: all equal), then by position in the batch."""
+    """How many pairs stand before each in the queue of its expert, by falling priority and then by place in the batch."""
     flat = indices.flatten()
     order = torch.arange(len(flat), device=flat.device)
     if priority is not None:

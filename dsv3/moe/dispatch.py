@@ -1,30 +1,103 @@
-"""Send each token to its experts and add up what comes back: y_n = sum_k w_nk E_k(x_n), E(x) = (silu(x W_gate) * (x W_up)) W_down.
+"""Send each token to its experts and add up what comes back.
 
-Weights are stacked and stored inputs first, gate_up [E, D, 2F] and down [E, F, D]: with few rows per expert a CPU multiplies that layout faster
-than Hugging Face's [E, 2F, D]. Every implementation has the signature `Dispatch` and sums contributions in float32 or better.
+    y_n = sum_k w_nk E_k(x_n),    E(x) = (silu(x W_gate) * (x W_up)) W_down
+
+Weights are stacked and stored inputs before outputs, gate_up [E, D, 2F] and down [E, F, D]; Hugging Face stores the
+transposes. Every implementation has the signature `Dispatch`, computes in x's type and sums in float32 or better:
+
+    reference    one expert after the other in the plainest form; any floating type
+    grouped      torch's grouped matrix product over sorted rows; float32, bfloat16 and float16
+    looped       a loop of matrix products over sorted rows with a backward that keeps less; any floating type
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.moe.routing import Routing
+from dsv3.layers.swiglu import swiglu
+from dsv3.moe.looped import looped_experts, sum_dtype
+from dsv3.moe.memory import ReusedMemory
+from dsv3.moe.routing import Routing, count
 
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+
+
+class Rows(NamedTuple):
+    """Token-expert pairs sorted by expert: the token of each, its gate weight, and how many pairs each expert takes.
+
+    Pairs that no expert takes come last; `counts` leaves them out.
+    """
+
+    token: Int[Tensor, " M"]
+    weight: Float[Tensor, " M"]
+    counts: Int[Tensor, " E"]
+
+
+def sort_rows(routing: Routing) -> Rows:
+    """The pairs in the order of the experts, within an expert in the order of the batch."""
+    experts, indices, counts = len(routing.counts), routing.indices, routing.counts
+    if routing.kept is not None:
+        indices = indices.masked_fill(~routing.kept, experts)
+        counts = count(indices, experts + 1)[:experts]
+    order = indices.flatten().argsort(stable=True)
+    return Rows(order // indices.shape[1], routing.weights.flatten()[order], counts)
 
 
 def reference(
     x: Float[Tensor, "N D"], routing: Routing, gate_up: Float[Tensor, "E D twoF"], down: Float[Tensor, "E F D"]
 ) -> Float[Tensor, "N D"]:
-    """One expert after the other, in the plainest form; any floating type."""
-    weights_NK = routing.weights if routing.kept is None else routing.weights * routing.kept
-    y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
-    for expert, (gate_up_D2F, down_FD) in enumerate(zip(gate_up, down, strict=True)):
-        token, slot = (routing.indices == expert).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up_D2F).chunk(2, dim=-1)
-        out = (F.silu(gate) * up) @ down_FD
-        y = y.index_add(0, token, out.to(y.dtype) * weights_NK[token, slot, None].to(y.dtype))
+    """The slow truth that the others are tested against."""
+    y = torch.zeros_like(x, dtype=sum_dtype(x))
+    for expert, (gate_up_DG, down_FD) in enumerate(zip(gate_up, down, strict=True)):
+        taken = routing.indices == expert
+        token, slot = (taken if routing.kept is None else taken & routing.kept).nonzero(as_tuple=True)
+        gate, up = (x[token] @ gate_up_DG).chunk(2, dim=-1)
+        out = swiglu(gate, up) @ down_FD
+        y = y.index_add(0, token, out.to(y.dtype) * routing.weights[token, slot, None].to(y.dtype))
     return y.to(x.dtype)
+
+
+def grouped(
+    x: Float[Tensor, "N D"], routing: Routing, gate_up: Float[Tensor, "E D twoF"], down: Float[Tensor, "E F D"]
+) -> Float[Tensor, "N D"]:
+    """`torch.nn.functional.grouped_mm` on sorted rows."""
+    token, weight, counts = sort_rows(routing)
+    if routing.kept is not None:
+        # The product leaves rows past the last group unwritten.
+        taken = int(counts.sum())
+        token, weight = token[:taken], weight[:taken]
+    ends = counts.cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(x[token], gate_up, offs=ends).chunk(2, dim=-1)
+    a = swiglu(gate, up) * weight.to(x.dtype)[:, None]
+    out = F.grouped_mm(a, down, offs=ends).to(sum_dtype(x))
+    return torch.zeros_like(x, dtype=out.dtype).index_add(0, token, out).to(x.dtype)
+
+
+def looped(
+    x: Float[Tensor, "N D"],
+    routing: Routing,
+    gate_up: Float[Tensor, "E D twoF"],
+    down: Float[Tensor, "E F D"],
+    memory: tuple[ReusedMemory, ReusedMemory] | None = None,
+) -> Float[Tensor, "N D"]:
+    """`dsv3.moe.looped` on sorted rows; `memory` is lent to the gradients of the weights."""
+    token, weight, counts = sort_rows(routing)
+    return looped_experts(x, weight.to(x.dtype), gate_up, down, token, counts, memory).to(x.dtype)
+
+
+def choose(
+    x: Float[Tensor, "N D"], down: Float[Tensor, "E F D"], memory: tuple[ReusedMemory, ReusedMemory] | None = None
+) -> Dispatch:
+    """The implementation for these tensors; `memory` is for `looped`.
+
+    On a CPU torch's grouped product is itself a loop, so ours wins by what it does not keep and copy. On a GPU it is one
+    kernel, for the types that have it and widths that are whole multiples of 16 bytes.
+    """
+    whole = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
+    typed = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return grouped if x.device.type != "cpu" and whole and typed else partial(looped, memory=memory)

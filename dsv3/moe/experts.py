@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.config import Model
-from dsv3.moe.dispatch import reference
+from dsv3.moe.dispatch import choose
+from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing
 
 
@@ -20,10 +21,12 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, inner, hidden))
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=model.initializer_range)
+        self._gradient_memory = ReusedMemory(), ReusedMemory()
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         """The weighted sum of each token's experts, in x's type."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            return reference(x.to(dtype), routing, self.gate_up.to(dtype), self.down.to(dtype)).to(x.dtype)
+            x_ND, gate_up, down = x.to(dtype), self.gate_up.to(dtype), self.down.to(dtype)
+            return choose(x_ND, down, self._gradient_memory)(x_ND, routing, gate_up, down).to(x.dtype)

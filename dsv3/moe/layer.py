@@ -1,7 +1,8 @@
-"""The DeepSeekMoE layer: y = sum of the chosen routed experts + the shared experts (arXiv 2401.06066, and 2412.19437 section 2.1.2).
+"""The DeepSeekMoE layer: y = sum of the chosen routed experts + the shared experts.
 
-Shared experts see every token, unweighted; n of them are one SwiGLU of n times the width. Capacity acts in training only: at inference an output
-must not depend on which other tokens are in the batch.
+Sources: arXiv 2401.06066, and 2412.19437 section 2.1.2. Shared experts see every token, unweighted; n of them are one
+SwiGLU of n times the width. Capacity acts in training only: at inference an output must not depend on which other
+tokens are in the batch.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dsv3.moe.routing import Routing
 
 
 class Gate(nn.Module):
-    """The router's weight, and the selection bias, which no optimizer sees and which stays float32 when the model is cast."""
+    """The router's weight and its selection bias, which no optimizer sees and which stays float32 in a cast model."""
 
     e_score_correction_bias: Tensor
 
@@ -69,7 +70,7 @@ class MoELayer(nn.Module):
         return y, routing
 
     def update_bias(self, counts: Int[Tensor, " E"]) -> None:
-        """Move the selection bias after an optimizer step by the loads of that step's whole batch; without `SignBias` nothing moves."""
+        """Move the selection bias by the loads of a whole step, after the optimizer's; without `SignBias` it stays."""
         for method in self.moe.balance:
             if isinstance(method, SignBias):
                 bias = self.gate.e_score_correction_bias

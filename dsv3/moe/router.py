@@ -5,8 +5,8 @@
     choose   the K best of s + bias, among the topk_group groups whose two best s + bias add up to most
     w      = s[chosen];  w / (sum w + 1e-20) if norm_topk_prob;  x routed_scaling_factor
 
-The bias steers the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437 section 2.1.2, equations 12 to 16). Experts outside the chosen
-groups are set to -inf: with zero they would beat an expert whose biased score is negative.
+The bias steers the choice and never enters a weight (DeepSeek-V3, arXiv 2412.19437 section 2.1.2, equations 12 to 16).
+Experts outside the chosen groups are set to -inf: with zero they would beat an expert whose biased score is negative.
 """
 
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.config import MoE
-from dsv3.moe.routing import Routing
+from dsv3.moe.routing import Routing, count
 
 EXPERTS_THAT_SCORE_A_GROUP = 2
 NORMALISATION_FLOOR = 1e-20
@@ -25,8 +25,9 @@ def route(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"], bias: Float[Ten
     """Route tokens `x` with the router's `weight` and selection `bias`.
 
     Raises:
-        ValueError: on a CPU, when a score is NaN (a NaN in x or in the weight, or softmax of an infinite logit). On an accelerator the check would
-            stop the queue in every layer; there a NaN is always selected and so reaches the loss, where the training step looks for it.
+        ValueError: on a CPU, when a score is NaN (a NaN in x or in the weight, or softmax of an infinite logit). On an
+            accelerator the check would empty its queue in every layer; there a NaN, which top-K always selects, reaches
+            the loss, where a training step looks for it.
     """
     scores_NE = score(router_logits(x, weight), moe)
     _refuse_nan(scores_NE)
@@ -60,12 +61,6 @@ def gate_weights(scores: Float[Tensor, "N E"], indices: Int[Tensor, "N K"], moe:
     if moe.norm_topk_prob:
         weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + NORMALISATION_FLOOR)
     return weights_NK * moe.routed_scaling_factor
-
-
-def count(indices: Int[Tensor, "N K"], experts: int) -> Int[Tensor, " E"]:
-    """Tokens per expert."""
-    flat = indices.flatten()
-    return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _only_best_groups(biased_NE: Tensor, moe: MoE) -> Tensor:

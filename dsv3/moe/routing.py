@@ -1,11 +1,12 @@
-"""What a router decided, as a value: which experts, with which weights, and how many tokens each expert was asked to take.
+"""What a router decided, as a value: which experts, with which weights, and how many tokens each was asked to take.
 
-Everything downstream (dispatch, balance losses, bias update, load statistics) reads this value; nothing is counted in a buffer, because counters
+Dispatch, balance losses, bias update and load statistics all read this value. Nothing is counted in a buffer: counters
 inside a forward pass count twice when activations are recomputed.
 """
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -16,9 +17,10 @@ class Routing:
 
     Attributes:
         indices: the experts of each token, in no particular order.
-        weights: what each expert's output is multiplied with, after normalisation and scaling. A pair that capacity drops keeps its weight here;
-            the others are not renormalised, so a token that lost an expert has a smaller routed output.
-        scores: every expert's score without bias, in at least float32; the router's gradient flows through these.
+        weights: what each expert's output is multiplied with, after normalisation and scaling. A pair that capacity
+            drops keeps its weight here, and the others are not renormalised: a token that lost an expert has less
+            routed output.
+        scores: every expert's score without bias, in float32 or better; the router's gradient flows through these.
         counts: tokens per expert before anything is dropped, which is what balance is judged on.
         kept: which pairs an expert really takes; None when nothing is dropped.
     """
@@ -28,3 +30,9 @@ class Routing:
     scores: Float[Tensor, "N E"]
     counts: Int[Tensor, " E"]
     kept: Bool[Tensor, "N K"] | None = None
+
+
+def count(indices: Int[Tensor, "N K"], experts: int) -> Int[Tensor, " E"]:
+    """Tokens per expert."""
+    flat = indices.flatten()
+    return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
