@@ -29,7 +29,7 @@ def from_json(text: str, kind: type = Config) -> Any:
         plain = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"config text is not JSON ({error}); it should be what to_json wrote") from error
-    return _build(kind, plain, kind.__name__)
+    return _build(kind, plain, getattr(kind, "__name__", str(kind)))
 
 
 def digest(config: Any) -> str:
