@@ -4,17 +4,22 @@ A layer returns its output and a `Routing`; losses, bias updates and statistics 
 """
 
 from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, sign_bias, switch_loss
-from dsv3.moe.capacity import dropped_share, expert_capacity
+from dsv3.moe.capacity import expert_capacity
 from dsv3.moe.layer import MoELayer
+from dsv3.moe.load import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio_floor
 from dsv3.moe.router import route
 from dsv3.moe.routing import Routing
 
 __all__ = [
+    "LoadStatistics",
     "MoELayer",
     "Routing",
     "balance_losses",
+    "drop_floor",
     "dropped_share",
     "expert_capacity",
+    "load_statistics",
+    "max_vio_floor",
     "quadratic_loss",
     "route",
     "sequence_loss",

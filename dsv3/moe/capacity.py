@@ -14,9 +14,10 @@ the router does.
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.config import Fixed, MoE
@@ -25,8 +26,9 @@ from dsv3.moe.routing import Routing
 
 def expert_capacity(tokens: int, moe: MoE, factor: float) -> int:
     """The most that one expert takes of `tokens` tokens in the batch."""
-    mean_load = tokens * moe.num_experts_per_tok / moe.n_routed_experts
-    return min(math.ceil(mean_load * factor), tokens)
+    # Exact: in binary 20 * 1.1 is a little more than 22, and its ceiling 23.
+    mean_load = Fraction(tokens * moe.num_experts_per_tok, moe.n_routed_experts)
+    return min(math.ceil(mean_load * Fraction(repr(float(factor)))), tokens)
 
 
 def drop(routing: Routing, moe: MoE, fixed: Fixed) -> Routing:
@@ -37,7 +39,7 @@ def drop(routing: Routing, moe: MoE, fixed: Fixed) -> Routing:
 
 
 def place_in_queue(indices: Int[Tensor, "N K"], priority: Float[Tensor, "N K"] | None) -> Int[Tensor, "N K"]:
-    """How many pairs stand before each in the queue of its expert, by falling priority and then by place in the batch."""
+    """How many pairs come before each in its expert's queue, by falling priority and then by place in the batch."""
     flat = indices.flatten()
     order = torch.arange(len(flat), device=flat.device)
     if priority is not None:
@@ -49,8 +51,3 @@ def place_in_queue(indices: Int[Tensor, "N K"], priority: Float[Tensor, "N K"] |
     place = torch.empty_like(flat)
     place[order] = torch.arange(len(flat), device=flat.device) - first_of_expert
     return place.view_as(indices)
-
-
-def dropped_share(kept: Bool[Tensor, "N K"] | None) -> float:
-    """The share of token-expert pairs that no expert takes."""
-    return 0.0 if kept is None else 1.0 - kept.float().mean().item()

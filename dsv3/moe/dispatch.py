@@ -95,8 +95,8 @@ def choose(
 ) -> Dispatch:
     """The implementation for these tensors; `memory` is for `looped`.
 
-    On a CPU torch's grouped product is itself a loop, so ours wins by what it does not keep and copy. On a GPU it is one
-    kernel, for the types that have it and widths that are whole multiples of 16 bytes.
+    On a CPU torch's grouped product is itself a loop, and ours keeps and copies less. On a GPU it is one kernel, for
+    the types that have it and widths that are whole multiples of 16 bytes.
     """
     whole = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
     typed = x.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -50,6 +50,7 @@ class Looped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
+        """The routed sum; keeps h and the inputs."""
         *tensors, ctx.memory = inputs
         y, h = forward_loop(*tensors)
         ctx.save_for_backward(h, *tensors)
@@ -58,10 +59,11 @@ class Looped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, *tensors = ctx.saved_tensors
-        _, _, gate_up, down, _, _ = tensors
-        lend = [memory.empty_like for memory in ctx.memory] if ctx.memory else [torch.empty_like] * 2
-        return *backward_loop(dy, h, *tensors, lend[0](gate_up), lend[1](down)), None, None, None
+        """Gradients of x, weight, gate_up and down."""
+        h, x, weight, gate_up, down, token, counts = ctx.saved_tensors
+        for_gate_up, for_down = ctx.memory or (ReusedMemory(), ReusedMemory())
+        written = for_gate_up.empty_like(gate_up), for_down.empty_like(down)
+        return *backward_loop(dy, h, x, weight, gate_up, down, token, counts, *written), None, None, None
 
 
 class Block(NamedTuple):

@@ -29,7 +29,7 @@ class ReusedMemory:
             return torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if self._memory is None or len(self._memory) != tensor.nbytes:
             self._memory = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        # A storage made from an array keeps that array alive as long as it lives itself, so the array tells whether the loan is out.
+        # A storage made from an array keeps the array alive as long as itself: the array tells whether the loan is out.
         loan = self._memory.numpy()
         self._loan = weakref.ref(loan)
         return torch.from_numpy(loan).view(tensor.dtype).view(tensor.shape)

@@ -1,0 +1,123 @@
+"""How evenly experts are loaded, and how even they could be by chance.
+
+With c_i tokens at expert i, c = mean of the c_i, q_i = c_i / sum c:
+
+    MaxVio               max c_i / c - 1                       (arXiv 2408.15664 equation 4)
+    CV                   standard deviation of c_i / c
+    Gini                 mean over pairs |c_i - c_j| / (2 c)
+    effective experts    exp(- sum q_i log q_i)
+    dead                 experts without a token
+
+None of these is zero for a router that plays no favourites: N tokens that pick K distinct experts at random spread like
+a multinomial, and with 8 tokens per expert the busiest of 128 has about twice the mean. So a statistic stands beside its
+floor, the value that uniform random routing of the same E, K and N gives:
+
+    excess MaxVio        MaxVio / floor                        floor by Monte Carlo, seeded
+    excess squared CV    CV^2 - (E - K) / (N K)                its expectation, in closed form
+    drop floor           the share that a capacity drops       floor by Monte Carlo, seeded
+
+Routing that looks at the whole batch can lie below the floor; routing token by token, with a bias fixed before the
+batch, does not in the mean.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class LoadStatistics:
+    """How even one count of tokens per expert is; `dropped` is the share of token-expert pairs that capacity drops."""
+
+    max_vio: float
+    max_vio_floor: float
+    cv: float
+    excess_cv_squared: float
+    gini: float
+    dead: int
+    effective_experts: float
+    dropped: float
+
+    @property
+    def excess_max_vio(self) -> float:
+        """MaxVio as a multiple of what uniform random routing gives: about 1 is as balanced as routing by token gets."""
+        if self.max_vio_floor == 0.0:
+            return 1.0 if self.max_vio == 0.0 else math.inf
+        return self.max_vio / self.max_vio_floor
+
+
+def load_statistics(counts: Int[Tensor, " E"], k: int, kept: Bool[Tensor, "N K"] | None = None) -> LoadStatistics:
+    """The statistics of `counts`, the tokens per expert before dropping, of tokens that each go to `k` experts.
+
+    Counts may be sums over batches or processes: the floor is that of as many tokens as were counted.
+
+    Raises:
+        ValueError: when the counts are no sum over tokens that each go to `k` experts.
+    """
+    c = counts.detach().cpu().numpy().astype(np.float64)
+    total, experts = int(c.sum()), len(c)
+    if total == 0 or total % k:
+        raise ValueError(f"counts={counts.tolist()}: must add up to tokens x k, with k={k}; count before dropping")
+    mean, share = c.mean(), c[c > 0] / total
+    cv = c.std() / mean
+    rank = np.arange(1, experts + 1)
+    return LoadStatistics(
+        max_vio=float(c.max() / mean - 1),
+        max_vio_floor=max_vio_floor(experts, k, total // k),
+        cv=float(cv),
+        excess_cv_squared=float(cv**2 - (experts - k) / total),
+        gini=float(((2 * rank - experts - 1) * np.sort(c)).sum() / (experts * total)),
+        dead=int((c == 0).sum()),
+        effective_experts=float(np.exp(-(share * np.log(share)).sum())),
+        dropped=dropped_share(kept),
+    )
+
+
+def dropped_share(kept: Bool[Tensor, "N K"] | None) -> float:
+    """The share of token-expert pairs that no expert takes."""
+    return 0.0 if kept is None else 1.0 - float(kept.double().mean())
+
+
+def max_vio_floor(experts: int, k: int, tokens: int) -> float:
+    """The mean MaxVio of uniform random routing."""
+    counts = uniform_counts(experts, k, tokens)
+    return float((counts.max(axis=1) / (tokens * k / experts) - 1).mean())
+
+
+def drop_floor(experts: int, k: int, tokens: int, capacity: int) -> float:
+    """The mean share of pairs that experts of this capacity drop under uniform random routing."""
+    over = np.maximum(uniform_counts(experts, k, tokens) - capacity, 0)
+    return float(over.sum(axis=1).mean() / (tokens * k))
+
+
+@lru_cache(maxsize=32)
+def uniform_counts(experts: int, k: int, tokens: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Tokens per expert in `draws` batches in which every token picks `k` distinct experts at random."""
+    random = np.random.default_rng((seed, experts, k, tokens))
+    counts = np.empty((draws, experts), dtype=np.int64)
+    for draw in counts:
+        draw[:] = np.bincount(distinct_experts(random, experts, k, tokens).ravel(), minlength=experts)
+    counts.flags.writeable = False
+    return counts
+
+
+def distinct_experts(random: np.random.Generator, experts: int, k: int, tokens: int) -> np.ndarray:
+    """For each token `k` distinct experts, every set of them as likely as any other."""
+    if k * k > experts:
+        return random.random((tokens, experts)).argpartition(k - 1, axis=1)[:, :k]
+    chosen = random.integers(experts, size=(tokens, k))
+    # Redrawing a token's whole choice until its experts differ leaves every set equally likely.
+    while len(again := _with_repeats(chosen)):
+        chosen[again] = random.integers(experts, size=(len(again), k))
+    return chosen
+
+
+def _with_repeats(chosen: np.ndarray) -> np.ndarray:
+    ordered = np.sort(chosen, axis=1)
+    return np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1))
