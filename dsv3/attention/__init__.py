@@ -1,4 +1,4 @@
-"""The attention room: modules that make queries, keys and values; selectors that say which keys; one `attend` that does the rest."""
+"""The attention room: modules make queries, keys and values, selectors say which keys, one `attend` does the rest."""
 
 from dsv3.attention.attend import attend
 from dsv3.attention.build import build

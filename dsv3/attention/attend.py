@@ -1,10 +1,13 @@
 """attend(q, k, v, selection): the one function through which every variant of attention goes.
 
-    out_t = sum_j softmax_j(scale * q_t . k_j + weight_j) v_j      over the keys j that the selection lets t see (None: all j <= t)
+    out_t = sum_j softmax_j(scale * q_t . k_j + weight_j) v_j      over the keys j that the selection lets t see (None:
+    all j <= t)
 
-A selector decides which keys; this decides nothing. So variants share kernels and tests, and what a variant costs is what its selection costs.
+A selector decides which keys; this decides nothing. So variants share kernels and tests, and what a variant costs is
+what its selection costs.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -22,15 +25,14 @@ def attend(
     *,
     scale: float | None = None,
 ) -> Float[Tensor, "B H T R"]:
-    """Attention of queries at the last T of S positions; head i reads key-value head i // (H/G). `scale` defaults to P^-0.5.
+    """Attention of queries at the last T of S positions; head i reads key-value head i // (H/G). `scale` defaults to
+    P^-0.5.
 
     Raises:
         ValueError: for shapes that do not fit each other, or a selection made for other shapes.
     """
     _check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.shape[0] == 0 or q.shape[2] == 0:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
     if selection is None:
         return dense(q, k, v, scale=scale)
     _check_selection(q, k, selection)
@@ -47,6 +49,11 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     name = "(q.shape, k.shape, v.shape)"
     same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]
     require(same, name, shapes, "batch, keys and widths must agree", "pass [B,H,T,P], [B,G,S,P] and [B,G,S,R]")
+    filled = q.shape[0] > 0 and q.shape[2] > 0
+    require(filled, name, shapes, "batch and positions must not be empty", "pass at least one token")
+    kinds = (q.dtype, k.dtype, v.dtype)
+    mixed = torch.is_autocast_enabled(q.device.type)
+    require(mixed or len(set(kinds)) == 1, "dtypes", kinds, "must be one outside autocast", "convert them")
     divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
     require(divides, name, shapes, "key-value heads must divide the query heads", "group the heads evenly")
     rule = "queries are the last T of S positions, so T must be at most S"

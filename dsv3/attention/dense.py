@@ -2,8 +2,9 @@
 
     out_t = sum_{j <= t} softmax_j(scale * q_t . k_j) v_j
 
-`dense` uses torch's fused kernels and never holds a T x S matrix; `eager` writes the matrix out, as the textbook does, and is the arm that fused
-kernels are measured against. Grouped-query heads share keys without copies: query head i reads key-value head i // (H/G).
+`dense` uses torch's fused kernels and never holds a T x S matrix; `eager` writes the matrix out, as the textbook does,
+and is the arm that fused kernels are measured against. Grouped-query heads share keys without copies: query head i
+reads key-value head i // (H/G).
 """
 
 import torch

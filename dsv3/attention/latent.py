@@ -4,10 +4,11 @@
     [c ; k_r] = W_kva x   c = RMS(c)    [k_n ; v]   = W_kvb c   per head        k_r = RoPE(k_r), one for all heads
     logit(t, s) = scale * (q_n . k_n(s) + q_r . k_r(s))        scale = (nope + rope)^-0.5 * mscale^2
 
-Expanded, as in training and prefill: keys and values of every head are made from the latent, and attention is multi-head. Absorbed, as in decoding:
-with W_kvb = [W_uk ; W_uv] per head, q_n . W_uk c = (W_uk^T q_n) . c, so queries move to the latent's space, where all heads share one key, [c ; k_r],
-and one value, c; outputs come back through W_uv. Equal to rounding. The absorbed form costs more per pair, (2L + rope) against (nope + rope + R), and
-reads H times less per key. Both layernorms use eps 1e-6 whatever rms_norm_eps is: so do the published readers.
+Expanded, as in training and prefill: keys and values of every head are made from the latent, and attention is
+multi-head. Absorbed, as in decoding: with W_kvb = [W_uk ; W_uv] per head, q_n . W_uk c = (W_uk^T q_n) . c, so queries
+move to the latent's space, where all heads share one key, [c ; k_r], and one value, c; outputs come back through W_uv.
+Equal to rounding. The absorbed form costs more per pair, (2L + rope) against (nope + rope + R), and reads H times less
+per key. Both layernorms use eps 1e-6 whatever rms_norm_eps is: so do the published readers.
 """
 
 import torch
@@ -53,9 +54,10 @@ class LatentAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None, absorbed: bool | None = None
     ) -> tuple[Float[Tensor, "B T D"], Selection | None]:
-        """The layer's output for T new tokens, and which keys they saw (None: all). With a cache they follow its tokens, and are written to it.
+        """The layer's output for T new tokens, and which keys they saw (None: all).
 
-        `absorbed` picks the form; None takes the absorbed one for a single token after a cache, the expanded one otherwise.
+        With a cache they follow its tokens, and are written to it. `absorbed` picks the form; None takes the absorbed
+        one for a single token after a cache, the expanded one otherwise.
         """
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
@@ -73,10 +75,8 @@ class LatentAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
 
     def _query(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        if self.shape.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        straight = self.shape.q_lora_rank is None
+        q = self.q_proj(x) if straight else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q = q.unflatten(-1, (-1, self.shape.qk_head_dim)).transpose(1, 2)
         nope, turned = q.split((self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim), dim=-1)
         return nope, self._rotate(turned, position)
@@ -105,6 +105,6 @@ class LatentAttention(nn.Module):
         w_uk, w_uv = up.split((nope, width), dim=1)
         q = torch.cat((torch.einsum("bhtn,hnl->bhtl", q_nope, w_uk), q_rope), dim=-1)
         shared = memory[:, None]
-        # the whole of [latent ; rotary key] stands in for the value: cutting the output is cheaper than copying the latents out
+        # all of [latent ; rotary key] stands in for the value: cutting the output is cheaper than copying latents out
         mixed = attend(q, shared, shared, selection, scale=self.scale)[..., : self.shape.kv_lora_rank]
         return torch.einsum("bhtl,hrl->bhtr", mixed, w_uv)

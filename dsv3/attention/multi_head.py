@@ -1,4 +1,5 @@
-"""Multi-head attention (arXiv 1706.03762) and grouped-query attention (arXiv 2305.13245): the same module, with G = H or G < H.
+"""Multi-head attention (arXiv 1706.03762) and grouped-query attention (arXiv 2305.13245): the same module, with G = H
+or G < H.
 
     q = RoPE(W_q x)  H x P     k = RoPE(W_k x)  G x P     v = W_v x  G x P     out = W_o concat_h attend(q, k, v)
 
@@ -44,7 +45,10 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None
     ) -> tuple[Float[Tensor, "B T D"], Selection | None]:
-        """The layer's output for T new tokens, and which keys they saw (None: all). With a cache they follow its tokens, and are written to it."""
+        """The layer's output for T new tokens, and which keys they saw (None: all).
+
+        With a cache they follow its tokens, and are written to it.
+        """
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
         frequency = torch.tensor(self.frequency, dtype=torch.float32, device=x.device)

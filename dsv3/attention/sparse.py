@@ -1,26 +1,34 @@
 """Attention over selected keys in plain PyTorch: a loop over blocks of queries, each with the keys its selection lists.
 
     for each block of queries:   gather the listed keys and values (a run of neighbours is sliced instead)
-                                 mask exactly: j <= t and rank[j] <= limit[t]
-                                 logits + weights, softmax, times values: torch's fused kernel on the small block
+                                 penalty = 0 where j <= t and rank[j] <= limit[t], else far below
+                                 softmax(scale * q k^T + weight + penalty) v, torch's fused kernel on the small block
 
-The weight of a key rides along as one more column of k against a one in q, so the fused kernel, which takes no gradient through a mask, gives weights
-their gradient. Backward recomputes each block and adds into gradients allocated once, so memory beyond inputs and outputs is one block's, and no T x S
-matrix exists. A selection fixes what is in a block, and its mask, from the tokens before; nothing later moves a bit of an output.
+The weight of a key rides along as one more column of k against a one in q: the fused kernel has no gradient for a matrix
+that is added, but one for k. Backward adds each block's part into gradients allocated once, so memory beyond inputs and
+outputs is one block's, and no T x S matrix exists. What is in a block, in which order, and its penalty are decided by
+tokens that its queries may see, so nothing later moves a bit of an output.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from dsv3.attention import fused
 from dsv3.attention.dense import same_width
 from dsv3.attention.selection import Selection
+from dsv3.config.rules import require
+
+UNSEEN = 2.0**100  # finite: a kernel's tile in which a query sees nothing yields no NaN; a power of two: exact products
+LONGEST = 2**24  # positions that fp32 counts exactly
+TENSORS = ("indices", "counts", "rank", "limit")
 
 
 def sparse(
@@ -31,24 +39,24 @@ def sparse(
     *,
     scale: float,
 ) -> Float[Tensor, "B H T R"]:
-    """Attention of the last T of S positions to the keys that `selection` lets them see; gradients reach q, k, v and the weights."""
+    """Attention of the last T of S positions to the selected keys; gradients reach q, k, v and the weights."""
+    rule = f"must be at most {LONGEST}: ranks are compared in fp32"
+    require(k.shape[2] <= LONGEST, "positions", k.shape[2], rule, "attend to a shorter sequence")
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    weights, rule = selection.weights, replace(selection, weights=None)
-    if weights is not None:
-        weights = weights.to(q.dtype)
-    return _Sparse.apply(q, k, v, weights, rule, scale)
+    weights = None if selection.weights is None else selection.weights.to(q.dtype)
+    return _Sparse.apply(q, k, v, weights, replace(selection, weights=None), scale)
 
 
 @dataclass(frozen=True)
 class _Block:
-    """One block of queries and the keys listed for it: either a run [first, stop) or tokens per head."""
+    """One block of queries and the keys listed for it: the same run for all heads, or tokens per head."""
 
     rows: slice
     run: slice | None
     tokens: Int[Tensor, "B h n"]
-    visible: Bool[Tensor, "B h C n"]
+    penalty: Float[Tensor, "B h C n"]
 
 
 class _Sparse(torch.autograd.Function):
@@ -56,115 +64,128 @@ class _Sparse(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, selection: Selection, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.selection, ctx.scale = selection, scale
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        for block in _blocks(selection, q.shape[2], k.shape[2]):
-            keys, values, added = (_take(x, block) for x in (k, v, _column(weights)))
-            out[:, :, block.rows] = _attend_block(q[:, :, block.rows], keys, values, added, block.visible, scale)
+        lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        for block in _blocks(selection, q, k.shape[2]):
+            found, logs = fused.forward(*_operands(q, k, v, weights, block, scale), block.penalty, scale)
+            out[:, :, block.rows] = found[..., : v.shape[-1]]
+            if logs is not None:
+                lse[:, :, block.rows] = logs
+        ctx.save_for_backward(q, k, v, weights, out, lse, *(getattr(selection, name) for name in TENSORS))
+        ctx.plain, ctx.scale = {name: getattr(selection, name) for name in ("block_q", "block_k", "cost")}, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        sources = (k, v, _column(weights))
-        grad_q, sums = torch.empty_like(q), [None if x is None else torch.zeros_like(x) for x in sources]
-        for block in _blocks(ctx.selection, q.shape[2], k.shape[2]):
-            parts = [q[:, :, block.rows], *(_take(x, block) for x in sources)]
-            leaves = [None if part is None else part.detach().requires_grad_() for part in parts]
-            with torch.enable_grad():
-                out = _attend_block(*leaves, block.visible, ctx.scale)
-            given = [leaf for leaf in leaves if leaf is not None]
-            found = list(torch.autograd.grad(out, given, grad[:, :, block.rows]))
-            grad_q[:, :, block.rows] = found[0]
-            for total, part in zip(sums, found[1:], strict=False):
-                _give_back(total, part, block)
-        grad_weights = None if sums[2] is None else sums[2].squeeze(-1)
-        return grad_q, sums[0], sums[1], grad_weights, None, None
+        q, k, v, weights, out, lse, *tensors = ctx.saved_tensors
+        selection = Selection(**ctx.plain, **dict(zip(TENSORS, tensors, strict=True)))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_w = None if weights is None else torch.zeros_like(weights)
+        for block in _blocks(selection, q, k.shape[2]):
+            operands = _operands(q, k, v, weights, block, ctx.scale)
+            pad = (0, operands[0].shape[-1] - out.shape[-1])
+            rows, done = (F.pad(x[:, :, block.rows], pad) for x in (grad, out))
+            part_q, part_k, part_v = fused.backward(
+                rows, *operands, block.penalty, ctx.scale, done, lse[:, :, block.rows]
+            )
+            grad_q[:, :, block.rows] = part_q[..., : q.shape[-1]]
+            _give_back(grad_k, part_k[..., : k.shape[-1]], block)
+            _give_back(grad_v, part_v[..., : v.shape[-1]], block)
+            if grad_w is not None:
+                _give_back(grad_w[..., None], part_k[..., k.shape[-1], None] / ctx.scale, block)
+        return grad_q, grad_k, grad_v, grad_w, None, None
 
 
-def _attend_block(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, visible: Tensor, scale: float
-) -> Float[Tensor, "B H C R"]:
-    width = v.shape[-1]
-    if added is not None:
-        heads = max(k.shape[1], added.shape[1])
-        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
-        k = torch.cat((k, (added / scale).expand(*k.shape[:-1], 1)), dim=-1)
-        q = F.pad(q, (0, 1), value=1.0)
-    q, k, v = same_width(q, k, v)
-    gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
-    return out[..., :width]
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, block: _Block, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's queries, keys and values, all with H heads and one width; the weight is a column behind the key."""
+    rows, heads = q[:, :, block.rows], q.shape[1]
+    keys, values = _take(k, block, heads), _take(v, block, heads)
+    if weights is not None:
+        added = _take(weights[..., None], block, heads)
+        keys = torch.cat((keys, added / scale), dim=-1)
+        rows = F.pad(rows, (0, 1), value=1.0)
+    return same_width(rows, keys, values)
 
 
-def _column(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights[..., None]
-
-
-def _blocks(selection: Selection, queries: int, total: int) -> Iterator[_Block]:
-    """The blocks of queries in order, each with its keys and its exact mask."""
-    before = total - queries
-    position = torch.arange(before, total, device=selection.indices.device)
-    runs, longest = _runs(selection), selection.counts.amax(dim=(0, 1)).tolist()
-    inside = torch.arange(selection.block_k, device=position.device)
-    for i, count in enumerate(longest):
+def _blocks(selection: Selection, q: Tensor, total: int) -> Iterator[_Block]:
+    """The blocks of queries in order, each with its keys and its penalty, which is good until the next block."""
+    queries, heads = q.shape[2], selection.counts.shape[:2]
+    position = torch.arange(total - queries, total, device=q.device)
+    inside = torch.arange(selection.block_k, device=q.device)
+    longest = selection.counts.amax(dim=(0, 1)).tolist()
+    # one buffer for all penalties: fresh memory for every block would cost more than filling it
+    most = heads.numel() * min(selection.block_q, queries) * max(longest) * selection.block_k
+    room = q.new_empty(most, dtype=torch.promote_types(q.dtype, torch.float32))
+    for i, run in enumerate(_runs(selection, total)):
         rows = slice(i * selection.block_q, min((i + 1) * selection.block_q, queries))
-        blocks = selection.indices[:, :, i, :count]
-        tokens = (blocks[..., None] * selection.block_k + inside).flatten(-2)
-        run = runs[i]
         if run is None:
-            listed = torch.arange(count, device=position.device) < selection.counts[:, :, i, None]
-            tokens = tokens.masked_fill(~listed.repeat_interleave(selection.block_k, dim=-1), total)
+            blocks = selection.indices[:, :, i, : longest[i]]
+            listed = torch.arange(longest[i], device=q.device) < selection.counts[:, :, i, None]
+            blocks = blocks.masked_fill(~listed, total)  # past the end, so that no query sees it
+            tokens = (blocks[..., None] * selection.block_k + inside).flatten(-2)
         else:
-            run = slice(run.start, min(run.stop, total))
-            tokens = tokens[..., : run.stop - run.start]
-        visible = _visible(selection, tokens, position[rows], rows)
-        yield _Block(rows, run, tokens.clamp(max=total - 1), visible)
+            tokens = torch.arange(run.start, run.stop, device=q.device).expand(*heads, -1)
+        penalty = _penalty(selection, tokens, position[rows], rows, room)
+        yield _Block(rows, run, tokens.clamp(max=total - 1), penalty)
 
 
-def _runs(selection: Selection) -> list[slice | None]:
-    """Per block of queries: the tokens as one slice, if all heads and sequences list the same neighbouring blocks."""
-    first_BhN = selection.indices[..., 0]
-    last_BhN = selection.indices.gather(-1, (selection.counts - 1).clamp(min=0)[..., None].long()).squeeze(-1)
-    neighbours = last_BhN - first_BhN + 1 == selection.counts
-    same = (first_BhN == first_BhN[:1, :1]) & (last_BhN == last_BhN[:1, :1])
-    whole = (neighbours & same).all(dim=1).all(dim=0).tolist()
-    edges = zip(whole, first_BhN[0, 0].tolist(), last_BhN[0, 0].tolist(), strict=True)
+def _runs(selection: Selection, total: int) -> list[slice | None]:
+    """Per block of queries: the listed tokens as one slice, if all heads and sequences list the same neighbours."""
+    first = selection.indices[..., 0]
+    last = selection.indices.gather(-1, (selection.counts[..., None] - 1).clamp(min=0).long()).squeeze(-1)
+    alike = (last - first + 1 == selection.counts) & (first == first[:1, :1]) & (last == last[:1, :1])
+    edges = zip(alike.flatten(0, 1).all(dim=0).tolist(), first[0, 0].tolist(), last[0, 0].tolist(), strict=True)
     size = selection.block_k
-    return [slice(first * size, (last + 1) * size) if run else None for run, first, last in edges]
+    return [slice(start * size, min((stop + 1) * size, total)) if run else None for run, start, stop in edges]
 
 
-def _visible(selection: Selection, tokens: Tensor, position: Tensor, rows: slice) -> Bool[Tensor, "B h C n"]:
-    visible = tokens[..., None, :] <= position[:, None]
+def _penalty(
+    selection: Selection, tokens: Tensor, position: Tensor, rows: slice, room: Tensor
+) -> Float[Tensor, "B h C n"]:
+    """0 where the query sees the key, far below elsewhere: two passes, where a comparison and a choice take five."""
+    past = (tokens <= position[0]).sum(-1).amin()
+    shape = (*tokens.shape[:-1], len(position), tokens.shape[-1])
+    penalty = room[: math.prod(shape)].view(shape)
     if selection.rank is not None and selection.limit is not None:
         rank = selection.rank.gather(-1, tokens.clamp(max=selection.rank.shape[-1] - 1))
-        visible &= rank[..., None, :] <= selection.limit[:, :, rows, None]
-    return visible
-
-
-def _take(x: Tensor | None, block: _Block) -> Tensor | None:
-    """The rows of x [B, G, S, width] that a block lists: a view of a run, else a copy per head of the pattern."""
-    if x is None:
-        return None
-    if block.run is not None:
-        return x[:, :, block.run]
-    flat = _flat(x, block.tokens)
-    return x.reshape(-1, x.shape[-1]).index_select(0, flat.flatten()).view(*flat.shape, x.shape[-1])
-
-
-def _give_back(total: Tensor | None, part: Tensor, block: _Block) -> None:
-    """Add a block's gradient to the rows it was taken from."""
-    assert total is not None, "a gradient comes back only for what was taken"
-    if block.run is not None:
-        total[:, :, block.run] += part
+        torch.sub(*_spread(rank, selection.limit[:, :, rows], room.dtype), out=penalty).clamp_(max=0)
     else:
-        total.view(-1, total.shape[-1]).index_add_(0, _flat(total, block.tokens).flatten(), part.flatten(0, 2))
+        penalty.zero_()
+    late = tokens[..., past:]
+    penalty[..., past:] += torch.sub(*_spread(late, position.expand(*late.shape[:-1], -1), room.dtype)).clamp_(max=0)
+    return penalty
 
 
-def _flat(x: Tensor, tokens: Int[Tensor, "B h n"]) -> Int[Tensor, "B heads n"]:
-    """Row numbers in x [B, G, S, width] seen as a matrix; heads is the larger of h and G."""
+def _spread(number: Int[Tensor, "B h n"], most: Int[Tensor, "B h C"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two tensors whose difference [B, h, C, n] is 0 or above where number <= most, else at most -UNSEEN."""
+    return most.to(dtype)[..., None] * UNSEEN, number.to(dtype)[..., None, :] * UNSEEN
+
+
+def _take(x: Float[Tensor, "B G S width"], block: _Block, heads: int) -> Float[Tensor, "B H n width"]:
+    """The rows of x that a block lists, for each of `heads` query heads."""
+    if block.run is not None:
+        taken = x[:, :, block.run]
+    else:
+        row = _row_numbers(x, block.tokens)
+        taken = x.reshape(-1, x.shape[-1]).index_select(0, row.flatten()).view(*row.shape, x.shape[-1])
+    return taken if taken.shape[1] == heads else taken.repeat_interleave(heads // taken.shape[1], dim=1)
+
+
+def _give_back(total: Float[Tensor, "B G S width"], part: Float[Tensor, "B H n width"], block: _Block) -> None:
+    """Add a block's gradient to the rows it was taken from."""
+    if block.run is not None:
+        total[:, :, block.run] += part.unflatten(1, (total.shape[1], -1)).sum(dim=2)
+        return
+    row = _row_numbers(total, block.tokens)
+    part = part.unflatten(1, (row.shape[1], -1)).sum(dim=2)
+    total.view(-1, total.shape[-1]).index_add_(0, row.flatten(), part.reshape(-1, part.shape[-1]))
+
+
+def _row_numbers(x: Tensor, tokens: Int[Tensor, "B h n"]) -> Int[Tensor, "B heads n"]:
+    """Where tokens stand in x [B, G, S, width] seen as a matrix of rows; heads is the larger of h and G."""
     batch, groups, length = x.shape[:3]
     heads = max(groups, tokens.shape[1])
     group = torch.arange(heads, device=x.device) // (heads // groups)

@@ -2,8 +2,9 @@
 
     y = weight * (x / sqrt(mean(x^2) + eps))
 
-Rounding order, the same as the published DeepSeek-V3 readers': statistics and division in fp32 (float64 stays float64), the quotient is rounded
-to x's dtype, and only then multiplied by the weight, in that dtype. A kernel that multiplies before it rounds differs in the last bit of bf16.
+Rounding order, the same as the published DeepSeek-V3 readers': statistics and division in fp32 (float64 stays float64),
+the quotient is rounded to x's dtype, and only then multiplied by the weight, in that dtype. A kernel that multiplies
+before it rounds differs in the last bit of bf16.
 """
 
 import torch

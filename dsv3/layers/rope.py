@@ -1,16 +1,19 @@
 """Rotary position embedding on interleaved pairs, and YaRN for contexts longer than trained on.
 
-RoPE (arXiv 2104.09864) turns the pair (x[2i], x[2i+1]) at position p by the angle p * f_i, f_i = theta^(-2i/dim), so that a dot product of a
-turned query and a turned key depends on the distance of their positions only. Angles and the turn are computed in fp32 (float64 stays float64).
+RoPE (arXiv 2104.09864) turns the pair (x[2i], x[2i+1]) at position p by the angle p * f_i, f_i = theta^(-2i/dim), so
+that a dot product of a turned query and a turned key depends on the distance of their positions only. Angles and the
+turn are computed in fp32 (float64 stays float64).
 
-YaRN (arXiv 2309.00071) divides slow frequencies by `factor`, keeps fast ones and blends between, where fast means at least `beta_fast` turns
-over the original context and slow at most `beta_slow`:
+YaRN (arXiv 2309.00071) divides slow frequencies by `factor`, keeps fast ones and blends between, where fast means at
+least `beta_fast` turns over the original context and slow at most `beta_slow`:
 
-    corr(r) = dim * ln(original / (2 pi r)) / (2 ln theta)       ramp_i = clamp((i - floor(corr(fast))) / (ceil(corr(slow)) - floor(corr(fast))), 0, 1)
-    f_i <- f_i / factor * ramp_i + f_i * (1 - ramp_i)            m(s) = 0.1 s ln(factor) + 1
+    corr(r) = dim * ln(original / (2 pi r)) / (2 ln theta)          the pair that turns r times
+    ramp_i = clamp((i - low) / (high - low), 0, 1)                  low = floor(corr(fast)), high = ceil(corr(slow))
+    f_i <- f_i / factor * ramp_i + f_i * (1 - ramp_i)
+    m(s) = 0.1 s ln(factor) + 1
 
-The softmax scale grows by m(mscale_all_dim)^2 and the turned vectors by m(mscale) / m(mscale_all_dim), which is 1 for DeepSeek-V3, as its
-published code has it: 1.8738542 and 1 at factor 40.
+The softmax scale grows by m(mscale_all_dim)^2 and the turned vectors by m(mscale) / m(mscale_all_dim), which is 1 for
+DeepSeek-V3, as its published code has it: 1.8738542 and 1 at factor 40.
 """
 
 import math
@@ -23,7 +26,7 @@ from dsv3.config import Rope, Yarn
 from dsv3.config.rules import require
 
 
-def frequencies(dim: int, rope: Rope, device: torch.device | str = "cpu") -> Float[Tensor, "half"]:
+def frequencies(dim: int, rope: Rope, device: torch.device | str = "cpu") -> Float[Tensor, " half"]:
     """The angle per position of each of the dim/2 pairs, in fp32.
 
     Raises:
@@ -45,7 +48,7 @@ def softmax_mscale(rope: Rope) -> float:
 
 
 def magnitude(rope: Rope) -> float:
-    """What turned vectors are multiplied by: m(mscale) / m(mscale_all_dim) under YaRN; m(1) when either is 0; else 1."""
+    """What turned vectors are multiplied by under YaRN: m(mscale) / m(mscale_all_dim), or m(1) when either is 0."""
     yarn = rope.scaling
     if yarn is None:
         return 1.0
@@ -56,24 +59,21 @@ def magnitude(rope: Rope) -> float:
 
 def rotate(
     x: Float[Tensor, "*batch T P"],
-    positions: Int[Tensor, "T"],
-    frequency: Float[Tensor, "half"],
+    positions: Int[Tensor, " T"],
+    frequency: Float[Tensor, " half"],
     magnitude: float = 1.0,
 ) -> Float[Tensor, "*batch T P"]:
     """Turn the pairs (2i, 2i+1) of x's last axis by positions * frequency; pairs stay where they are.
 
-    Hugging Face's readers return [all firsts; all seconds] instead. Dot products agree, element by element the vectors do not.
+    Hugging Face's readers return [all firsts; all seconds] instead. Dot products agree, element by element the vectors
+    do not.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     angle_TP2 = positions.to(wide)[:, None] * frequency.to(wide)
     pair = x.to(wide).unflatten(-1, (-1, 2))
-    # one complex product is four times faster than the real form in eager mode; the compiler generates code for the real form only
-    turned = (
-        _turn(pair, angle_TP2, magnitude)
-        if torch.compiler.is_compiling()
-        else _turn_complex(pair, angle_TP2, magnitude)
-    )
-    return turned.flatten(-2).to(x.dtype)
+    # in eager mode one complex product is four times faster; the compiler generates code for the real form only
+    turn = _turn if torch.compiler.is_compiling() else _turn_complex
+    return turn(pair, angle_TP2, magnitude).flatten(-2).to(x.dtype)
 
 
 def _turn(pair: Float[Tensor, "*batch T half 2"], angle: Float[Tensor, "T half"], magnitude: float) -> Tensor:
@@ -93,7 +93,7 @@ def _m(yarn: Yarn, scale: float) -> float:
     return 0.1 * scale * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
 
 
-def _ramp(dim: int, theta: float, yarn: Yarn, device: torch.device | str) -> Float[Tensor, "half"]:
+def _ramp(dim: int, theta: float, yarn: Yarn, device: torch.device | str) -> Float[Tensor, " half"]:
     def pair_with(turns: float) -> float:
         return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

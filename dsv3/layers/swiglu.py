@@ -1,4 +1,7 @@
-"""SwiGLU feed-forward network (arXiv 2002.05202): down(silu(gate(x)) * up(x)), without biases; names as in the published checkpoints."""
+"""SwiGLU feed-forward network (arXiv 2002.05202): down(silu(gate(x)) * up(x)).
+
+No biases; names as in the published checkpoints.
+"""
 
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -1,8 +1,9 @@
 """The k-th smallest of every prefix of a sequence, all at once, in O(S log S).
 
-Numbers are sorted bit by bit from the highest, stably, as in a wavelet matrix (Claude, Navarro, Ordonez 2015). A prefix stays a range [low, high) at each
-bit: it holds as many zeros as were counted before `high` less those before `low`. The k-th smallest has a zero there if k is below that count;
-otherwise a one, and k loses the zeros. One pass over the bits answers every prefix, where a heap would walk token by token.
+Numbers are sorted bit by bit from the highest, stably, as in a wavelet matrix (Claude, Navarro, Ordonez 2015). A prefix
+stays a range [low, high) at each bit: it holds as many zeros as were counted before `high` less those before `low`. The
+k-th smallest has a zero there if k is below that count; otherwise a one, and k loses the zeros. One pass over the bits
+answers every prefix, where a heap would walk token by token.
 """
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 
 
 def kth_of_prefixes(
-    permutation: Int[Tensor, "B h S"], lengths: Int[Tensor, "n"], k: Int[Tensor, "n"]
+    permutation: Int[Tensor, "B h S"], lengths: Int[Tensor, " n"], k: Int[Tensor, " n"]
 ) -> Int[Tensor, "B h n"]:
-    """For each i: the number at place k[i], counted from 0 in ascending order, among the first lengths[i] > k[i] numbers of each row.
+    """For each i: the number at place k[i], counted from 0 in ascending order, among the first lengths[i] > k[i]
+    numbers of each row.
 
     Rows hold every number from 0 to S-1 once.
     """

@@ -1,7 +1,8 @@
 """Sliding window: a query sees the last `size` tokens, its own among them, and the first `sink` tokens of the sequence.
 
-The window is that of Longformer and Mistral (arXiv 2004.05150, 2310.06825); the sink keeps the first tokens, on which trained softmax attention rests
-weight it has no use for (arXiv 2309.17453). Nothing is scored; the query at position t keeps min(t + 1, size + sink) keys, so cost is linear in T.
+The window is that of Longformer and Mistral (arXiv 2004.05150, 2310.06825); the sink keeps the first tokens, on which
+trained softmax attention rests weight it has no use for (arXiv 2309.17453). Nothing is scored; the query at position t
+keeps min(t + 1, size + sink) keys, so cost is linear in T.
 """
 
 import torch
@@ -27,8 +28,9 @@ def window(
     """The window's selection for the last `queries` of `total` positions, shared by all heads.
 
     Raises:
-        ValueError: for a size below 1 or a negative sink.
+        ValueError: for a size below 1, a negative sink, or no query.
     """
+    require(1 <= queries <= total, "queries", queries, f"must be between 1 and total={total}", "select for some tokens")
     require(size >= 1, "size", size, "must be at least 1: a token sees itself", "use a larger window")
     require(sink >= 0, "sink", sink, "must not be negative", "use 0 for no sink")
     first = torch.arange(total - queries, total, block_q, device=device)
@@ -36,7 +38,7 @@ def window(
     high = ((first + block_q).clamp(max=total) - 1) // block_k + 1
     sunk = low.clamp(max=-(-sink // block_k))
     counts = sunk + high - low
-    slot = torch.arange(int(counts.max()) if queries else 0, device=device)
+    slot = torch.arange(int(counts.max()), device=device)
     indices = torch.where(slot < sunk[:, None], slot, low[:, None] + slot - sunk[:, None])
     position = torch.arange(total, device=device)
     rank = torch.where(position < sink, -total, -position)
@@ -53,7 +55,7 @@ def window(
 
 
 def clipped_sum(first: int, last: int, most: int) -> int:
-    """min(first, most) + ... + min(last, most): keys kept when each query sees at most `most` of those up to its own."""
+    """min(first, most) + ... + min(last, most): keys kept where a query sees at most `most` of those up to its own."""
 
     def up_to(n: int) -> int:
         ramp = min(n, most)
