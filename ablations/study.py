@@ -190,6 +190,7 @@ class Study:
 
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
     seeds     replicates per profile; "full" has at least what the rules ask
+    answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' own answers
     limits    what the answer does not say, one sentence each
     """
 
@@ -203,6 +204,7 @@ class Study:
     measure: Callable[[Cell], list[Reading]]
     rules: tuple[Rule, ...] = ()
     figures: tuple[Figure, ...] = ()
+    answer: Callable[[Sequence[Record]], str] | None = None
     limits: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
