@@ -169,7 +169,7 @@ class Figure:
     where      axes that select the points: {"profile": "late"}; the rest must leave one point per arm and x
     log        axes on a logarithmic scale: "", "x", "y" or "xy"
     reference  a value marked in the picture and what it is: (2.3, "claimed: 2.3x")
-    draw       for any other picture: draws it, given the summary frame of the study and matplotlib Axes; torch-free
+    draw       for any other picture: makes a matplotlib Figure of the study's summary frame; torch-free
     """
 
     name: str
@@ -181,7 +181,7 @@ class Figure:
     against_baseline: bool = False
     log: Literal["", "x", "y", "xy"] = ""
     reference: tuple[float, str] | None = None
-    draw: Callable[[Any, Any], None] | None = None
+    draw: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

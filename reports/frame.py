@@ -23,6 +23,7 @@ FIXED = (
     "low",
     "high",
     "n",
+    "over",
     "unit",
     "noise",
     "profile",
