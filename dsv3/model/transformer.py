@@ -25,12 +25,12 @@ from dsv3.moe import Routing
 
 
 class Transformer(nn.Module):
-    """The model of a config, with initial weights of that seed. Under `with torch.device("meta")` it has shapes only."""
+    """The model of a config, with the initial weights of a seed; under `with torch.device("meta")`, shapes alone."""
 
     def __init__(self, model: Model, *, seed: int = 0) -> None:
         super().__init__()
         self.config = model
-        # torch fills its own layers from the global stream first; what the caller draws from it must not depend on that.
+        # torch fills its own layers from the global stream first, which must not move what the caller draws from it
         with torch.random.fork_rng(devices=[]):
             self.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)
             self.layers = nn.ModuleList(Block(model, layer) for layer in range(model.num_hidden_layers))

@@ -101,9 +101,12 @@ def read_config(text: str) -> Model:
         plain = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"config.json is not JSON ({error}); download or copy it again") from error
+    require(isinstance(plain, dict), "config.json", plain, "must be an object of keys and values", "download it again")
     _check_keys(plain)
     _check_derived(plain)
     ours = plain.get(OURS, {})
+    unknown = sorted(ours.keys() - {"balance", "capacity", "mtp_hidden"})
+    require(not unknown, f"config.json {OURS}", unknown, "are not keys that this reader understands", "remove them")
     return Model(
         **{name: _need(plain, name) for name in SAME_NAME},
         attention=Latent(**{name: _need(plain, name) for name in LATENT}),
@@ -188,16 +191,12 @@ def _read_mtp(plain: dict[str, Any], ours: dict[str, Any]) -> MTP | None:
 
 
 def _read_rope(plain: dict[str, Any]) -> Rope:
-    both = "rope_parameters" in plain and "rope_scaling" in plain
-    require(
-        not both, "config.json rope_scaling", plain.get("rope_scaling"), "stands beside rope_parameters", "keep one"
-    )
-    if "rope_parameters" in plain:
-        given = dict(plain["rope_parameters"])
-        theta = given.pop("rope_theta", plain.get("rope_theta"))
-        require(theta is not None, "config.json rope_parameters.rope_theta", theta, "is missing", "add it, e.g. 10000")
-    else:
-        given, theta = dict(plain.get("rope_scaling") or {}), _need(plain, "rope_theta")
+    given = dict(plain.get("rope_parameters") or plain.get("rope_scaling") or {})
+    both = bool(plain.get("rope_parameters")) and bool(plain.get("rope_scaling"))
+    require(not both, "config.json rope_scaling", given, "stands beside rope_parameters", "keep one of the two")
+    thetas = {source["rope_theta"] for source in (plain, given) if source.get("rope_theta") is not None}
+    require(len(thetas) == 1, "config.json rope_theta", sorted(thetas), "must be given, and once", "10000 is usual")
+    given.pop("rope_theta", None)
     kinds = {given.pop(name) for name in ("rope_type", "type") if name in given} or {"default"}
     require(
         kinds <= {"default", "yarn"} and len(kinds) == 1,
@@ -209,7 +208,7 @@ def _read_rope(plain: dict[str, Any]) -> Rope:
     _drop_neutral(given)
     stray = kinds == {"default"} and given
     require(not stray, "config.json rope", given, "has settings of a scaling but no rope_type", "set rope_type")
-    return Rope(theta=float(theta), scaling=_read_yarn(given) if kinds == {"yarn"} else None)
+    return Rope(theta=float(thetas.pop()), scaling=_read_yarn(given) if kinds == {"yarn"} else None)
 
 
 def _drop_neutral(given: dict[str, Any]) -> None:

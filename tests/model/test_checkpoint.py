@@ -1,0 +1,365 @@
+"""Checkpoints that are whole, sharded, in FP8, or broken in every way that a copy over a network can break them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dsv3.config import MTP, MultiHead, Window, vary
+from dsv3.model import Transformer, hf
+from tests.model.variants import BASE, VARIANTS, latent
+
+# DeepSeek's own config.json of V3, with the widths of BASE: the older dialect, and keys of training.
+PUBLISHED = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 20,
+    "initializer_range": 0.1,
+    "intermediate_size": 28,
+    "kv_lora_rank": 8,
+    "max_position_embeddings": 64,
+    "model_type": "deepseek_v3",
+    "moe_intermediate_size": 7,
+    "moe_layer_freq": 1,
+    "n_group": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 2,
+    "num_experts_per_tok": 3,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_nextn_predict_layers": 1,
+    "pretraining_tp": 1,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.33.1",
+    "use_cache": True,
+    "v_head_dim": 10,
+    "vocab_size": 37,
+}
+
+
+def changed(**changes: Any) -> str:
+    return json.dumps(PUBLISHED | changes)
+
+
+def without(name: str) -> str:
+    return json.dumps({key: value for key, value in PUBLISHED.items() if key != name})
+
+
+def test_the_published_dialect_reads_as_the_same_model() -> None:
+    assert hf.read_config(json.dumps(PUBLISHED)) == BASE
+
+
+def test_published_yarn_reads_as_ours() -> None:
+    yarn = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+    yarn |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    scaling = hf.read_config(changed(rope_scaling=yarn)).rope.scaling
+    assert scaling is not None
+    assert (scaling.factor, scaling.mscale_all_dim, scaling.beta_slow) == (40, 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (changed(sliding_window=128), "sliding_window=128: is not a key that this reader understands"),
+        (changed(scoring_func="softmax"), "scoring_func='softmax': must be 'sigmoid'"),
+        (changed(topk_method="greedy"), "topk_method='greedy'"),
+        (changed(attention_bias=True), "attention_bias=True"),
+        (changed(hidden_act="gelu"), "hidden_act='gelu'"),
+        (changed(rope_interleave=False), "rope_interleave=False"),
+        (changed(model_type="deepseek_v2"), "model_type='deepseek_v2'"),
+        (changed(moe_layer_freq=2), "moe_layer_freq=2"),
+        (changed(num_key_value_heads=1), "num_key_value_heads=1: must be 2"),
+        (changed(qk_head_dim=9), "qk_head_dim=9: must be 10"),
+        (changed(rope_scaling={"type": "linear", "factor": 2}), "rope_type={'linear'}"),
+        (
+            changed(rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "x": 1}),
+            r"\['x'\]",
+        ),
+        (changed(rope_scaling={"factor": 2.0}), "has settings of a scaling but no rope_type"),
+        (changed(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), "rope_theta=.5.0, 10000."),
+        (changed(rope_scaling={"type": "yarn", "factor": 0.5, "original_max_position_embeddings": 8}), "factor=0.5"),
+        (changed(dsv3={"ballast": 1}), r"\['ballast'\]"),
+        (changed(n_group=3), "n_group=3: must divide"),
+        (changed(n_group=None), "n_group=None"),
+        (without("kv_lora_rank"), "kv_lora_rank: missing"),
+        (without("model_type"), "model_type: missing"),
+        (without("rope_theta"), "rope_theta"),
+        ("{", "not JSON"),
+        ("[1]", "must be an object"),
+    ],
+)
+def test_a_config_that_is_not_understood_is_refused_by_name(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        hf.read_config(text)
+
+
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        (vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=6)), "attention='MultiHead'"),
+        (vary(BASE, attention=latent(select=Window(size=3))), "select=Window"),
+        (vary(BASE, **{"moe.scoring_func": "softmax"}), "scoring_func='softmax'"),
+        (vary(BASE, **{"moe.n_shared_experts": 0}), "n_shared_experts=0"),
+        (vary(BASE, moe=None), "mtp=MTP"),
+    ],
+)
+def test_a_model_that_the_format_cannot_say_is_not_written(model: Any, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=says):
+        hf.save(Transformer(model), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "plain_queries", "yarn", "tied", "two_ahead", "nothing_ahead"])
+@pytest.mark.parametrize("shard_bytes", [1, 4000, 10**9])
+def test_saved_and_loaded_the_model_is_the_same_bit_for_bit(name: str, shard_bytes: int, tmp_path: Path) -> None:
+    model = Transformer(VARIANTS[name], seed=3)
+    for name, buffer in model.named_buffers():
+        buffer.normal_(generator=torch.Generator().manual_seed(len(name)))
+    hf.save(model, tmp_path, shard_bytes=shard_bytes)
+    loaded = hf.load(tmp_path)
+    assert loaded.config == model.config
+    for (name, before), after in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_checkpoint_that_announces_multi_token_prediction_but_holds_none_loads_without(tmp_path: Path) -> None:
+    """transformers writes such: its causal model drops the module and keeps the number in the config."""
+    hf.save(Transformer(VARIANTS["nothing_ahead"]), tmp_path)
+    edit_config(tmp_path, num_nextn_predict_layers=1)
+    assert hf.load(tmp_path).config.mtp is None
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(directory: Path, edit: Any) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda t: t.pop("model.norm.weight"), "tensors are missing: model.norm.weight"),
+        (lambda t: t.pop("model.layers.3.eh_proj.weight"), "missing: model.layers.3.eh_proj.weight"),
+        (lambda t: t.pop("model.layers.1.mlp.gate.e_score_correction_bias"), "e_score_correction_bias"),
+        (lambda t: t.update(extra=torch.ones(1)), "no place for: extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"model.norm.weight.shape=\(3,\): must be \(20,\)"),
+        (lambda t: t["model.layers.3.embed_tokens.weight"].add_(1), "layers.3.embed_tokens.weight.*is a copy"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(20, dtype=torch.int32)}), "norm.weight type='I32'"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(edit: Any, says: str, tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path)
+    edit_tensors(tmp_path, edit)
+    with pytest.raises(ValueError, match=says):
+        hf.load(tmp_path)
+
+
+def test_copies_of_shared_matrices_may_be_absent(tmp_path: Path) -> None:
+    model = Transformer(BASE)
+    hf.save(model, tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop("model.layers.3.shared_head.head.weight"))
+    assert torch.equal(hf.load(tmp_path).state_dict()["lm_head.weight"], model.state_dict()["lm_head.weight"])
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path, shard_bytes=4000)
+    second = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(ValueError, match=rf"shards that .* names are missing: {second.name}"):
+        hf.load(tmp_path)
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path, shard_bytes=4000)
+    third = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    third.write_bytes(third.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{third.name}: cannot be read, cut short"):
+        hf.load(tmp_path)
+
+
+def test_a_shard_without_a_tensor_that_the_index_places_there_is_named(tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path, shard_bytes=4000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    file = index["weight_map"]["model.norm.weight"]
+    tensors = load_file(tmp_path / file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / file)
+    with pytest.raises(ValueError, match=rf"{file}: tensors that .* places here are missing: model.norm.weight"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path, shard_bytes=4000)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="not an index of shards"):
+        hf.load(tmp_path)
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read"):
+        hf.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED))
+    with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor"):
+        hf.load(tmp_path)
+
+
+def test_a_checkpoint_is_not_written_over_another(tmp_path: Path) -> None:
+    hf.save(Transformer(BASE), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds model\.safetensors"):
+        hf.save(Transformer(BASE, seed=1), tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_a_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be made"):
+        hf.save(Transformer(BASE), tmp_path / "file")
+
+
+WIDE = vary(
+    BASE,
+    hidden_size=130,
+    intermediate_size=260,
+    mtp=MTP(num_nextn_predict_layers=1),
+    **{"moe.moe_intermediate_size": 129, "moe.n_routed_experts": 4, "moe.n_group": 2, "moe.num_experts_per_tok": 2},
+)
+CODED = ("_proj.weight", "eh_proj.weight")
+
+
+def write_float8(directory: Path, scale_fmt: str) -> dict[str, torch.Tensor]:
+    """A checkpoint whose linear layers are FP8 codes; returns the weights that they stand for, block by block."""
+    hf.save(Transformer(WIDE, seed=5).to(torch.bfloat16), directory)
+    meant: dict[str, torch.Tensor] = {}
+
+    def to_codes(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(CODED)]:
+            weight = tensors[name].float()
+            blocks = (-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+            scale, codes = torch.empty(blocks), torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+            meant[name] = torch.empty(weight.shape, dtype=torch.bfloat16)
+            for i in range(blocks[0]):
+                for j in range(blocks[1]):
+                    at = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+                    s = weight[at].abs().max() / 448 * (1.7 if name.endswith("down_proj.weight") else 1.0)
+                    s = 2.0 ** s.log2().ceil() if scale_fmt == "ue8m0" else s
+                    codes[at], scale[i, j] = (weight[at] / s).to(torch.float8_e4m3fn), s
+                    meant[name][at] = (codes[at].float() * s).to(torch.bfloat16)
+            tensors[name], tensors[f"{name}_scale_inv"] = codes, scale
+
+    edit_tensors(directory, to_codes)
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
+    edit_config(directory, quantization_config=quantization | ({"scale_fmt": "ue8m0"} if scale_fmt == "ue8m0" else {}))
+    return meant
+
+
+@pytest.mark.parametrize("scale_fmt", ["fp32", "ue8m0"])
+def test_fp8_weights_are_their_bf16_dequantisation(scale_fmt: str, tmp_path: Path) -> None:
+    meant = write_float8(tmp_path, scale_fmt)
+    checkpoint = hf.read(tmp_path)
+    assert checkpoint.float8 is not None
+    assert checkpoint.float8.scale_fmt == scale_fmt
+    assert {p.dtype for p in checkpoint.model.parameters()} == {torch.bfloat16}
+    ours = checkpoint.model.state_dict()
+    seen = {e.stored: e.view(ours[e.ours]) for e in hf.entries(WIDE) if e.stored in meant}
+    assert seen.keys() == meant.keys()
+    for name, weight in meant.items():
+        assert torch.equal(seen[name], weight), name
+
+
+@pytest.mark.parametrize("scale_fmt", ["fp32", "ue8m0"])
+def test_fp8_codes_and_scale_format_survive_reading_and_writing(scale_fmt: str, tmp_path: Path) -> None:
+    write_float8(tmp_path / "before", scale_fmt)
+    checkpoint = hf.read(tmp_path / "before")
+    hf.save(checkpoint.model, tmp_path / "after", float8=checkpoint.float8)
+    before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("before", "after"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+    config = json.loads((tmp_path / "after" / "config.json").read_text())
+    assert config["quantization_config"].get("scale_fmt", "fp32") == scale_fmt
+
+
+def test_an_fp8_weight_that_changed_is_quantised_anew(tmp_path: Path) -> None:
+    write_float8(tmp_path / "before", "ue8m0")
+    checkpoint = hf.read(tmp_path / "before")
+    with torch.no_grad():
+        checkpoint.model.layers[0].mlp.up_proj.weight.mul_(-3)
+    hf.save(checkpoint.model, tmp_path / "after", float8=checkpoint.float8)
+    weight = checkpoint.model.layers[0].mlp.up_proj.weight
+    again = hf.load(tmp_path / "after").layers[0].mlp.up_proj.weight
+    # e4m3 keeps 4 bits: 2^-4 of the number, or of the block's smallest normal 2^-6 x scale
+    assert ((again - weight).abs() <= weight.abs() * 2**-4 + weight.abs().max() / 224 * 2**-10).all()
+    scale = load_file(tmp_path / "after" / "model.safetensors")["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    assert torch.equal(scale.log2(), scale.log2().round())
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"fmt": "e5m2"}, "fmt='e5m2'"),
+        ({"weight_block_size": [64, 64]}, r"weight_block_size=\[64, 64\]"),
+        ({"scale_fmt": "fp16"}, "scale_fmt='fp16'"),
+        ({"rotate": True}, "rotate=True: is not a key"),
+    ],
+)
+def test_a_quantisation_that_is_not_understood_is_refused_by_name(change: Any, says: str, tmp_path: Path) -> None:
+    write_float8(tmp_path, "fp32")
+    quantization = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    edit_config(tmp_path, quantization_config=quantization | change)
+    with pytest.raises(ValueError, match=says):
+        hf.load(tmp_path)
+
+
+def test_fp8_codes_without_scales_or_config_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj.weight"
+    write_float8(tmp_path, "fp32")
+    edit_config(tmp_path, quantization_config=None)
+    with pytest.raises(ValueError, match="quantization_config: missing"):
+        hf.load(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.update({f"{name}_scale_inv": torch.ones(1, 1)}))
+    edit_config(tmp_path, quantization_config={})
+    with pytest.raises(ValueError, match=r"o_proj.weight_scale_inv.shape=\(1, 1\): must be \(2, 1\)"):
+        hf.load(tmp_path)
+    edit_tensors(tmp_path, lambda t: t.pop(f"{name}_scale_inv"))
+    with pytest.raises(ValueError, match=f"tensors are missing: {name}_scale_inv"):
+        hf.load(tmp_path)
