@@ -25,6 +25,7 @@ from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing, count
 
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
@@ -49,15 +50,19 @@ def sort_rows(routing: Routing) -> Rows:
 
 
 def reference(
-    x: Float[Tensor, "N D"], routing: Routing, gate_up: Float[Tensor, "E D twoF"], down: Float[Tensor, "E F D"]
+    x: Float[Tensor, "N D"],
+    routing: Routing,
+    gate_up: Float[Tensor, "E D twoF"],
+    down: Float[Tensor, "E F D"],
+    product: Product = torch.matmul,
 ) -> Float[Tensor, "N D"]:
-    """The slow truth that the others are tested against."""
+    """The slow truth that the others are tested against; another `product` of two matrices may stand in for torch's."""
     y = torch.zeros_like(x, dtype=sum_dtype(x))
     for expert, (gate_up_DG, down_FD) in enumerate(zip(gate_up, down, strict=True)):
         taken = routing.indices == expert
         token, slot = (taken if routing.kept is None else taken & routing.kept).nonzero(as_tuple=True)
-        gate, up = (x[token] @ gate_up_DG).chunk(2, dim=-1)
-        out = swiglu(gate, up) @ down_FD
+        gate, up = product(x[token], gate_up_DG).chunk(2, dim=-1)
+        out = product(swiglu(gate, up), down_FD)
         y = y.index_add(0, token, out.to(y.dtype) * routing.weights[token, slot, None].to(y.dtype))
     return y.to(x.dtype)
 

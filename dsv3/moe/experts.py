@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dsv3.config import Model
-from dsv3.moe.dispatch import choose
+from dsv3.moe.dispatch import Product, choose, reference
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing
 
@@ -22,6 +22,7 @@ class Experts(nn.Module):
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=model.initializer_range)
         self._gradient_memory = ReusedMemory(), ReusedMemory()
+        self.product: Product | None = None  # set from outside, by dsv3.precision.apply
 
     def forward(self, x: Float[Tensor, "N D"], routing: Routing) -> Float[Tensor, "N D"]:
         """The weighted sum of each token's experts, in x's type."""
@@ -29,4 +30,6 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
             x_ND, gate_up, down = x.to(dtype), self.gate_up.to(dtype), self.down.to(dtype)
+            if self.product is not None:
+                return reference(x_ND, routing, gate_up, down, self.product).to(x.dtype)
             return choose(x_ND, down, self._gradient_memory)(x_ND, routing, gate_up, down).to(x.dtype)

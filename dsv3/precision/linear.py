@@ -16,11 +16,15 @@ and a test holds the two together to fp32 rounding.
 
 Kept in high precision (section 3.3.1): embedding, output head, router, norms and the attention core, and what steers a
 selection of keys, which is a router by another name. The published checkpoint keeps `eh_proj` of multi-token prediction
-in bf16 too.
+in bf16 too. The absorbed form of latent attention reads the weight of `kv_b_proj` as it is; it serves decoding.
+
+Stacked weights (experts) are no linear layers. A module that holds some offers an attribute `product`, None or the
+matrix product to use in place of torch's, and the policy sets it.
 """
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, assert_never
 
 import torch
@@ -82,7 +86,7 @@ class Float8Linear(nn.Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What a policy covers: linear layers on codes, those kept, and the share of all matrix parameters on codes."""
+    """What a policy covers: modules on codes, linear layers kept, and the share of all matrix parameters on codes."""
 
     on_codes: tuple[str, ...]
     kept: tuple[str, ...]
@@ -90,10 +94,10 @@ class Scope:
 
 
 def apply(model: nn.Module, precision: Precision, *, keep: tuple[str, ...] = KEPT) -> Scope:
-    """Put linear layers of `model` on codes where the precision asks for it, in place, but for names in `keep`.
+    """Put linear layers and experts of `model` on codes where the precision asks for it, in place.
 
-    A name is the last part of a module's path, such as "lm_head". Parameters stay the same objects with the same names,
-    so state dicts and optimizers do not notice. Applying again replaces the recipes.
+    A module with one of the names in `keep` on its path stays as it is. Parameters stay the same objects with the same
+    names, so state dicts and optimizers do not notice. Applying again replaces the recipes.
     """
     match precision:
         case Float32() | BFloat16() | Float16():
@@ -109,16 +113,27 @@ def _linears(model: nn.Module) -> tuple[str, ...]:
 
 
 def _put_on_codes(model: nn.Module, use: Recipes, keep: tuple[str, ...]) -> Scope:
-    names = _linears(model)
-    chosen = tuple(name for name in names if name.rpartition(".")[2] not in keep)
-    covered = 0
-    for name in chosen:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear), "only linear layers were named"
-        model.set_submodule(name, Float8Linear(linear, use))
-        covered += linear.weight.numel()
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
-    return Scope(on_codes=chosen, kept=tuple(sorted(set(names) - set(chosen))), share=covered / max(matrices, 1))
+    chosen, covered = [], 0
+    for name, module in list(model.named_modules()):
+        if set(name.split(".")) & set(keep):
+            continue
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Float8Linear(module, use))
+        elif hasattr(module, "product"):
+            module.product = partial(product, use=use)
+        else:
+            continue
+        chosen.append(name)
+        covered += _matrix_elements(module, recurse=False)
+    return Scope(
+        on_codes=tuple(chosen),
+        kept=tuple(name for name in _linears(model) if name not in chosen),
+        share=covered / max(_matrix_elements(model), 1),
+    )
+
+
+def _matrix_elements(module: nn.Module, *, recurse: bool = True) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse) if parameter.dim() >= 2)
 
 
 def autocast(precision: Precision, device_type: str) -> AbstractContextManager[None]:

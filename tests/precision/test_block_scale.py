@@ -135,7 +135,7 @@ def test_an_empty_tensor_has_no_tiles_and_stays_empty() -> None:
 
 
 def test_a_recipe_without_floor_or_with_an_empty_tile_is_refused() -> None:
-    with pytest.raises(ValueError, match="floor=0.0: must be above 0"):
+    with pytest.raises(ValueError, match=r"floor=0\.0: must be above 0"):
         Recipe(format=E4M3, floor=0.0)
     with pytest.raises(ValueError, match=r"tile=\(0, 128\): its sides are 1 or more"):
         Recipe(format=E4M3, tile=(0, 128))

@@ -159,7 +159,7 @@ def test_the_policy_leaves_router_head_embedding_and_norm_alone() -> None:
     net = seeded()
     scope = apply(net, Float8Block())
     assert scope.on_codes == ("mlp.gate_proj", "mlp.down_proj")
-    assert scope.kept == ("lm_head", "mlp.gate")
+    assert scope.kept == ("mlp.gate", "lm_head")
     matrices = 60 * 100 * 2
     assert scope.share == matrices / (matrices + 60 * 4 + 2 * 60 * 50)
     assert isinstance(net.mlp["gate_proj"], Float8Linear)
@@ -229,3 +229,22 @@ def test_autocast_decides_the_product_s_dtype_whatever_runs_outside(
     linear, x = nn.Linear(8, 8), torch.ones(2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16), autocast(precision, "cpu"):
         assert linear(x).dtype == expected
+
+
+class Stack(nn.Module):
+    """Stacked weights with the attribute that the policy looks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(2, 60, 100))
+        self.product = None
+
+
+def test_stacked_weights_get_the_product_on_codes_and_count_in_the_share() -> None:
+    net = nn.ModuleDict({"experts": Stack(), "lm_head": nn.Linear(60, 100)})
+    scope = apply(net, Float8Block())
+    assert scope.on_codes == ("experts",)
+    assert scope.share == 2 / 3
+    x = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
+    up = net["experts"].up[0]
+    assert torch.equal(net["experts"].product(x, up), product(x, up, recipes(Float8Block())))
