@@ -2,8 +2,8 @@
 
     out = softmax(scale * q k^T + penalty) v          lse = the logarithm of each row's softmax denominator
 
-On a CPU backward starts from `lse` and computes no forward again: the operators behind scaled_dot_product_attention are
-called by name, since torch's public function keeps lse to itself. Elsewhere backward runs the public function once more.
+On a CPU backward starts from `lse` and repeats no forward: the operators behind scaled_dot_product_attention are called
+by name, since torch's public function keeps lse to itself. Elsewhere backward runs the public function once more.
 Widths of q, k and v must be equal: see `same_width`.
 """
 

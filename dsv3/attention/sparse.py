@@ -4,8 +4,8 @@
                                  penalty = 0 where j <= t and rank[j] <= limit[t], else far below
                                  softmax(scale * q k^T + weight + penalty) v, torch's fused kernel on the small block
 
-The weight of a key rides along as one more column of k against a one in q: the fused kernel has no gradient for a matrix
-that is added, but one for k. Backward adds each block's part into gradients allocated once, so memory beyond inputs and
+The weight of a key rides along as one more column of k against a one in q: the fused kernel has a gradient for k, none
+for a matrix that is added. Backward adds each block's part into gradients allocated once, so memory beyond inputs and
 outputs is one block's, and no T x S matrix exists. What is in a block, in which order, and its penalty are decided by
 tokens that its queries may see, so nothing later moves a bit of an output.
 """
