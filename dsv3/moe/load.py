@@ -9,8 +9,8 @@ With c_i tokens at expert i, c = mean of the c_i, q_i = c_i / sum c:
     dead                 experts without a token
 
 None of these is zero for a router that plays no favourites: N tokens that pick K distinct experts at random spread like
-a multinomial, and with 8 tokens per expert the busiest of 128 has about twice the mean. So a statistic stands beside its
-floor, the value that uniform random routing of the same E, K and N gives:
+a multinomial, and with 8 tokens per expert the busiest of 128 has about twice the mean. So statistics stand beside the
+floor that uniform random routing of the same E, K and N gives:
 
     excess MaxVio        MaxVio / floor                        floor by Monte Carlo, seeded
     excess squared CV    CV^2 - (E - K) / (N K)                its expectation, in closed form
@@ -46,7 +46,7 @@ class LoadStatistics:
 
     @property
     def excess_max_vio(self) -> float:
-        """MaxVio as a multiple of what uniform random routing gives: about 1 is as balanced as routing by token gets."""
+        """MaxVio as a multiple of what uniform random routing gives; about 1 is the best that routing by token gets."""
         if self.max_vio_floor == 0.0:
             return 1.0 if self.max_vio == 0.0 else math.inf
         return self.max_vio / self.max_vio_floor

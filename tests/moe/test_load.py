@@ -1,0 +1,92 @@
+"""Load statistics: numbers worked by hand, and floors against the sampling they stand for."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dsv3.moe import LoadStatistics, drop_floor, load_statistics, max_vio_floor
+from dsv3.moe.load import distinct_experts, uniform_counts
+
+
+def test_statistics_of_four_experts_by_hand() -> None:
+    # The mean is 2, the variance (4 + 4) / 4, and the six differences between pairs add up to 4+2+2+2+2+0 = 12.
+    found = load_statistics(torch.tensor([4, 0, 2, 2]), k=2)
+    assert found.max_vio == pytest.approx(1.0)
+    assert found.cv == pytest.approx(math.sqrt(2) / 2)
+    assert found.gini == pytest.approx(12 * 2 / (16 * 4))
+    assert found.dead == 1
+    assert found.effective_experts == pytest.approx(2**1.5)
+    assert found.excess_cv_squared == pytest.approx(0.5 - 2 / 8)
+    assert found.dropped == 0.0
+
+
+def test_perfect_balance_has_no_violation_and_all_experts_effective() -> None:
+    found = load_statistics(torch.full((16,), 8), k=4)
+    assert (found.max_vio, found.cv, found.gini, found.dead) == (0.0, 0.0, pytest.approx(0.0), 0)
+    assert found.effective_experts == pytest.approx(16)
+    assert found.excess_max_vio == 0.0
+    assert found.excess_cv_squared < 0.0
+
+
+def test_one_expert_with_everything_is_the_far_end_of_every_statistic() -> None:
+    found = load_statistics(torch.tensor([12, 0, 0, 0]), k=1)
+    assert found.max_vio == 3.0
+    assert found.gini == 0.75
+    assert found.effective_experts == pytest.approx(1.0)
+    assert found.dead == 3
+
+
+def test_dropped_share_is_that_of_pairs_not_kept() -> None:
+    kept = torch.tensor([[True, False], [True, True]])
+    assert load_statistics(torch.tensor([3, 1]), k=2, kept=kept).dropped == 0.25
+
+
+@pytest.mark.parametrize("counts", [[0, 0], [2, 1]])
+def test_counts_that_are_no_sum_over_tokens_are_refused(counts: list[int]) -> None:
+    with pytest.raises(ValueError, match="must add up to tokens x k"):
+        load_statistics(torch.tensor(counts), k=2)
+
+
+def test_uniform_routing_is_at_its_floor() -> None:
+    counts = torch.tensor(uniform_counts(64, 4, 1024, seed=1))
+    found = [load_statistics(row, k=4) for row in counts]
+    # Means of 200 draws; their standard errors are about 1.5% and 1% of what is compared.
+    assert np.mean([row.excess_max_vio for row in found]) == pytest.approx(1.0, rel=0.06)
+    mean_square = (64 - 4) / (1024 * 4)
+    assert np.mean([row.excess_cv_squared for row in found]) == pytest.approx(0.0, abs=0.06 * mean_square)
+
+
+@pytest.mark.parametrize("experts, k", [(5, 2), (5, 3), (3, 3), (7, 1)])
+def test_every_set_of_experts_is_drawn_as_often_as_any_other(experts: int, k: int) -> None:
+    tokens = 4000
+    chosen = np.sort(distinct_experts(np.random.default_rng(0), experts, k, tokens), axis=1)
+    sets, times = np.unique(chosen, axis=0, return_counts=True)
+    assert len(sets) == math.comb(experts, k)
+    assert all(len(set(row)) == k for row in sets.tolist())
+    expected = tokens / len(sets)
+    # Five standard deviations of a binomial count.
+    assert np.abs(times - expected).max() <= 5 * math.sqrt(expected)
+
+
+def test_floor_falls_with_rows_per_expert_and_is_zero_when_all_are_chosen() -> None:
+    floors = [max_vio_floor(128, 2, tokens) for tokens in (512, 2048, 8192)]
+    assert floors == sorted(floors, reverse=True)
+    assert max_vio_floor(8, 8, 10) == 0.0
+    assert LoadStatistics(0.0, 0.0, 0.0, 0.0, 0.0, 0, 8.0, 0.0).excess_max_vio == 1.0
+
+
+def test_drop_floor_is_what_uniform_routing_loses_at_a_capacity() -> None:
+    assert drop_floor(4, 1, 8, capacity=8) == 0.0
+    assert drop_floor(4, 1, 8, capacity=1) == pytest.approx(
+        np.maximum(uniform_counts(4, 1, 8) - 1, 0).sum(1).mean() / 8
+    )
+    # Two experts, one token: whoever gets it is one over a capacity of zero.
+    assert drop_floor(2, 1, 1, capacity=0) == 1.0
+
+
+def test_floors_repeat_exactly() -> None:
+    first = uniform_counts(16, 2, 100).copy()
+    uniform_counts.cache_clear()
+    assert np.array_equal(first, uniform_counts(16, 2, 100))
