@@ -24,7 +24,7 @@ class Schedule:
     """A way to fill a pipeline of p ranks with m microbatches.
 
     plan    (p, m) -> Plan; raises ValueError where p and m do not suit it
-    idle    (p, m, times) -> idle time of the rank that idles most, in closed form
+    idle    (p, m, times) -> idle time of the rank that idles most, in closed form; ValueError outside its domain
     peak    (p, m) -> microbatches that the fullest rank holds, in closed form
     about   what it does, in a line
     """
@@ -54,7 +54,7 @@ SCHEDULES: tuple[Schedule, ...] = (
     Schedule(
         name="interleaved_one_f_one_b",
         plan=interleaved_one_f_one_b,
-        idle=lambda p, m, times: formulas.flush_idle(p, times, chunks=2),
+        idle=lambda p, m, times: formulas.interleaved_idle(p, m, times, chunks=2),
         peak=lambda p, m: formulas.interleaved_peak(p, m, chunks=2),
         about="1F1B over two smaller stages per rank",
     ),

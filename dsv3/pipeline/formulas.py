@@ -22,15 +22,36 @@ from dsv3.config.rules import require
 from dsv3.pipeline.simulate import Times
 
 
-def flush_idle(ranks: int, times: Times, chunks: int = 1) -> float:
-    """Idle time of a rank under GPipe or 1F1B, or under interleaved 1F1B with `chunks` stages per rank."""
-    return (ranks - 1) * (times.f + times.b + times.w) / chunks
+def flush_idle(ranks: int, times: Times) -> float:
+    """Idle time of a rank under GPipe or 1F1B: a fill and a drain."""
+    return (ranks - 1) * (times.f + times.b + times.w)
+
+
+def interleaved_idle(ranks: int, microbatches: int, times: Times, chunks: int) -> float:
+    """Idle time of a rank under interleaved 1F1B with `chunks` stages per rank.
+
+    Raises:
+        ValueError: for fewer microbatches than ranks.
+    """
+    _check_filled(ranks, microbatches)
+    return flush_idle(ranks, times) / chunks
 
 
 def zero_bubble_h1_idle(ranks: int, microbatches: int, times: Times, chunks: int = 1) -> float:
-    """Idle time of a rank under ZB-H1, for all f, b, w; with `chunks` > 1, for microbatches a multiple of ranks."""
+    """Idle time of a rank under ZB-H1, for all f, b and w.
+
+    Raises:
+        ValueError: for fewer microbatches than ranks where `chunks` > 1.
+    """
+    if chunks > 1:
+        _check_filled(ranks, microbatches)
     filled = min(microbatches, ranks) - 1
     return ((ranks - 1) * (times.f + times.b) - filled * min(times.f, times.b, times.w)) / chunks
+
+
+def _check_filled(ranks: int, microbatches: int) -> None:
+    rule = f"the closed form over chunks needs at least one per rank, {ranks}"
+    require(microbatches >= ranks, "microbatches", microbatches, rule, "simulate the plan instead")
 
 
 def dual_pipe_exact(times: Times) -> bool:
@@ -65,8 +86,9 @@ def paired(times: Times) -> float:
 
 
 def interleaved_peak(ranks: int, microbatches: int, chunks: int) -> float:
-    """Microbatches that the first rank holds at most under interleaved 1F1B, for microbatches a multiple of ranks."""
-    return min(microbatches * chunks, (chunks + 1) * ranks - 1) / chunks
+    """Microbatches that the first rank holds at most under interleaved 1F1B; p + (p-1)/v for m a multiple of p."""
+    per_round = microbatches // max(1, microbatches // ranks)
+    return min(microbatches * chunks, (chunks - 1) * per_round + 2 * ranks - 1) / chunks
 
 
 def idle_to_ideal(idle: float, microbatches: int, times: Times) -> float:
