@@ -12,15 +12,17 @@ whole blocks and, in extra_info, our figures.
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, failure, record
-from bench.meters.paired import Block, Clock, calls_needed, cuda_clock, process_clock, summary, threads, time_block
+from bench.meters.paired import Block, Clock, cuda_clock, plan, process_clock, summary, threads, time_block
 from bench.record import Profile, append
 
 BLOCKS: Mapping[Profile, int] = {"quick": 7, "full": 15}
+SECONDS: Mapping[Profile, float] = {"quick": 2.0, "full": 5.0}  # of blocks, where they are short
 
 Arms = Mapping[str, Callable[[], object]]
 Figures = dict[str, dict[str, Measurement]]
@@ -100,7 +102,7 @@ def measure_arms(
     point = Point(study=study, arm=baseline, baseline=baseline, seed=seed, config=config, axes=where)
     try:
         check()
-        timed = _time(run, benchmark, arms, blocks or BLOCKS[run.profile])
+        timed = _time(run, benchmark, arms, blocks)
     except Exception as error:
         _keep_error(run, point, arms, phase, f"{type(error).__name__}: {error}")
         raise
@@ -131,24 +133,31 @@ def throughput(wall_seconds: Measurement, tokens: int) -> Measurement:
     )
 
 
-def _time(run: Run, benchmark: Any, arms: Arms, blocks: int) -> list[tuple[Session, list[Block]]]:
-    timed: list[tuple[Session, list[Block]]] = []
-    for session in sessions(run.device):
-        taken: list[Block] = []
-        with threads(session.threads):
-            calls = calls_needed(arms, session.clock)
+def _time(run: Run, benchmark: Any, arms: Arms, blocks: int | None) -> list[tuple[Session, list[Block]]]:
+    # pytest-benchmark takes one measurement per case: the blocks that decide, which come first.
+    first, *others = sessions(run.device)
+    timed = [(first, _blocks(run, first, arms, blocks, partial(_rounds, benchmark)))]
+    return timed + [(session, _blocks(run, session, arms, blocks, _repeat)) for session in others]
 
-            def block(calls: int = calls, taken: list[Block] = taken, session: Session = session) -> None:
-                taken.append(time_block(arms, len(taken), calls, session.clock))
 
-            # pytest-benchmark takes one measurement per case: the blocks that decide, which come first.
-            if not timed:
-                benchmark.pedantic(block, rounds=blocks)
-            else:
-                for _ in range(len(timed[0][1])):
-                    block()
-        timed.append((session, taken))
-    return timed
+def _blocks(
+    run: Run, session: Session, arms: Arms, blocks: int | None, repeat: Callable[[Callable[[], None], int], None]
+) -> list[Block]:
+    taken: list[Block] = []
+    with threads(session.threads):
+        least = blocks or BLOCKS[run.profile]
+        chosen = plan(arms, least=least, seconds=0.0 if blocks else SECONDS[run.profile], clock=session.clock)
+        repeat(lambda: taken.append(time_block(arms, len(taken), chosen.calls, session.clock)), chosen.blocks)
+    return taken
+
+
+def _rounds(benchmark: Any, block: Callable[[], None], count: int) -> None:
+    benchmark.pedantic(block, rounds=count)
+
+
+def _repeat(block: Callable[[], None], count: int) -> None:
+    for _ in range(count):
+        block()
 
 
 def _keep_error(run: Run, point: Point, arms: Arms, phase: str, error: str) -> None:

@@ -21,7 +21,7 @@ SCHEMA = 1
 
 Noise = Literal["exact", "paired", "absolute"]
 Profile = Literal["quick", "full"]
-Over = Literal["blocks", "calls", "processes", "seeds"]
+Over = Literal["blocks", "calls", "processes", "seeds", "windows"]
 
 _IDENTITY = (
     "study",
@@ -45,7 +45,7 @@ class Record:
 
     value     finite, or None when `error` says why there is none
     n         samples behind the value and its interval; 0 for an error
-    over      what the n samples are: blocks of interleaved arms, calls (both of one process), fresh processes, seeds
+    over      what the n samples are: blocks of interleaved arms, calls, fresh processes, seeds, windows of a sensor
     interval  (low, high) at 95%, or None
     noise     "exact": equal on every run; "paired": a ratio of interleaved arms; "absolute": this machine, this hour
     samples   the n samples, or None

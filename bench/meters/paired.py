@@ -11,6 +11,7 @@ Blocks of one process share its luck (memory layout, code alignment); `bench.rep
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def order(names: tuple[str, ...], block: int) -> tuple[str, ...]:
 def time_block(arms: Mapping[str, Callable[[], object]], block: int, calls: int, clock: Clock) -> Block:
     """Seconds per call of each arm, each run `calls` times, in the order of this block; garbage collection waits."""
     taken = {}
-    gc.collect()
+    gc.collect(1)  # what the last block left; the oldest generation is the libraries' and takes a tenth of a second
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -75,15 +76,29 @@ def time_block(arms: Mapping[str, Callable[[], object]], block: int, calls: int,
     return taken
 
 
-def calls_needed(arms: Mapping[str, Callable[[], object]], clock: Clock = process_clock) -> int:
-    """Warm every arm up with two calls; how many calls make the second of the fastest last a hundredth of a second."""
-    fastest = float("inf")
+@dataclass(frozen=True)
+class Plan:
+    """How often to measure, fixed before the first figure: calls of an arm in a block, and blocks."""
+
+    calls: int
+    blocks: int
+
+
+def plan(arms: Mapping[str, Callable[[], object]], *, least: int, seconds: float, clock: Clock = process_clock) -> Plan:
+    """Warm every arm up with two calls, and plan from the second ones.
+
+    The fastest arm is called until it lasts a hundredth of a second. `seconds` of blocks are run, at least `least` of
+    them and at most 8 times as many: short arms are noisier, and more blocks of them cost little.
+    """
+    taken = []
     for arm in arms.values():
         arm()
         start = clock()
         arm()
-        fastest = min(fastest, clock().wall - start.wall)
-    return 1 if fastest >= _SHORTEST else int(_SHORTEST / max(fastest, 1e-7)) + 1
+        taken.append(max(clock().wall - start.wall, 1e-7))
+    calls = max(1, math.ceil(_SHORTEST / min(taken)))
+    fitting = int(seconds / (calls * sum(taken)))
+    return Plan(calls=calls, blocks=min(max(least, fitting), 8 * least))
 
 
 def ratios(blocks: list[Block], arm: str, baseline: str, which: str) -> tuple[float, ...]:
@@ -108,7 +123,6 @@ def paired_ratios(
     baseline: str,
     phase: str,
     blocks: int = 7,
-    calls: int | None = None,
     clock: Clock = process_clock,
 ) -> dict[str, tuple[Measurement, ...]]:
     """Time the arms in alternated blocks after a warm-up: for each, the seconds and, but for the baseline, the ratios.
@@ -125,7 +139,7 @@ def paired_ratios(
         raise ValueError(f"phase={phase!r}: must be one of {', '.join(PHASES)}")
     if blocks < 1:
         raise ValueError(f"blocks={blocks!r}: must be at least 1; 7 give an interval of the median")
-    calls = calls or calls_needed(arms, clock)
+    calls = plan(arms, least=blocks, seconds=0.0, clock=clock).calls
     timed = [time_block(arms, block, calls, clock) for block in range(blocks)]
     return {arm: summary(timed, arm, baseline, phase) for arm in arms}
 
