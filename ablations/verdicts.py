@@ -24,16 +24,14 @@ def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record
     """What the records let one say of a claim.
 
     Raises:
-        ValueError: the claim names a study that is not there, or that has no rule for it.
+        ValueError: the claim's study has no rule for it, or several.
     """
     if claim.ruled is not None:
         return Verdict(outcome=Outcome(claim.ruled), answer=f"{claim.why}.")
     if claim.study is None:
         return _pending(str(claim.pending))
     if claim.study not in studies:
-        raise ValueError(
-            f"{claim.id}.study={claim.study!r}: must be one of {', '.join(studies)}; or say why it is pending"
-        )
+        return _pending(f"its study, {claim.study}, is not part of this report")
     study = studies[claim.study]
     rules = [rule for rule in study.rules if rule.claim == claim.id]
     if len(rules) != 1:

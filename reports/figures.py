@@ -1,0 +1,245 @@
+"""Figures, drawn from a study's declaration and its records; the same records give the same bytes.
+
+Text in an SVG is text (selectable, searchable), ids are salted with the figure's name, no date is written, and the
+metadata says which records, machine and revision the picture shows. A figure without data is drawn as hatched paper
+with the reason on it.
+"""
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from hashlib import sha256
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+from ablations.study import Figure, Study
+from bench.metrics import metric
+from bench.record import Record
+from reports.frame import axes_of, differences, summary
+from reports.numbers import interval, place, plain
+from reports.tables import title
+
+INK = "#1f2328"  # the page swaps it for its own text colour
+PAPER = "#ffffff"
+# Okabe and Ito's colours (the blue lighter, for dark pages) are told apart under the common colour deficiencies; the
+# baseline is drawn in ink.
+COLOURS = ("#1c86c8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#9aa0a6",
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "savefig.dpi": 150,
+}
+
+
+class NothingToDraw(LookupError):
+    """No record has what the figure shows."""
+
+
+def draw(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
+    """The picture of a figure; one that says "pending" and why, where no record has what it shows."""
+    with matplotlib.rc_context(STYLE):
+        try:
+            if figure.draw is not None:
+                return _own(figure, records)
+            return {"line": _line, "interval": _interval}[figure.kind](study, figure, records)
+        except LookupError as missing:
+            return pending(figure.caption, str(missing.args[0]))
+
+
+def render(picture: Picture, name: str, provenance: dict[str, Any]) -> dict[str, bytes]:
+    """The picture as the bytes of an .svg and a .png file, with its provenance in the metadata of both."""
+    said = json.dumps(provenance, sort_keys=True)
+    # A title in the metadata would become the tooltip of the whole picture.
+    metadata: dict[str, dict[str, Any]] = {
+        "svg": {"Date": None, "Creator": "dsv3", "Description": said, "Identifier": name},
+        "png": {"Software": "dsv3", "Title": name, "Description": said},
+    }
+    files = {}
+    for kind, fields in metadata.items():
+        buffer = io.BytesIO()
+        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+            picture.savefig(buffer, format=kind, metadata=fields, facecolor=PAPER, bbox_inches="tight", pad_inches=0.1)
+        files[kind] = buffer.getvalue()
+    return files
+
+
+def provenance(study: str, figure: str, records: Sequence[Record]) -> dict[str, Any]:
+    """What a picture shows: how many records (with a digest of what they say), of which machines, revisions,
+    profiles.
+    """
+    said = "\n".join(sorted(f"{record.id} {record.value} {record.interval} {record.error}" for record in records))
+    return {
+        "study": study,
+        "figure": figure,
+        "records": len(records),
+        "digest": sha256(said.encode()).hexdigest()[:12],
+        "machines": sorted({record.machine for record in records}),
+        "revisions": sorted({record.revision for record in records}),
+        "profiles": sorted({record.profile for record in records}),
+    }
+
+
+def inline(svg: bytes, name: str, description: str) -> str:
+    """The SVG as it stands in a page: no prolog, metadata or outside names, ids of its own, in the page's text
+    colour.
+    """
+    text = svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = text.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
+    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+
+
+def pending(caption: str, why: str) -> Picture:
+    """Hatched paper that says what is missing: a figure is never invented."""
+    with matplotlib.rc_context(STYLE):
+        picture, axes = _paper(1.5)
+        axes.set(xticks=[], yticks=[], title=caption)
+        axes.spines[:].set_visible(False)
+        axes.patch.set(facecolor="none", edgecolor="#9aa0a6", hatch="//", alpha=0.35)
+        said = axes.text(0.5, 0.5, f"pending: {why}", ha="center", va="center", transform=axes.transAxes, wrap=True)
+        said.set_bbox({"facecolor": PAPER, "edgecolor": "none", "pad": 4})
+        return picture
+
+
+def _own(figure: Figure, records: Sequence[Record]) -> Picture:
+    assert figure.draw is not None, "called for figures that draw themselves"
+    table = summary(records)
+    picture = figure.draw(table)
+    assert isinstance(picture, Picture), (
+        f"{figure.name}: draw returned {type(picture).__name__}, not a matplotlib Figure"
+    )
+    return picture
+
+
+def _points(study: Study, figure: Figure, records: Sequence[Record]) -> pd.DataFrame:
+    """The points that the figure shows, in the order of the arms."""
+    if figure.against_baseline:
+        table = differences(records, figure.metric, study.baseline)
+    else:
+        table = summary([record for record in records if record.metric == figure.metric])
+    for name, value in figure.where.items():
+        table = table[table[name] == value] if name in table else table.iloc[:0]
+    if table.empty:
+        where = "".join(f", {name}={place(value)}" for name, value in figure.where.items())
+        raise NothingToDraw(f"no record of {figure.metric}{where} yet")
+    order = {arm.name: at for at, arm in enumerate(study.arms)}
+    return table.sort_values("arm", key=lambda names: names.map(order), kind="stable")
+
+
+def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
+    assert figure.x is not None, f"{figure.name}: a line needs the axis x"
+    table = _points(study, figure, records).sort_values(figure.x, kind="stable")
+    picture, axes = _paper(3.4)
+    for at, arm in enumerate(arm for arm in study.arms if arm.name in set(table["arm"])):
+        points = table[table["arm"] == arm.name]
+        middle = points["value"]
+        errors = [(middle - points["low"]).fillna(0).clip(lower=0), (points["high"] - middle).fillna(0).clip(lower=0)]
+        look = _look(study, arm.name)
+        axes.errorbar(points[figure.x], middle, yerr=errors, label=arm.name, capsize=2, zorder=3 + at, **look)
+    _scale(axes, figure, table)
+    axes.grid(True)
+    _mark(axes, figure, along="y")
+    axes.set(title=figure.caption, xlabel=figure.x, ylabel=_label(figure))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return picture
+
+
+def _interval(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
+    table = _points(study, figure, records)
+    varying = [name for name in axes_of(table) if table[name].nunique(dropna=False) > 1]
+    picture, axes = _paper(0.9 + 0.32 * len(table))
+    unit = metric(figure.metric).unit
+    for at, (_, row) in enumerate(table.iterrows()):
+        known = pd.notna(row["low"])
+        errors = [[row["value"] - row["low"]], [row["high"] - row["value"]]] if known else None
+        look = _look(study, row["arm"]) | {"linestyle": "none"}
+        axes.errorbar([row["value"]], [at], xerr=errors, capsize=3, zorder=3, **look)
+        said = interval(row["value"], row["low"], row["high"], unit)
+        axes.annotate(said, (1.01, at), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    names = [" ".join([row["arm"], *(f"{name}={place(row[name])}" for name in varying)]) for _, row in table.iterrows()]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if "x" in figure.log:
+        axes.set_xscale("log")
+    axes.grid(True, axis="x")
+    _mark(axes, figure, along="x")
+    axes.set(title=figure.caption, xlabel=_label(figure))
+    if figure.reference is not None:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / picture.get_figheight()))
+    return picture
+
+
+def _paper(height: float) -> tuple[Picture, Axes]:
+    picture = Picture(figsize=(6.0, height))
+    return picture, picture.add_subplot()
+
+
+def _look(study: Study, arm: str) -> dict[str, Any]:
+    if arm == study.baseline:
+        return {"color": INK, "marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 1.2}
+    others = [other.name for other in study.arms if other.name != study.baseline]
+    at = others.index(arm)
+    return {"color": COLOURS[at % 8], "marker": MARKERS[at % 8], "markersize": 4.5, "linestyle": "-", "linewidth": 1.6}
+
+
+def _label(figure: Figure) -> str:
+    row = metric(figure.metric)
+    better = "" if row.better == "none" else f", {row.better} is better"
+    return f"{'change in ' if figure.against_baseline else ''}{title(row.name)}{better}"
+
+
+def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
+    if "x" in figure.log:
+        axes.set_xscale("log")
+    if "y" in figure.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: plain(value))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    places = sorted(set(table[figure.x]))
+    if len(places) <= 12:  # more would overlap: matplotlib's own ticks then
+        axes.set_xticks(places, [place(value) for value in places])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark(axes: Axes, figure: Figure, *, along: str) -> None:
+    """The line of no effect, and the reference, where the figure has them."""
+    row = metric(figure.metric)
+    none = 0.0 if figure.against_baseline else 1.0 if row.unit == "ratio" and row.noise == "paired" else None
+    line = axes.axhline if along == "y" else axes.axvline
+    if none is not None:
+        line(none, color=INK, linewidth=0.8, zorder=1)
+    if figure.reference is not None:
+        value, words = figure.reference
+        line(value, color="#d1242f", linewidth=1.2, linestyle=":", zorder=2, label=words)

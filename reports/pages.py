@@ -1,0 +1,224 @@
+"""What each page says, as values: the templates only lay it out.
+
+A study's page: question, answer, figures, verdicts, tables, what failed, limits, how to do it again, where it comes
+from. A benchmark file whose cases left records has the same page without a question. The ledger's page has every
+claim.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ablations.claims import Claim, Outcome, Verdict, ledger
+from ablations.code import ROOT
+from ablations.evidence import NoEvidence
+from ablations.study import Study
+from ablations.verdicts import current, standing, verdicts
+from bench.metrics import METRICS, Metric, metric
+from bench.record import Profile, Record
+from reports import figures
+from reports.frame import axes_of, summary
+from reports.numbers import interval, number, place
+from reports.tables import Table, failures, results, title
+
+MARKS = {
+    Outcome.HOLDS: "holds",
+    Outcome.FAILS: "fails",
+    Outcome.ILL_POSED: "posed",
+    Outcome.UNDECIDABLE: "open",
+    Outcome.PENDING: "pending",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure of a page: its files, and the picture as it stands in the page."""
+
+    name: str
+    caption: str
+    files: Mapping[str, bytes]
+    inline: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruling:
+    """A claim with its verdict, as a row: `mark` is the verdict's name in the style sheet, `claimed` and `edge` are
+    text.
+    """
+
+    claim: Claim
+    verdict: Verdict
+    mark: str
+    claimed: str
+    margin: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """One study or benchmark file. `origin` are facts about where the figures come from, name by name."""
+
+    name: str
+    title: str
+    question: str
+    answers: tuple[str, ...]
+    warning: str
+    arms: tuple[tuple[str, str], ...]
+    baseline: str
+    figures: tuple[Drawn, ...]
+    rulings: tuple[Ruling, ...]
+    tables: tuple[Table, ...]
+    failures: Table | None
+    limits: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    commands: tuple[str, ...]
+    origin: tuple[tuple[str, str], ...]
+
+
+def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verdict]) -> Page:
+    """The page of a study; one without records says so."""
+    rows = standing(study, records)
+    claims = ledger()
+    used = {record.metric for record in rows}
+    return Page(
+        name=study.name,
+        title=study.name.replace("_", " "),
+        question=study.question,
+        answers=_answers(study, rows, [found[rule.claim] for rule in study.rules]),
+        warning=_warning(study, rows),
+        arms=tuple((arm.name, arm.changes) for arm in study.arms),
+        baseline=study.baseline,
+        figures=tuple(_drawn(study, figure, rows) for figure in study.figures),
+        rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
+        tables=tuple(results(rows, study.metrics, [arm.name for arm in study.arms])),
+        failures=failures(rows),
+        limits=study.limits,
+        metrics=tuple(row for row in METRICS if row.name in used),
+        commands=(f"python -m ablations run {study.name} --profile {_profile(rows)}", "python -m reports build"),
+        origin=_origin(rows, study.rule_digest()),
+    )
+
+
+def bench_page(name: str, records: Sequence[Record]) -> Page:
+    """The page of a benchmark file: its cases' figures without a verdict."""
+    newest = [record for record in records if record.machine == records[-1].machine]
+    rows = list({(r.arm, r.seed, r.metric, tuple(sorted(r.axes.items()))): r for r in newest}.values())
+    used = tuple(dict.fromkeys(record.metric for record in rows))
+    arms = tuple(dict.fromkeys(record.arm for record in rows))
+    baselines = ", ".join(dict.fromkeys(record.baseline for record in rows if record.baseline))
+    return Page(
+        name=name,
+        title=name.removeprefix("bench_").replace("_", " ") + " benchmark",
+        question=_opening(name),
+        answers=(),
+        warning="",
+        arms=tuple((arm, "") for arm in arms),
+        baseline=baselines,
+        figures=(),
+        rulings=(),
+        tables=tuple(results(rows, used, arms)),
+        failures=failures(rows),
+        limits=(),
+        metrics=tuple(row for row in METRICS if row.name in used),
+        commands=(f"python -m bench --profile {_profile(rows)}", "python -m reports build"),
+        origin=_origin(rows, None),
+    )
+
+
+def ruling(claim: Claim, verdict: Verdict) -> Ruling:
+    """A claim with its verdict, its numbers as text."""
+    claimed = "" if claim.value is None else number(claim.value, claim.unit)
+    if claimed and claim.unit not in ("share", "ratio"):
+        claimed = f"{claimed} {claim.unit}"
+    margin = "" if claim.margin is None else number(claim.margin, claim.unit)
+    return Ruling(claim=claim, verdict=verdict, mark=MARKS[verdict.outcome], claimed=claimed, margin=margin)
+
+
+def rulings(studies: Sequence[Study], records: Sequence[Record]) -> tuple[Ruling, ...]:
+    """Every claim of the ledger with its verdict."""
+    found = verdicts(studies, records)
+    return tuple(ruling(claim, found[claim.id]) for claim in ledger().values())
+
+
+def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> tuple[str, ...]:
+    """The study's own sentence, else those of its verdicts; its first metric at the last place, while some are
+    pending.
+    """
+    if not any(record.error is None for record in rows):
+        return ("Pending: not run yet.",)
+    if study.answer is not None:
+        try:
+            return (study.answer(current(study, rows)),)
+        except NoEvidence as missing:
+            return (f"Pending: {missing}.", _headline(study, rows))
+    said = tuple(verdict.answer for verdict in found if verdict.outcome is not Outcome.PENDING)
+    return said if said and len(said) == len(found) else (*said, _headline(study, rows))
+
+
+def _headline(study: Study, rows: Sequence[Record]) -> str:
+    points = summary(rows)
+    name = next(name for name in study.metrics if name in set(points["metric"]))
+    points = points[points["metric"] == name]
+    varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
+    last = points.sort_values(varying, kind="stable").iloc[-1] if varying else points.iloc[-1]
+    there = points[(points[varying] == last[varying]).all(axis=1)]
+    unit = metric(name).unit
+    told = [f"{row['arm']} {interval(row['value'], row['low'], row['high'], unit)}" for _, row in there.iterrows()]
+    where = "".join(f" at {axis} {place(last[axis])}" for axis in varying)
+    return f"{title(name).capitalize()}{where}: {', '.join(told)}."
+
+
+def _warning(study: Study, rows: Sequence[Record]) -> str:
+    """What a reader must know before believing a number: few seeds, an older rule, another machine."""
+    measured = [record for record in rows if record.error is None]
+    if not measured:
+        return ""
+    said = []
+    if {record.profile for record in measured} == {"quick"}:
+        most, least = study.seeds["full"], study.seeds["quick"]
+        said.append(
+            f"Quick profile: small sizes and {least} seeds of the {most} that the full profile takes. Intervals are"
+            " wide or missing, and claims whose rule asks for more seeds get no verdict here."
+        )
+    if len(current(study, measured)) < len(measured):
+        said.append("Some records are of an older rule of verdict: exploratory, shown here, and decide nothing.")
+    return " ".join(said)
+
+
+def _drawn(study: Study, figure: Any, rows: Sequence[Record]) -> Drawn:
+    name = f"{study.name}-{figure.name}"
+    picture = figures.draw(study, figure, rows)
+    files = figures.render(picture, name, figures.provenance(study.name, figure.name, rows))
+    inline = figures.inline(files["svg"], name, figure.caption)
+    return Drawn(name=name, caption=figure.caption, files=files, inline=inline)
+
+
+def _profile(rows: Sequence[Record]) -> Profile:
+    return "full" if any(record.profile == "full" for record in rows) else "quick"
+
+
+def _origin(rows: Sequence[Record], rule: str | None) -> tuple[tuple[str, str], ...]:
+    if not rows:
+        return ()
+    times = sorted(record.time for record in rows)
+
+    def listed(name: str) -> str:
+        values = sorted({str(getattr(record, name)) for record in rows if getattr(record, name) is not None})
+        return ", ".join(values) or "none"
+
+    return (
+        ("records", str(len(rows))),
+        ("measured", times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"),
+        ("profile", listed("profile")),
+        ("machine", listed("machine")),
+        ("revision", listed("revision")),
+        ("corpus", listed("corpus")),
+        ("rule of verdict", listed("rule") + (f" (now {rule})" if rule and listed("rule") != rule else "")),
+    )
+
+
+def _opening(name: str) -> str:
+    """The first sentence of a benchmark file, which says what its cases compare."""
+    path = ROOT / "bench" / f"{name}.py"
+    text = ast.get_docstring(ast.parse(path.read_text())) if path.is_file() else None
+    return " ".join((text or "").split("\n\n")[0].split())

@@ -1,0 +1,119 @@
+"""Tables of what was found: arms across, places on the axes down, a value with its interval in each cell.
+
+Metrics with a single point per arm share one table, arms down and metrics across. A table says once what stands behind
+all of its cells ("6 seeds"); a cell that differs says so itself. An axis with one value is told in the caption.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from bench.metrics import metric
+from bench.record import Record
+from reports.frame import axes_of, summary
+from reports.numbers import interval, place
+
+MISSING = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table as text; `note` says what stands behind its cells, the first `texts` columns are words."""
+
+    caption: str
+    note: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    texts: int = 1
+
+
+def results(records: Sequence[Record], metrics: Sequence[str], arms: Sequence[str]) -> list[Table]:
+    """Every measured point of the metrics, in their order."""
+    points = summary(records)
+    found = {name: points[points["metric"] == name] for name in metrics}
+    there = [name for name in metrics if not found[name].empty]
+    single = [name for name in there if not found[name]["arm"].duplicated().any()]
+    tables = []
+    for name in there:
+        if name not in single:
+            tables.append(_by_place(found[name], name, arms))
+        elif name == single[0]:
+            tables.append(_by_arm([found[other] for other in single], single, arms))
+    return tables
+
+
+def failures(records: Sequence[Record]) -> Table | None:
+    """What could not be measured, and why; None when everything could."""
+    seeds: dict[tuple[str, ...], list[str]] = {}
+    for record in records:
+        if record.error is not None:
+            at = " ".join(f"{name}={place(value)}" for name, value in record.axes.items())
+            found = seeds.setdefault((record.arm, at, record.metric, record.error), [])
+            found.append(MISSING if record.seed is None else str(record.seed))
+    rows = tuple((*what, " ".join(found)) for what, found in seeds.items())
+    head = ("arm", "where", "metric", "why", "seeds")
+    return Table(caption="Not measured", note="", head=head, rows=rows, texts=5) if rows else None
+
+
+def _by_arm(found: Sequence[pd.DataFrame], metrics: Sequence[str], arms: Sequence[str]) -> Table:
+    together = pd.concat(list(found))
+    common = _common(together)
+    cells = {(row["arm"], row["metric"]): _cell(row, common) for _, row in together.iterrows()}
+    there = [arm for arm in arms if any((arm, name) in cells for name in metrics)]
+    rows = tuple((arm, *(cells.get((arm, name), MISSING) for name in metrics)) for arm in there)
+    caption = " ".join(filter(None, ("By arm", _fixed(together))))
+    return Table(caption=caption, note=_note(common), head=("arm", *map(title, metrics)), rows=rows)
+
+
+def _by_place(found: pd.DataFrame, name: str, arms: Sequence[str]) -> Table:
+    varying = [axis for axis in axes_of(found) if found[axis].nunique(dropna=False) > 1]
+    there = [arm for arm in arms if arm in set(found["arm"])]
+    common = _common(found)
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for _, row in found.sort_values(varying, kind="stable", key=_sortable).iterrows():
+        at = tuple(MISSING if pd.isna(row[axis]) else place(row[axis]) for axis in varying)
+        rows.setdefault(at, {})[row["arm"]] = _cell(row, common)
+    filled = tuple((*at, *(cells.get(arm, MISSING) for arm in there)) for at, cells in rows.items())
+    caption = " ".join(filter(None, (title(name), _fixed(found))))
+    return Table(caption=caption, note=_note(common), head=(*varying, *there), rows=filled, texts=len(varying))
+
+
+def title(name: str) -> str:
+    """A metric as a heading, with its unit where the numbers do not show it."""
+    unit = metric(name).unit
+    shown = "" if unit in ("", "ratio", "share", "B", "B/token", "FLOP", "parameters") else f" ({unit})"
+    return name.replace("_", " ") + shown
+
+
+def _cell(row: Any, common: str | None) -> str:
+    text = interval(row["value"], row["low"], row["high"], metric(row["metric"]).unit)
+    return text if row["behind"] == common or _exact(row) else f"{text} ({row['behind']})"
+
+
+def _exact(row: Any) -> bool:
+    return bool(metric(row["metric"]).noise == "exact" and row["low"] == row["high"])
+
+
+def _common(found: pd.DataFrame) -> str | None:
+    """What stands behind the most points; None where all are exact and nothing needs saying."""
+    noisy = found[[not _exact(row) for _, row in found.iterrows()]]
+    return None if noisy.empty else str(noisy["behind"].mode().iloc[0])
+
+
+def _note(common: str | None) -> str:
+    return "exact: equal on every run" if common is None else f"mean [95% interval] over {common}"
+
+
+def _fixed(found: pd.DataFrame) -> str:
+    same = {axis: found[axis].iloc[0] for axis in axes_of(found) if found[axis].nunique(dropna=False) == 1}
+    told = ", ".join(f"{axis} {place(value)}" for axis, value in same.items() if not pd.isna(value))
+    return f"({told})" if told else ""
+
+
+def _sortable(values: "pd.Series[str]") -> "pd.Series[str]":
+    """Numbers by size; text, also where a column holds both, in the order in which it first came."""
+    if pd.api.types.is_numeric_dtype(values):
+        return values
+    return pd.Series(pd.factorize(values)[0], index=values.index)
