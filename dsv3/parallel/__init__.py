@@ -1,0 +1,8 @@
+"""The parallel room: one model on several processes, applied from outside to a single-device model.
+
+data    data parallelism: gradients and batch statistics averaged over processes, `torchrun -m dsv3.train`
+"""
+
+from dsv3.parallel.data import ALONE, Ranks, joined
+
+__all__ = ["ALONE", "Ranks", "joined"]

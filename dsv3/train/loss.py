@@ -1,0 +1,50 @@
+"""The loss of a batch, part by part, in nats:
+
+    main        mean over positions of -log p(next token)
+    mtp         mean over depths m of the mean over positions of -log p(token m further)
+    balance_*   the routers' losses, each times its alpha, summed over the expert layers
+    total       main + mtp_loss_weight * mtp + sum of balance_*
+
+Equations 24 and 25 of arXiv 2412.19437 (section 2.2), and the equations in `dsv3.moe.balance`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsv3.config import Config
+from dsv3.model import ModelOutput
+from dsv3.moe import balance_losses
+
+Mean = Callable[[Tensor], Tensor]
+
+
+def loss_parts(
+    output: ModelOutput, rows: Int[Tensor, "B T1"], config: Config, mean: Mean
+) -> dict[str, Float[Tensor, ""]]:
+    """The parts by name, "total" last.
+
+    `output` is the model's on rows[:, :-1]; `mean` averages a statistic over processes.
+    """
+    parts = {"main": cross_entropy(output.logits, rows[:, 1:])}
+    total = parts["main"]
+    if output.mtp_logits:
+        depths = [cross_entropy(logits, rows[:, 1 + m :]) for m, logits in enumerate(output.mtp_logits, start=1)]
+        parts["mtp"] = torch.stack(depths).mean()
+        total = total + config.train.mtp_loss_weight * parts["mtp"]
+    for routing in output.routing:
+        assert config.model.moe is not None, "a routing comes from a model with experts"
+        for name, value in balance_losses(routing, config.model.moe, len(rows), mean).items():
+            named = f"balance_{name}"
+            parts[named] = parts[named] + value if named in parts else value
+            total = total + value
+    return parts | {"total": total}
+
+
+def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:
+    """Mean of -log softmax(logits)[target], in at least float32."""
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return F.cross_entropy(wide.flatten(0, 1), targets.flatten())

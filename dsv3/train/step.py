@@ -1,0 +1,160 @@
+"""One training step: forward and backward of each microbatch, then one update.
+
+    gradients    mean over microbatches, then over processes; divided by the loss scale; clipped to a norm
+    update       optimizer at the scheduled rate; then the routers' biases, by the loads of the whole global batch
+                 before any dropping
+    a gradient that is not finite skips the update, and the report says so
+
+Accumulation changes nothing but rounding where every loss is a mean over tokens or sequences and no expert is full. It
+does change batch-wide balance losses (each microbatch has statistics of its own; for the quadratic loss the mean of
+squares exceeds the square of the mean) and a fixed capacity (each microbatch drops for itself).
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3.data.baseline import bits_per_byte
+from dsv3.data.pack import share
+from dsv3.model import ModelOutput
+from dsv3.parallel import ALONE, Ranks
+from dsv3.precision import autocast, unscale, update
+from dsv3.train.loss import loss_parts
+from dsv3.train.schedule import share_of_peak
+from dsv3.train.state import TrainState
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step did; all of it is about the global batch but the times, which are this process's.
+
+    Attributes:
+        step: counted from 1.
+        losses: nats, by the names of `dsv3.train.loss`, means over the batch.
+        grad_norm: of the whole gradient, before clipping.
+        lr: the learning rate of this step.
+        tokens: targets of the main loss.
+        text_bytes: bytes of text that these targets stand for; 0 if unknown.
+        seconds: wall time.
+        cpu_seconds: CPU time of this process.
+        max_vio: per expert layer, (largest load - mean load) / mean load, before dropping.
+        dropped: share of token-expert pairs that capacity dropped.
+        health: "ok", or why the update was skipped.
+    """
+
+    step: int
+    losses: dict[str, float]
+    grad_norm: float
+    lr: float
+    tokens: int
+    text_bytes: int = 0
+    seconds: float
+    cpu_seconds: float
+    max_vio: tuple[float, ...]
+    dropped: float
+    health: str
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """The main loss per byte of text; None if the bytes are unknown."""
+        return bits_per_byte(self.losses["main"] * self.tokens, self.text_bytes) if self.text_bytes else None
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Sums over microbatches: losses by name, pairs kept per layer, and loads per layer and expert."""
+
+    losses: dict[str, Tensor]
+    kept: Tensor
+    counts: Tensor
+
+
+def train_step(
+    state: TrainState, rows: Int[Tensor, "B T1"], *, ranks: Ranks = ALONE, text_bytes: int = 0
+) -> StepReport:
+    """Move `state` by one step on the global batch `rows`, of which each process takes its share."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    train = state.config.train
+    state.step += 1
+    rate = train.optimizer.lr * share_of_peak(train.schedule, state.step, train.steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.model.train()
+    tally = _over_ranks(_accumulate(state, rows, ranks), ranks)
+    norm, health = _update(state, tally.counts, ranks)
+    routed = tally.counts.sum().item()
+    loads = tally.counts.double()
+    return StepReport(
+        step=state.step,
+        losses={name: value.item() for name, value in tally.losses.items()},
+        grad_norm=norm,
+        lr=rate,
+        tokens=rows[:, 1:].numel(),
+        text_bytes=text_bytes,
+        seconds=time.perf_counter() - wall,
+        cpu_seconds=time.process_time() - cpu,
+        max_vio=tuple((loads.amax(dim=1) / loads.mean(dim=1) - 1).tolist()) if routed else (),
+        dropped=1 - tally.kept.sum().item() / routed if routed else 0.0,
+        health=health,
+    )
+
+
+def _accumulate(state: TrainState, rows: Tensor, ranks: Ranks) -> _Tally:
+    train = state.config.train
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+    microbatches = share(rows, parts=train.accumulation_steps, rank=ranks.rank, world=ranks.world)
+    tallies = []
+    for microbatch in microbatches:
+        with autocast(train.precision, state.device.type):
+            output = state.model(microbatch[:, :-1], mtp=train.mtp_loss_weight > 0)
+        losses = loss_parts(output, microbatch, state.config, ranks.mean)
+        (losses["total"] * (scale / len(microbatches))).backward()
+        tallies.append(_tally(losses, output))
+    return _Tally(
+        losses={name: torch.stack([tally.losses[name] for tally in tallies]).mean() for name in tallies[0].losses},
+        kept=torch.stack([tally.kept for tally in tallies]).sum(dim=0),
+        counts=torch.stack([tally.counts for tally in tallies]).sum(dim=0),
+    )
+
+
+def _tally(losses: dict[str, Tensor], output: ModelOutput) -> _Tally:
+    counts = [routing.counts for routing in output.routing]
+    kept = [routing.counts.sum() if routing.kept is None else routing.kept.sum() for routing in output.routing]
+    none = torch.zeros(0, 1, dtype=torch.int64, device=losses["total"].device)
+    return _Tally(
+        losses={name: value.detach().double() for name, value in losses.items()},
+        kept=torch.stack(kept) if kept else none[:, 0],
+        counts=torch.stack(counts) if counts else none,
+    )
+
+
+def _over_ranks(tally: _Tally, ranks: Ranks) -> _Tally:
+    means = ranks.sum(torch.stack(list(tally.losses.values()))) / ranks.world
+    return _Tally(
+        losses=dict(zip(tally.losses, means, strict=True)),
+        kept=ranks.sum(tally.kept),
+        counts=ranks.sum(tally.counts),
+    )
+
+
+def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str]:
+    ranks.average_gradients(state.model.parameters())
+    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    reason: str | None = None
+    if state.loss_scale is not None:
+        scaled = unscale(gradients, state.loss_scale)
+        state.loss_scale, reason = update(state.loss_scale, scaled), scaled
+    norm = torch.nn.utils.clip_grad_norm_(parameters, state.config.train.clip_grad_norm).item()
+    if reason is None and not math.isfinite(norm):
+        reason = "gradient that is not finite"
+    if reason is None:
+        state.optimizer.step()
+        for layer, loads in zip(state.expert_layers, counts, strict=False):  # depths left out of a step have no loads
+            layer.update_bias(loads)
+    state.optimizer.zero_grad(set_to_none=True)
+    return norm, "ok" if reason is None else f"skipped: {reason}"
