@@ -19,7 +19,9 @@ from dsv3.pipeline.simulate import Span, Timeline
 
 COLOURS: dict[Kind, str] = {"F": "#0072B2", "I": "#D55E00", "W": "#009E73", "B": "#E69F00"}
 MEANING: dict[Kind, str] = {"F": "forward", "I": "input gradient", "W": "weight gradient", "B": "backward (both)"}
-FONT_SIZE = 6.5
+LABELS = 8.5  # points
+DIGITS = (6.8, 8.0)  # smallest and largest size of a microbatch number, in points
+DIGIT_WIDTH = 0.62  # of the font's size, in DejaVu Sans
 BAR = 0.82  # height of a bar, in rows
 
 
@@ -30,34 +32,33 @@ def draw(timeline: Timeline, axes: Axes, *, until: float | None = None, unit: st
     """
     plan, end = timeline.plan, until or timeline.makespan
     axes.set(xlim=(0, end), ylim=(plan.ranks - 0.5, -0.5), yticks=range(plan.ranks))
-    axes.set_xlabel(unit and f"time ({unit})", fontsize=FONT_SIZE + 1.5)
-    axes.set_yticklabels([f"rank {rank}" for rank in range(plan.ranks)], fontsize=FONT_SIZE + 0.5)
-    axes.set_title(_title(timeline), fontsize=9, loc="left")
+    axes.set_xlabel(unit and f"time ({unit})", fontsize=LABELS)
+    axes.set_yticklabels([f"rank {rank}" for rank in range(plan.ranks)], fontsize=LABELS)
+    axes.set_title(_title(timeline), fontsize=LABELS + 1, loc="left")
     axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=FONT_SIZE + 0.5)
+    axes.tick_params(axis="x", labelsize=LABELS)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    width, height = axes.get_window_extent().width, axes.get_window_extent().height
-    points = 72 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]  # axes stand in a figure
+    size, room = _digits(timeline, axes, end)
     for rank, row in enumerate(timeline.rows):
         idle = Rectangle((0, rank - BAR / 2), timeline.makespan, BAR, fc="#f4f4f4", ec="#d0d0d0", hatch="////", lw=0)
         axes.add_patch(idle)
         for span in row:
-            _draw_span(axes, plan, rank, span, (width / end * points, height / plan.ranks * points))
+            _draw_span(axes, plan, rank, span, size if span.end - span.start >= room else None)
 
 
 def figure(timelines: Sequence[Timeline], *, width: float = 10.0, unit: str = "forwards") -> Figure:
     """Timelines under one another over one time axis, with a legend; `width` in inches."""
-    row, title, foot = 0.28, 0.55, 0.45  # heights in inches
+    row, title, foot = 0.31, 0.6, 0.65  # heights in inches
     height = sum(title + row * timeline.plan.ranks for timeline in timelines) + foot
     picture = Figure(figsize=(width, height), dpi=100)
     until = max(timeline.makespan for timeline in timelines)
     top = height
     for timeline in timelines:
         top -= title + row * timeline.plan.ranks
-        place = (0.6 / width, (top + 0.2) / height, 1 - 0.75 / width, row * timeline.plan.ranks / height)
+        place = (0.6 / width, (top + 0.22) / height, 1 - 0.75 / width, row * timeline.plan.ranks / height)
         axes = picture.add_axes(place)
         draw(timeline, axes, until=until, unit=unit if timeline is timelines[-1] else "")
-    picture.legend(handles=legend(timelines), loc="lower center", ncols=8, fontsize=7.5, frameon=False)
+    picture.legend(handles=legend(timelines), loc="lower center", ncols=4, fontsize=LABELS, frameon=False)
     return picture
 
 
@@ -79,8 +80,22 @@ def _title(timeline: Timeline) -> str:
     return f"{plan.name}: {plan.ranks} ranks, {plan.microbatches} microbatches, idle {idle:.1%} of rank-time"
 
 
-def _draw_span(axes: Axes, plan: Plan, rank: int, span: Span, room: tuple[float, float]) -> None:
-    """One step; `room` is the width in points of a unit of time and the height of a row."""
+def _digits(timeline: Timeline, axes: Axes, end: float) -> tuple[float, float]:
+    """The size of the numbers in points, and the shortest bar, in time, that has room for them.
+
+    One size for all: as large as the shortest bar allows, so that no row has numbers on some of its forwards only.
+    """
+    picture = axes.get_figure(root=True)
+    assert picture is not None, "axes to draw on stand in a figure"
+    points_per_time = axes.get_window_extent().width / end * 72 / picture.dpi
+    shortest = min(span.end - span.start for row in timeline.rows for span in row)
+    widest = len(str(timeline.plan.microbatches - 1)) * DIGIT_WIDTH
+    size = min(max((shortest * points_per_time - 1.3) / widest, DIGITS[0]), DIGITS[1])
+    return size, (size * widest + 0.4) / points_per_time
+
+
+def _draw_span(axes: Axes, plan: Plan, rank: int, span: Span, size: float | None) -> None:
+    """One step, with its microbatches in digits of this size, or without."""
     actions, length = span.step.actions, span.end - span.start
     height = BAR / len(actions)
     for place, action in enumerate(actions):
@@ -88,12 +103,10 @@ def _draw_span(axes: Axes, plan: Plan, rank: int, span: Span, room: tuple[float,
         lap = _lap(plan, rank, action)
         bar = Rectangle((span.start, low), length, height, fc=_tint(COLOURS[action.kind], lap), ec="white", lw=0.4)
         axes.add_patch(bar)
-        label = str(action.microbatch)
-        widest = len(str(plan.microbatches - 1)) * FONT_SIZE * 0.62  # one rule for all, so that no row has gaps
-        if widest + 1 < length * room[0] and height * room[1] * 1.05 > FONT_SIZE:
+        if size is not None:
             colour = "white" if lap == 0 and action.kind != "B" else "black"
             middle = (span.start + length / 2, low + height / 2)
-            axes.text(*middle, label, fontsize=FONT_SIZE, color=colour, ha="center", va="center_baseline")
+            axes.text(*middle, str(action.microbatch), size=size, color=colour, ha="center", va="center_baseline")
     if len(actions) > 1:
         axes.add_patch(Rectangle((span.start, rank - BAR / 2), length, BAR, fc="none", ec="black", lw=0.7))
 

@@ -16,12 +16,12 @@ def run_order(plan: Plan) -> Iterator[tuple[int, Step]]:
         ValueError: when ranks are left that wait for something that never comes; names each and what it lacks.
     """
     finished: set[Result] = set()
-    place = [0] * plan.ranks
+    stages, place = plan.stages, [0] * plan.ranks
     moved = True
     while moved:
         moved = False
         for rank, row in enumerate(plan.rows):
-            while place[rank] < len(row) and not missing(row[place[rank]], plan.stages, finished):
+            while place[rank] < len(row) and not missing(row[place[rank]], stages, finished):
                 step = row[place[rank]]
                 finished.update(result for action in step.actions for result in action.results)
                 place[rank] += 1
@@ -29,7 +29,7 @@ def run_order(plan: Plan) -> Iterator[tuple[int, Step]]:
                 yield rank, step
     stuck = [(rank, row[place[rank]]) for rank, row in enumerate(plan.rows) if place[rank] < len(row)]
     if stuck:
-        waits = "; ".join(f"rank {r} at {s} waits for {_words(missing(s, plan.stages, finished))}" for r, s in stuck)
+        waits = "; ".join(f"rank {r} at {s} waits for {_words(missing(s, stages, finished))}" for r, s in stuck)
         raise ValueError(f"plan={plan.name!r}: deadlock, {waits}; put each action after what it needs")
 
 

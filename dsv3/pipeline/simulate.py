@@ -44,9 +44,8 @@ class Times:
             require_number(self, "pair", low=0.0)
         require(all(x >= 0 for x in self.load), "load", self.load, "must not be negative", "give relative costs")
 
-    def of(self, plan: Plan, step: Step) -> float:
-        """How long a step of `plan` takes."""
-        share = plan.ranks / plan.stages
+    def of(self, step: Step, share: float = 1.0) -> float:
+        """How long a step takes where a stage is `share` of what a device holds of the model."""
         if isinstance(step, Pair) and self.pair is not None:
             mean = sum(self._load(action) for action in step.actions) / 2
             return self.pair * share * mean
@@ -86,17 +85,18 @@ def simulate(plan: Plan, times: Times, release: tuple[float, ...] | None = None)
     Raises:
         ValueError: if the plan stands still, or `times.load` has not one entry per stage.
     """
-    counted = len(times.load) in (0, plan.stages)
-    require(counted, "load", times.load, f"must have one entry per stage, {plan.stages}", "or leave it empty")
+    stages, share = plan.stages, plan.ranks / plan.stages
+    counted = len(times.load) in (0, stages)
+    require(counted, "load", times.load, f"must have one entry per stage, {stages}", "or leave it empty")
     free = list(release or (0.0,) * plan.ranks)
     done: dict[Result, tuple[int, float]] = {}
     rows: list[list[Span]] = [[] for _ in range(plan.ranks)]
     for rank, step in run_order(plan):
         start = free[rank]
         for action in step.actions:
-            for source, end in (done[need] for need in action.needs(plan.stages)):
+            for source, end in (done[need] for need in action.needs(stages)):
                 start = max(start, end if source == rank else end + times.hop)
-        free[rank] = start + times.of(plan, step)
+        free[rank] = start + times.of(step, share)
         done |= {result: (rank, free[rank]) for action in step.actions for result in action.results}
         rows[rank].append(Span(step, start, free[rank]))
     return Timeline(plan, times, tuple(map(tuple, rows)))

@@ -7,7 +7,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.patches import Rectangle
 
 from dsv3.pipeline import Plan, Times, dual_pipe, interleaved_one_f_one_b, one_f_one_b, simulate, zero_bubble_h1
@@ -21,7 +21,7 @@ def test_every_action_is_a_bar_where_it_ran_with_its_microbatch(plan: Plan) -> N
     timeline = simulate(plan, Times())
     axes = figure([timeline]).axes[0]
     frames = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    bars = [bar for bar in frames if bar.get_facecolor()[3] == 1 and not bar.get_hatch()]
+    bars = [bar for bar in frames if to_rgba(bar.get_facecolor())[3] == 1 and not bar.get_hatch()]
     drawn = sorted((bar.get_x(), bar.get_width(), round(bar.get_y() + bar.get_height() / 2)) for bar in bars)
     wanted = sorted(
         (span.start, span.end - span.start, rank)
