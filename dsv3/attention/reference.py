@@ -3,7 +3,7 @@
     out(b, h, t) = sum_j p_j v(b, g, j)      over the keys j in seen(b, h, t), with g = h // (H/G)
     p = softmax_j(scale * q(b, h, t) . k(b, g, j) + w(b, h, j))
 
-Which keys are seen is a function of sequence, head and position: `everything`, `window` and `per_head` make one each, by
+Which keys are seen is a function of sequence, head and position: `everything`, `window` and `per_head` are such, by
 counting and sorting plain numbers, and `selected` reads one off a Selection. `latent` is multi-head latent attention by
 its equations. Gradients come by autograd through the same loops.
 """
@@ -80,7 +80,7 @@ def per_head(importance: Float[Tensor, "B H S"], *, keep: float | None = None, k
 
 
 def selected(selection: Selection, *, heads: int, queries: int, total: int) -> Seen:
-    """What a selection's definition lets the last `queries` of `total` positions see, in each of `heads` query heads."""
+    """What a selection lets the last `queries` of `total` positions see in each of `heads` heads, by its definition."""
     indices, counts = selection.indices.tolist(), selection.counts.tolist()
     rank = None if selection.rank is None else selection.rank.tolist()
     limit = [] if selection.limit is None else selection.limit.tolist()

@@ -1,0 +1,99 @@
+"""One attention per choice that changes what it computes; the contract holds for each of them."""
+
+import torch
+from torch import nn
+
+from dsv3.attention import Selection, build, reference
+from dsv3.attention.select import per_head, window
+from dsv3.config import (
+    Attention,
+    Everything,
+    Grouped,
+    Latent,
+    Model,
+    MultiHead,
+    PerHead,
+    Rope,
+    Select,
+    Window,
+    Yarn,
+    vary,
+)
+
+LATENT = Latent(
+    num_attention_heads=4, q_lora_rank=6, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7
+)
+ATTENTIONS: dict[str, Attention] = {
+    "multi_head": MultiHead(num_attention_heads=4, head_dim=6),
+    "grouped": Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=6),
+    "latent": LATENT,
+    "latent_plain_queries": vary(LATENT, q_lora_rank=None, v_head_dim=12),
+}
+SELECTS: dict[str, Select] = {
+    "everything": Everything(),
+    "window": Window(size=5),
+    "window_sink": Window(size=4, sink=3),
+    "per_head_share": PerHead(keep=0.3),
+    "per_head_number": PerHead(k=5),
+}
+YARN = Rope(scaling=Yarn(factor=8.0, original_max_position_embeddings=32))
+
+
+def config(attention: Attention, select: Select, rope: Rope = YARN) -> Model:
+    return Model(
+        vocab_size=8,
+        hidden_size=20,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        attention=vary(attention, select=select),
+        rope=rope,
+        max_position_embeddings=1024,
+    )
+
+
+VARIANTS = {
+    f"{attention}-{select}": config(ATTENTIONS[attention], SELECTS[select])
+    for attention in ATTENTIONS
+    for select in SELECTS
+}
+
+
+def module(model: Model, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    """The variant's module with weights large enough that softmax is far from uniform."""
+    made = build(model, 0).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in made.parameters():
+        fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
+        parameter.data *= 1.5 * fan_in**-0.5
+    return made
+
+
+def hidden(length: int, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Inputs of a variant's module."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, 20, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def seen(select: Select, importance: torch.Tensor | None) -> reference.Seen:
+    """The keys of each query by the reference's count."""
+    match select:
+        case Everything():
+            return reference.everything
+        case Window():
+            return reference.window(select.size, select.sink)
+        case PerHead():
+            assert importance is not None
+            return reference.per_head(importance, keep=select.keep, k=select.k)
+
+
+def chosen(select: Select, importance: torch.Tensor, queries: int, block_q: int) -> Selection | None:
+    """The selection of the last queries in blocks of a given size."""
+    batch, _, total = importance.shape
+    match select:
+        case Everything():
+            return None
+        case Window():
+            return window(batch, queries, total, size=select.size, sink=select.sink, block_q=block_q, block_k=4)
+        case PerHead():
+            return per_head(importance, queries, keep=select.keep, k=select.k, block_q=block_q)
