@@ -23,7 +23,7 @@ def code_digest(function: Callable[..., Any]) -> str:
     """Twelve hexadecimal digits that name the code which `function` reaches: in its own file, in dsv3 and in bench."""
     own = definitions_reached(function)
     parts = [ast.dump(node) for node in own]
-    files = sorted(_files_reached(frozenset(name for node in own for name in _imported(node))))
+    files = sorted(files_reached(frozenset(name for node in own for name in _imported(node))))
     parts += [f"{path.relative_to(ROOT)}:{_content(path)}" for path in files]
     return sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -66,7 +66,8 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 
 @cache
-def _files_reached(modules: frozenset[str]) -> frozenset[Path]:
+def files_reached(modules: frozenset[str]) -> frozenset[Path]:
+    """The files of the modules, of all that they import from dsv3 and bench in turn, and the kernels beside them."""
     found: set[Path] = set()
     pending = [path for name in modules for path in _files(name)]
     while pending:

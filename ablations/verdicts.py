@@ -21,11 +21,7 @@ def verdicts(studies: Iterable[Study], records: Sequence[Record]) -> dict[str, V
 
 
 def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record]) -> Verdict:
-    """What the records let one say of a claim.
-
-    Raises:
-        ValueError: the claim's study has no rule for it, or several.
-    """
+    """What the records let one say of a claim."""
     if claim.ruled is not None:
         return Verdict(outcome=Outcome(claim.ruled), answer=f"{claim.why}.")
     if claim.study is None:
@@ -33,12 +29,10 @@ def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record
     if claim.study not in studies:
         return _pending(f"its study, {claim.study}, is not part of this report")
     study = studies[claim.study]
-    rules = [rule for rule in study.rules if rule.claim == claim.id]
-    if len(rules) != 1:
-        raise ValueError(
-            f"{study.name}.rules: {len(rules)} rules for {claim.id}; must be one; add Rule({claim.id!r}, ...)"
-        )
-    return _judge(claim, study, rules[0], standing(study, records))
+    for rule in study.rules:
+        if rule.claim == claim.id:
+            return _judge(claim, study, rule, standing(study, records))
+    return _pending(f"its study, {claim.study}, has no rule for it")
 
 
 def standing(study: Study, records: Iterable[Record]) -> tuple[Record, ...]:

@@ -1,0 +1,140 @@
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from ablations.claims import Outcome
+from ablations.evidence import (
+    Estimate,
+    NoEvidence,
+    compare,
+    decide,
+    estimate,
+    holm,
+    mean,
+    seeds_needed,
+    sign_flip,
+    summarise,
+)
+from bench.record import Record
+
+NUMBERS = st.floats(-1e6, 1e6, allow_subnormal=False)
+
+
+def record(value: float, *, arm: str = "a", seed: int | None = 0, noise: str = "absolute", **more: object) -> Record:
+    known = {"study": "s", "metric": "loss", "unit": "nat/token", "machine": "m", "revision": "r", "profile": "full"}
+    return Record(**known, arm=arm, seed=seed, noise=noise, value=value, time="t", **{"n": 1, **more})  # type: ignore[arg-type]
+
+
+def test_the_interval_of_three_replicates_is_students() -> None:
+    found = mean([1.0, 2.0, 3.0])
+    half = 4.302653 / math.sqrt(3)  # t of 2 degrees at 97.5%, standard deviation 1
+    assert found.value == 2.0
+    assert found.low == pytest.approx(2 - half, rel=1e-6)
+    assert found.high == pytest.approx(2 + half, rel=1e-6)
+    assert found.n == 3
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=8, unique=True))
+def test_the_interval_is_scipys(values: list[float]) -> None:
+    ours, theirs = mean(values), stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    scale = max(map(abs, values)) + 1
+    assert ours.low == pytest.approx(theirs.low, abs=1e-6 * scale)
+    assert ours.high == pytest.approx(theirs.high, abs=1e-6 * scale)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=2, max_size=8))
+def test_a_paired_ratio_and_its_inverse_mirror_each_other(ratios: list[float]) -> None:
+    there, back = mean(ratios, geometric=True), mean([1 / ratio for ratio in ratios], geometric=True)
+    assert there.value * back.value == pytest.approx(1)
+    assert there.low is not None
+    assert back.high is not None
+    assert there.low * back.high == pytest.approx(1)
+
+
+def test_the_interval_covers_the_truth_in_about_95_of_100_studies() -> None:
+    chance = random.Random(7)
+    trials = [mean([chance.gauss(0, 1) for _ in range(6)]) for _ in range(2000)]
+    covered = sum(found.low <= 0 <= found.high for found in trials) / len(trials)  # type: ignore[operator]
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_one_noisy_replicate_has_the_interval_of_its_record_and_counts_once() -> None:
+    found = summarise([record(2.0, n=7, interval=(1.5, 2.5))])
+    assert found == Estimate(2.0, 1.5, 2.5, 1)
+    assert summarise([record(2.0)]) == Estimate(2.0, None, None, 1)
+
+
+def test_an_exact_metric_that_is_equal_in_all_replicates_has_no_width() -> None:
+    assert summarise([record(5, noise="exact", seed=seed) for seed in range(3)]) == Estimate(5.0, 5.0, 5.0, 3)
+
+
+def test_an_exact_metric_that_differs_between_seeds_has_an_interval() -> None:
+    found = summarise([record(value, noise="exact", seed=seed) for seed, value in enumerate((4, 5, 6))])
+    assert found.low is not None
+    assert found.low < 5 < found.high  # type: ignore[operator]
+
+
+def test_an_estimate_of_several_points_asks_which() -> None:
+    rows = [record(1.0, axes={"length": 1}), record(2.0, axes={"length": 2})]
+    with pytest.raises(ValueError, match=r"several points are left; also say length"):
+        estimate(rows, arm="a", metric="loss")
+    assert estimate(rows, arm="a", metric="loss", length=2).value == 2.0
+
+
+def test_an_estimate_without_records_says_what_is_missing() -> None:
+    with pytest.raises(NoEvidence, match="no record of loss of b, length=3"):
+        estimate([record(1.0)], arm="b", metric="loss", length=3)
+
+
+def test_a_comparison_pairs_seeds_and_drops_those_with_one_side() -> None:
+    ours = [record(value, arm="b", seed=seed) for seed, value in enumerate((2.0, 4.0, 6.0))]
+    theirs = [record(value, arm="a", seed=seed) for seed, value in enumerate((1.0, 3.0))]
+    assert compare([*ours, *theirs], arm="b", baseline="a", metric="loss").value == 1.0
+    assert compare([*ours, *theirs], arm="b", baseline="a", metric="loss").n == 2
+    ratio = compare([*ours, *theirs], arm="b", baseline="a", metric="loss", ratio=True)
+    assert ratio.value == pytest.approx(math.sqrt(2 * 4 / 3))
+    with pytest.raises(NoEvidence, match="no seed has loss of both b and a"):
+        compare([ours[2], *theirs], arm="b", baseline="a", metric="loss")
+
+
+@pytest.mark.parametrize(
+    "low, high, outcome",
+    [
+        (1.0, 2.0, Outcome.HOLDS),
+        (0.5, 2.0, Outcome.UNDECIDABLE),
+        (0.5, 0.9, Outcome.FAILS),
+        (None, None, Outcome.UNDECIDABLE),
+    ],
+)
+def test_an_estimate_holds_inside_the_region_fails_outside_and_decides_nothing_across(
+    low: float | None, high: float | None, outcome: Outcome
+) -> None:
+    assert decide(Estimate(1.0, low, high, 6), "answer", at_least=1.0).outcome is outcome
+
+
+def test_an_estimate_above_a_bound_from_above_fails() -> None:
+    assert decide(Estimate(5, 4, 6, 6), "answer", at_most=3).outcome is Outcome.FAILS
+    assert decide(Estimate(5, 4, 6, 6), "answer", at_least=3, at_most=7).outcome is Outcome.HOLDS
+
+
+@given(NUMBERS, st.floats(0, 10), st.floats(-10, 10).filter(lambda factor: factor != 0))
+def test_a_mapped_estimate_keeps_its_bounds_in_order(value: float, half: float, factor: float) -> None:
+    found = Estimate(value, value - half, value + half, 3).map(lambda part: factor * part)
+    assert found.low is not None
+    assert found.low <= found.value <= found.high  # type: ignore[operator]
+
+
+def test_six_pairs_of_one_sign_are_the_fewest_that_decide() -> None:
+    assert sign_flip([1, 2, 3, 1, 2, 3]) == pytest.approx(2 / 2**6)
+    assert sign_flip([1, 2, 3, 1, 2]) == pytest.approx(2 / 2**5)
+    assert seeds_needed() == 6
+    assert seeds_needed(10) == 9
+
+
+def test_holm_asks_more_of_the_best_of_several() -> None:
+    assert holm({"a": 0.03, "b": 0.04}) == {"a": False, "b": False}
+    assert holm({"a": 0.01, "b": 0.04}) == {"a": True, "b": True}

@@ -1,0 +1,183 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ablations import __main__ as command
+from ablations.catalogue import load as load_study
+from ablations.run import label, remaining
+from ablations.study import Cell
+from bench.record import Record, load
+
+COIN = Path(__file__).with_name("coin_study.py")
+ROOT = COIN.parents[2]
+CELLS = 8
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def run(out: Path, log: Path) -> Run:
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-m", "ablations", *(arguments or ("run", str(COIN), "--out", str(out)))]
+        return subprocess.run(
+            line, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COIN_LOG": str(log)} | environment
+        )
+
+    return run
+
+
+def records(out: Path) -> tuple[Record, ...]:
+    loaded = load(out / "records.jsonl")
+    assert not loaded.skipped
+    return loaded.records
+
+
+def starts(log: Path) -> Counter[str]:
+    return Counter(line for line in log.read_text().splitlines() if line.startswith("start"))
+
+
+def test_a_study_runs_each_cell_once_and_a_second_run_does_nothing(run: Run, out: Path, log: Path) -> None:
+    first = run()
+    assert first.returncode == 0, first.stderr
+    before = (out / "records.jsonl").read_bytes()
+    assert len(records(out)) == 2 * CELLS
+    assert set(starts(log).values()) == {1}
+    assert len(starts(log)) == CELLS
+    study = load_study(str(COIN))
+    assert {record.rule for record in records(out)} == {study.rule_digest()}
+    assert {record.axes["device"] for record in records(out)} == {"cpu"}
+    assert len(list((out / "machines").glob("*.json"))) == 1
+
+    assert run().returncode == 0
+    assert (out / "records.jsonl").read_bytes() == before
+    assert not remaining(study, "quick", out).left
+    assert len(remaining(study, "full", out).left) == 3 * CELLS, "another profile is another run"
+
+
+def test_a_cell_whose_records_are_gone_runs_again(run: Run, out: Path, log: Path) -> None:
+    run()
+    path = out / "records.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert run().returncode == 0
+    assert sorted(starts(log).values()) == [1] * (CELLS - 1) + [2]
+
+
+def test_a_cell_that_raises_leaves_error_records_and_the_rest_goes_on(run: Run, out: Path) -> None:
+    done = run(COIN_RAISES="bent")
+    assert done.returncode == 1
+    assert "RuntimeError: the coin rolled away" in done.stderr
+    failed = [record for record in records(out) if record.error]
+    assert {(record.arm, record.error) for record in failed} == {("bent", "RuntimeError: the coin rolled away")}
+    assert len(failed) == CELLS // 2
+    assert len(records(out)) == CELLS // 2 + 2 * CELLS // 2
+
+    again = run()
+    assert again.returncode == 0, "what failed is tried again"
+    assert sum(record.error is None for record in records(out)) == 2 * CELLS
+
+
+def test_an_arm_that_fails_its_check_is_a_failure_and_one_that_is_pending_is_not(run: Run, out: Path) -> None:
+    failed = run(COIN_FAILS="bent")
+    assert failed.returncode == 1
+    assert {record.error for record in records(out)} == {None, "the coin stood on its edge"}
+    assert run(COIN_PENDING="bent").returncode == 0
+    assert "pending: no table to toss on" in {record.error for record in records(out)}
+
+
+def test_a_runner_killed_at_any_moment_loses_at_most_the_cell_in_work(run: Run, out: Path, log: Path) -> None:
+    environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "0.5"}
+    line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
+    runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while not (log.exists() and sum(starts(log).values()) >= 3):
+        time.sleep(0.02)
+        assert runner.poll() is None, "the runner ended before it was killed"
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    ended = log.read_text().count("end")
+    time.sleep(1.0)
+    assert log.read_text().count("end") == ended, "the cell in work ends with its runner"
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    again = [line for line, times in starts(log).items() if times > 1]
+    assert len(again) <= 1
+    assert len(starts(log)) == CELLS
+    kept = Counter(record.id for record in records(out))
+    assert len(kept) == 2 * CELLS
+
+
+def test_a_torn_last_line_costs_its_cell_and_no_other(run: Run, out: Path, log: Path) -> None:
+    run()
+    path = out / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert run().returncode == 0
+    assert sorted(starts(log).values()) == [1] * (CELLS - 1) + [2]
+    assert len(load(path).skipped) == 1
+
+
+def test_a_hung_cell_is_given_up(monkeypatch: pytest.MonkeyPatch, out: Path, log: Path) -> None:
+    monkeypatch.setattr("ablations.run._START", 0.5)
+    monkeypatch.setattr("ablations.run._PATIENCE", 0)
+    monkeypatch.setenv("COIN_SLEEP", "60")
+    study = load_study(str(COIN))
+    from ablations.run import run as run_cells
+
+    wrong = list(run_cells(str(COIN), study, study.cells("quick")[:1], "quick", out, lambda cell: None))
+    assert "gave up after" in wrong[0]
+    assert "declare more seconds" in str(records(out)[0].error)
+
+
+def test_the_list_says_what_is_done_and_left(run: Run) -> None:
+    told = run("list")
+    assert told.returncode == 0
+    for heading in ("study", "question", "cells", "done", "left", "expected hours"):
+        assert heading in " ".join(told.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["run", "moe_capcity"], "study='moe_capcity': must be one of the studies"),
+        (["run"], "must name studies"),
+        (["run", "--all", "attention_sparsity"], "must name studies, or be left out"),
+        (["run", str(COIN), "--out", "/dev/null/out"], "/dev/null"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out_says_why(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_label_tells_a_cell_apart() -> None:
+    assert label(Cell(arm="a", seed=3, axes={"length": 5}, seconds=1)) == "a length=5 seed=3"
+    assert label(Cell(arm=None, seed=None, axes={}, seconds=1)) == ""
+
+
+def test_a_mark_names_the_records_of_its_cell(run: Run, out: Path) -> None:
+    run()
+    ids = {record.id for record in records(out)}
+    for path in (out / "cells").glob("*.json"):
+        mark = json.loads(path.read_text())
+        assert len(mark["records"]) == 2
+        assert set(mark["records"]) <= ids
+        assert mark["seconds"] >= 0
