@@ -103,7 +103,11 @@ def _value(node: ast.expr, text: str) -> Any:
         known = ", ".join(name for name in configs.__all__ if name[0].isupper())
         variant = isinstance(kind, type) and node.func.id in configs.__all__
         require(variant, "--variant", text, f"{node.func.id} is none of {known}", "pick one of these")
-        return kind(**{str(word.arg): _value(word.value, text) for word in node.keywords})  # type: ignore[misc]
+        fields = {str(word.arg): _value(word.value, text) for word in node.keywords}
+        try:
+            return kind(**fields)  # type: ignore[misc]
+        except TypeError as error:
+            raise ValueError(f"--variant={text!r}: {error}; give the fields of {node.func.id}") from error
     if isinstance(node, ast.Tuple):
         return tuple(_value(part, text) for part in node.elts)
     try:
