@@ -6,9 +6,13 @@ record.py       Record, append, load: one figure as one JSON line
 metrics.py      METRICS: what each figure means, which way is better, how it misleads
 measurement.py  Measurement, Point, record, failure: from a meter's figure to a record
 fingerprint.py  Provenance, provenance, fingerprint, machine_id, revision
-meters/         paired times, peak bytes, saved bytes, FLOPs, routing load, energy
+meters/         paired times, peak bytes, saved bytes, FLOPs, routing load, ceilings of the machine, energy
+interval.py     95% intervals of small samples; speed.py, peaks.py: rates, and peaks of cards by name
 cases.py        what a case does with its arms; conftest.py gives it to pytest as fixtures
 bench_*.py      the cases, one file per room
+
+__main__.py     runs the cases; replicate.py joins the records of fresh processes
+gate.py         exact figures of a training step against expectations.json
 
 The first four do not import torch, and neither does this file.
 
@@ -20,7 +24,8 @@ To add a case, write `bench_<what>` in `bench/bench_<room>.py`; bench_layers.py 
         def check(): torch.testing.assert_close(...)            # before any timing; raises where an arm is wrong
         measure_arms(phase="forward",                           # forward | forward_backward | step | decode
                      baseline="sdpa", arms={"sdpa": sdpa, "window": window}, check=check,
-                     axes={"length": length}, tokens=length)    # tokens adds tokens per second
+                     axes={"length": length},
+                     tokens=length, flops=operations)           # add tokens per second; share of ceiling, MFU on a GPU
         keep("window", [measurement, ...], baseline="sdpa", axes={"length": length})     # figures of other meters
 
 `measure_arms` returns the figures, `figures["window"]["forward_cpu_ratio"].value`. Run one file by

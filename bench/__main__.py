@@ -1,4 +1,4 @@
-"""Run the benchmark cases: `python -m bench --profile quick|full --device cpu|cuda --out reports/out [-k expression]`.
+"""Run the benchmark cases: `python -m bench [ROOM ...] --profile quick|full --device cpu|cuda --out reports/out`.
 
 The quick profile runs all cases under pytest in one fresh process, which writes each record as its case ends. The full
 profile runs file after file, each in five fresh processes whose records are joined, so that a kill costs one file.
@@ -29,8 +29,9 @@ NEEDED |= {"rich": "rich", "scipy": "scipy", "torch": "torch", "transformers": "
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for and print what came out."""
     chosen = parser().parse_args(arguments)
-    for problem in (missing_packages(), missing_device(chosen.device), unwritable(chosen.out)):
-        if problem:
+    problems = (unknown_rooms, missing_packages, missing_device, unwritable)
+    for find in problems:
+        if problem := find(chosen):
             print(f"python -m bench: {problem}", file=sys.stderr)
             return 2
     fingerprint.save(chosen.out)
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench", description="Run the benchmark cases and keep their records."
     )
+    made.add_argument("rooms", nargs="*", metavar="ROOM", help=f"of {', '.join(files())}; all of them by default")
     made.add_argument(
         "--profile", choices=("quick", "full"), default="quick", help="how long to measure, at which sizes"
     )
@@ -58,15 +60,31 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def files() -> dict[str, Path]:
+    """The files of cases by the room that they measure."""
+    return {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+
+
+def case_files(chosen: argparse.Namespace) -> list[Path]:
+    """The files that the command line asks for."""
+    return [path for room, path in files().items() if not chosen.rooms or room in chosen.rooms]
+
+
+def unknown_rooms(chosen: argparse.Namespace) -> str | None:
+    """Which of the rooms have no cases, or None."""
+    unknown = [room for room in chosen.rooms if room not in files()]
+    return f"no cases of {', '.join(unknown)}; there are cases of {', '.join(files())}" if unknown else None
+
+
 def run_cases(chosen: argparse.Namespace) -> tuple[list[Record], bool]:
     """All records that the run added to <out>/records.jsonl, and whether a case failed."""
     count = chosen.processes or PROCESSES[chosen.profile]
     if count == 1:
-        added, code = run_process(chosen, HERE, chosen.out, 0)
+        added, code = run_process(chosen, case_files(chosen), chosen.out, 0)
         return list(added), code not in (0, NO_CASE)
     kept: list[Record] = []
     failed = False
-    for file in sorted(HERE.glob("bench_*.py")):
+    for file in case_files(chosen):
         runs, codes = run_file(chosen, file, count)
         joined = across_processes(runs)
         append(chosen.out / "records.jsonl", joined)
@@ -80,7 +98,7 @@ def run_file(chosen: argparse.Namespace, file: Path, count: int) -> tuple[list[t
     runs, codes = [], []
     with TemporaryDirectory(prefix="dsv3-bench-") as folder:
         for number in range(count):
-            records, code = run_process(chosen, file, Path(folder) / str(number), number)
+            records, code = run_process(chosen, [file], Path(folder) / str(number), number)
             runs.append(records)
             codes.append(code)
             if code == NO_CASE:
@@ -89,14 +107,17 @@ def run_file(chosen: argparse.Namespace, file: Path, count: int) -> tuple[list[t
     return runs, codes
 
 
-def run_process(chosen: argparse.Namespace, cases: Path, out: Path, number: int) -> tuple[tuple[Record, ...], int]:
+def run_process(
+    chosen: argparse.Namespace, cases: Sequence[Path], out: Path, number: int
+) -> tuple[tuple[Record, ...], int]:
     """Run the cases under pytest with records in `out`: those it added, and pytest's exit code."""
-    json_path = chosen.out / "benchmarks" / f"{cases.stem}-{chosen.profile}-{chosen.device}-{number}.json"
+    name = cases[0].stem if len(cases) == 1 else "bench"
+    json_path = chosen.out / "benchmarks" / f"{name}-{chosen.profile}-{chosen.device}-{number}.json"
     json_path.parent.mkdir(parents=True, exist_ok=True)
     options = [f"--bench-profile={chosen.profile}", f"--bench-device={chosen.device}", f"--bench-out={out}"]
     options += [f"--benchmark-json={json_path}", "--benchmark-quiet", "-q", "-W", "ignore::pytest.PytestWarning"]
     options += ["-k", chosen.k] if chosen.k else []
-    command = [sys.executable, "-m", "pytest", str(cases), "-c", str(HERE / "pytest.ini"), *options]
+    command = [sys.executable, "-m", "pytest", *map(str, cases), "-c", str(HERE / "pytest.ini"), *options]
     before = len(load(out / "records.jsonl").records)
     code = subprocess.run(command, env=environment(), check=False).returncode
     return load(out / "records.jsonl").records[before:], code
@@ -108,7 +129,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "KINETO_LOG_LEVEL": "99"}
 
 
-def missing_packages() -> str | None:
+def missing_packages(chosen: argparse.Namespace) -> str | None:
     """Which packages the cases lack, with the line that gets them; it never touches an installed torch."""
     absent = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if not absent:
@@ -116,9 +137,9 @@ def missing_packages() -> str | None:
     return f"missing {', '.join(absent)}; get them by: python -m pip install {' '.join(absent)}"
 
 
-def missing_device(device: str) -> str | None:
+def missing_device(chosen: argparse.Namespace) -> str | None:
     """Why a GPU cannot be used, or None."""
-    if device == "cpu":
+    if chosen.device == "cpu":
         return None
     import torch
 
@@ -127,8 +148,9 @@ def missing_device(device: str) -> str | None:
     return f"--device cuda: torch {torch.__version__} sees no GPU here; leave the option out to measure on the CPU"
 
 
-def unwritable(out: Path) -> str | None:
+def unwritable(chosen: argparse.Namespace) -> str | None:
     """Why the output folder cannot be written, or None; it is made."""
+    out = chosen.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "records.jsonl").open("a").close()

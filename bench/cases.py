@@ -16,10 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, failure, record
+from bench.meters.ceiling import gemm_rate
 from bench.meters.paired import Block, Clock, cuda_clock, plan, process_clock, summary, threads, time_block
 from bench.record import Profile, append
+from bench.speed import model_flops_utilisation, rate
 
 BLOCKS: Mapping[Profile, int] = {"quick": 7, "full": 15}
 SECONDS: Mapping[Profile, float] = {"quick": 2.0, "full": 5.0}  # of blocks, where they are short
@@ -87,13 +91,16 @@ def measure_arms(
     config: str | None = None,
     blocks: int | None = None,
     tokens: int | None = None,
+    flops: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Figures:
     """Check, time and keep the arms of one case; its figures by arm and metric.
 
     phase     "forward", "forward_backward", "step" or "decode": names the ratios
     check     raises where an arm is not equal to its reference; runs before anything is timed
     axes      what else identifies the point, such as {"length": 4096}; device, phase and threads are added
-    tokens    tokens of one call: adds tokens_per_second
+    tokens    tokens of one call of every arm: adds tokens_per_second
+    flops     operations of one call of every arm, in `dtype`: adds ceiling_share, and mfu on a GPU
 
     Raises:
         Exception: what the check or an arm raised, after it was written as error records.
@@ -111,26 +118,38 @@ def measure_arms(
         with_threads = where if session.threads is None else where | {"threads": session.threads}
         for arm in arms:
             found = summary(taken, arm, baseline, phase, session.hands)
-            if tokens is not None and "wall" in session.hands:
-                found += (throughput(found[0], tokens),)
-            run.keep(replace(point, arm=arm, axes=with_threads), found)
+            here = replace(point, arm=arm, axes=with_threads)
+            found += _speeds(run, here, session, found[0], tokens, flops, dtype)
+            run.keep(here, found)
             figures[arm] |= {measurement.metric: measurement for measurement in found}
     benchmark.group = study
     benchmark.extra_info |= {"axes": where, "figures": {arm: _plain(found) for arm, found in figures.items()}}
     return figures
 
 
-def throughput(wall_seconds: Measurement, tokens: int) -> Measurement:
-    """Tokens per second from the wall time of a call that handles `tokens` of them."""
-    low, high = wall_seconds.interval or (wall_seconds.value, wall_seconds.value)
-    samples = wall_seconds.samples and tuple(tokens / sample for sample in wall_seconds.samples)
-    return replace(
-        wall_seconds,
-        metric="tokens_per_second",
-        value=tokens / wall_seconds.value,
-        interval=wall_seconds.interval and (tokens / high, tokens / low),
-        samples=samples,
-    )
+def _speeds(
+    run: Run,
+    point: Point,
+    session: Session,
+    seconds: Measurement,
+    tokens: int | None,
+    flops: float | None,
+    dtype: torch.dtype,
+) -> tuple[Measurement, ...]:
+    found: tuple[Measurement, ...] = ()
+    if "wall" in session.hands and tokens is not None:
+        found += (rate(seconds, "tokens_per_second", tokens),)
+    if flops is not None:
+        with threads(session.threads):
+            ceiling = gemm_rate(torch.device(run.device), dtype, which=session.hands[0]).value
+        found += (rate(seconds, "ceiling_share", flops / ceiling),)
+        if run.device == "cuda":
+            share = model_flops_utilisation(seconds, flops, dtype)
+            if isinstance(share, str):
+                run.keep_failures(point, ["mfu"], share)
+            else:
+                found += (share,)
+    return found
 
 
 def _time(run: Run, benchmark: Any, arms: Arms, blocks: int | None) -> list[tuple[Session, list[Block]]]:

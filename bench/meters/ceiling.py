@@ -1,0 +1,50 @@
+"""What this machine can do at most: operations of a large matrix product and bytes of a large copy, per second.
+
+    gemm rate    2 n^3 / fastest of the calls
+    copy rate    2 x bytes / fastest of the calls        (read once, written once)
+
+The fastest call is the one least disturbed, so a ceiling is a maximum where everything else here is a median. A speed
+beside its share of the ceiling can be compared across machines; a share above 1 means that the ceiling was disturbed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.measurement import Measurement
+from bench.meters.paired import Clock, cuda_clock, process_clock
+
+CALLS = 10
+WIDTH = {"cpu": 1024, "cuda": 8192}  # large enough that a product is bound by arithmetic, not by reading its factors
+BYTES = {"cpu": 2**27, "cuda": 2**30}  # beyond the caches
+
+
+def gemm_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, *, calls: int = CALLS, which: str = "wall"
+) -> Measurement:
+    """Operations per second of a square product in `dtype`, by the "wall" or "cpu" clock, with torch's threads."""
+    n = WIDTH[device.type]
+    a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    fastest = _fastest(lambda: torch.mm(a, b, out=out), device, calls, which)
+    return Measurement(metric="gemm_flops_per_second", value=2 * n**3 / fastest, n=calls, over="calls")
+
+
+def copy_rate(device: torch.device, *, calls: int = CALLS) -> Measurement:
+    """Bytes read and written per second by a copy."""
+    source = torch.ones(BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    fastest = _fastest(lambda: target.copy_(source), device, calls, "wall")
+    return Measurement(metric="copy_bytes_per_second", value=2 * BYTES[device.type] / fastest, n=calls, over="calls")
+
+
+def _fastest(call: Callable[[], Tensor], device: torch.device, calls: int, which: str) -> float:
+    clock: Clock = process_clock if device.type == "cpu" else cuda_clock
+    call()
+    taken = []
+    for _ in range(calls):
+        start = clock()
+        call()
+        taken.append(getattr(clock(), which) - getattr(start, which))
+    return min(taken)

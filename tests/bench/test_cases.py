@@ -1,0 +1,161 @@
+"""The way of a case from its arms to records: one end to end, and what happens when an arm is wrong."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.__main__ import figures, main, number
+from bench.cases import Run, measure_arms, sessions
+from bench.fingerprint import Provenance
+from bench.record import Record, load
+
+ROOT = Path(__file__).parents[2]
+
+
+class OneRound:
+    """pytest-benchmark's fixture as a case sees it; every round runs."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+        self.group: str | None = None
+
+    def pedantic(self, target: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            target()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(out=tmp_path, device="cpu", provenance=Provenance(machine="m", revision="r", profile="quick"))
+
+
+def ask(run: Run, check: Callable[[], None], arm: Callable[[], object] = lambda: sum(range(1000))) -> None:
+    measure_arms(
+        run,
+        OneRound(),
+        study="bench_sums",
+        phase="forward",
+        baseline="sum",
+        arms={"sum": lambda: sum(range(1000)), "arm": arm},
+        check=check,
+        axes={"terms": 1000},
+        blocks=2,
+        tokens=10,
+        flops=1000.0,
+    )
+
+
+def kept(run: Run) -> tuple[Record, ...]:
+    return load(run.out / "records.jsonl").records
+
+
+def test_every_arm_leaves_its_figures(run: Run) -> None:
+    ask(run, check=lambda: None)
+    found = {(record.arm, record.metric): record for record in kept(run)}
+    seconds = {"cpu_seconds", "wall_seconds", "tokens_per_second", "ceiling_share"}
+    assert {metric for arm, metric in found if arm == "sum"} == seconds
+    assert {metric for arm, metric in found if arm == "arm"} == seconds | {"forward_cpu_ratio", "forward_wall_ratio"}
+    ratio = found["arm", "forward_cpu_ratio"]
+    assert (ratio.n, ratio.over, ratio.baseline, ratio.error) == (2, "blocks", "sum", None)
+    assert ratio.axes == {"terms": 1000, "device": "cpu", "phase": "forward", "threads": 1}
+
+
+def test_a_failed_check_times_nothing_and_leaves_errors(run: Run) -> None:
+    def wrong() -> None:
+        raise AssertionError("arm differs from sum by 3")
+
+    def never() -> None:
+        raise RuntimeError("was timed")
+
+    with pytest.raises(AssertionError, match="differs"):
+        ask(run, check=wrong, arm=never)
+    errors = {(record.arm, record.metric): record.error for record in kept(run)}
+    assert set(errors.values()) == {"AssertionError: arm differs from sum by 3"}
+    assert ("arm", "forward_cpu_ratio") in errors
+    assert ("sum", "cpu_seconds") in errors
+
+
+def test_an_arm_that_breaks_leaves_errors_too(run: Run) -> None:
+    def breaks() -> None:
+        raise MemoryError("16 GiB wanted")
+
+    with pytest.raises(MemoryError):
+        ask(run, check=lambda: None, arm=breaks)
+    assert {record.error for record in kept(run)} == {"MemoryError: 16 GiB wanted"}
+
+
+def test_cpu_time_decides_at_one_thread_and_wall_time_stands_at_all_cores() -> None:
+    one, every = sessions("cpu")
+    assert (one.threads, one.hands, every.hands) == (1, ("cpu",), ("wall",))
+    (gpu,) = sessions("cuda")
+    assert gpu.hands == ("wall",)
+
+
+def test_one_case_runs_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "layers", "--out", str(tmp_path / "new")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = tmp_path / "new" / "records.jsonl"
+    assert done.stdout.splitlines()[-1] == f"6 records in {path}"
+    records = load(path).records
+    assert {record.study for record in records} == {"bench_layers"}
+    (ratio,) = (record for record in records if record.metric == "forward_backward_cpu_ratio")
+    assert ratio.n >= 7
+    assert "forward_backward_cpu_ratio" in done.stdout
+    (theirs,) = (tmp_path / "new" / "benchmarks").glob("*.json")
+    told = json.loads(theirs.read_text())
+    assert told["machine_info"]["dsv3"]["machine"] == ratio.machine
+    shown = told["benchmarks"][0]["extra_info"]["figures"]["dsv3.layers.RMSNorm"]["forward_backward_cpu_ratio"]
+    assert shown["value"] == ratio.value
+    assert (tmp_path / "new" / "machines" / f"{ratio.machine}.json").exists()
+
+
+def test_an_expression_that_names_no_case_is_told(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench", "layers", "--out", str(tmp_path), "-k", "no_such_case"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "does -k 'no_such_case' name one?" in done.stderr
+
+
+def test_a_room_without_cases_is_told_with_those_that_have_some(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["layer"]) == 2
+    assert "no cases of layer; there are cases of" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--out", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--device", "cuda", "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sees no GPU here" in line
+
+
+def test_a_missing_package_is_one_line_that_never_installs_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None if name == "pytest_benchmark" else object())
+    assert main(["--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("python -m pip install pytest-benchmark")
+
+
+def test_numbers_are_shown_short_and_whole_ones_whole() -> None:
+    assert [number(value) for value in (671026404352, 0.123456, 2.0)] == ["671,026,404,352", "0.1235", "2"]
+
+
+def test_an_error_is_shown_in_place_of_the_value(run: Run) -> None:
+    with pytest.raises(ZeroDivisionError):
+        ask(run, check=lambda: 1 // 0)  # type: ignore[arg-type]
+    assert figures(kept(run)[0]) == ("error: ZeroDivisionError: integer division or modulo by zero", "", "0")
