@@ -105,7 +105,9 @@ def summarise(rows: Sequence[Record]) -> Estimate:
     """The mean over replicates of one point, with the interval its noise class allows."""
     if len(rows) == 1 and rows[0].noise != "exact":
         low, high = rows[0].interval or (None, None)
-        return Estimate(float(_value(rows[0])), low, high, 1)
+        # Blocks of one process share its luck in memory layout: they are not replicates.
+        n = rows[0].n if rows[0].over in ("processes", "seeds") else 1
+        return Estimate(float(_value(rows[0])), low, high, n)
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
     return mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
@@ -119,7 +121,7 @@ def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = Fals
     if exact and len(set(values)) == 1:
         return Estimate(values[0], values[0], values[0], n)
     if geometric and min(values) > 0:
-        return mean([math.log(value) for value in values]).map(math.exp)
+        return mean([math.log(value) for value in values]).map(_exp)
     if n == 1:
         return Estimate(values[0], None, None, 1)
     from scipy.stats import t
@@ -168,6 +170,10 @@ def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, bool]:
 def seeds_needed(comparisons: int = 1, alpha: float = 0.05) -> int:
     """The fewest pairs with which the sign-flip test under Holm can find anything: 1 + log2(m / alpha), rounded up."""
     return 1 + math.ceil(math.log2(comparisons / alpha))
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf  # where doubles end: two wild replicates bound nothing
 
 
 def _value(row: Record) -> int | float:

@@ -190,7 +190,7 @@ class Study:
 
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
     seeds     replicates per profile; "full" has at least what the rules ask
-    answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' own answers
+    answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' answers
     limits    what the answer does not say, one sentence each
     """
 

@@ -7,6 +7,7 @@ with the reason on it.
 
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
 from hashlib import sha256
@@ -167,6 +168,7 @@ def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
         look = _look(study, arm.name)
         axes.errorbar(points[figure.x], middle, yerr=errors, label=arm.name, capsize=2, zorder=3 + at, **look)
     _scale(axes, figure, table)
+    _keep_in_view(axes, table["value"])
     axes.grid(True)
     _mark(axes, figure, along="y")
     axes.set(title=figure.caption, xlabel=figure.x, ylabel=_label(figure))
@@ -228,9 +230,34 @@ def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     places = sorted(set(table[figure.x]))
     if len(places) <= 12:  # more would overlap: matplotlib's own ticks then
-        axes.set_xticks(places, [place(value) for value in places])
+        axes.set_xticks(places, _labels(places, log="x" in figure.log))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _labels(places: Sequence[Any], *, log: bool) -> list[str]:
+    """The places as text; none where it would touch the label before: closer than a sixteenth of the axis."""
+    if not all(isinstance(value, int | float) for value in places) or len(places) < 2:
+        return [place(value) for value in places]
+    at = [math.log(value) if log else float(value) for value in places]
+    labels, last = [], -math.inf
+    for value, here in zip(places, at, strict=True):
+        clear = here - last >= (at[-1] - at[0]) / 16
+        labels.append(place(value) if clear else "")
+        last = here if clear else last
+    return labels
+
+
+def _keep_in_view(axes: Axes, values: "pd.Series[float]") -> None:
+    """Cut the view where an interval of few replicates would dwarf the points; the tables have it whole."""
+    least, most = float(values.min()), float(values.max())
+    if axes.get_yscale() == "log":
+        edges = least / 4, most * 4
+    else:
+        span = (most - least) or abs(most) or 1.0
+        edges = least - span, most + span
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, edges[0]), min(high, edges[1]))
 
 
 def _mark(axes: Axes, figure: Figure, *, along: str) -> None:

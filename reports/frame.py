@@ -1,11 +1,10 @@
-"""Records as data frames: one row per record, and one row per point (an arm, a metric, a place on the axes) with its
-interval.
+"""Records as a data frame: one row per point (an arm, a metric, a place on the axes), with its interval.
 
-Axes become columns of their own, after the fixed ones; an axis that a record lacks is missing there. The interval of a
-point is that of `ablations.evidence`, the same that the verdicts use.
+Axes become columns before the fixed ones; an axis that a point lacks is missing there. The interval is that of
+`ablations.evidence`, the same that the verdicts use, so that a table and a verdict cannot disagree.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -14,50 +13,19 @@ from ablations.evidence import Estimate, NoEvidence, compare, summarise
 from bench.metrics import metric as metric_named
 from bench.record import Record
 
-FIXED = (
-    "id",
-    "study",
-    "arm",
-    "baseline",
-    "seed",
-    "metric",
-    "value",
-    "low",
-    "high",
-    "n",
-    "over",
-    "unit",
-    "noise",
-    "profile",
-    "machine",
-    "revision",
-    "time",
-    "config",
-    "corpus",
-    "rule",
-    "error",
-)
 POINT = ("arm", "metric", "value", "low", "high", "n", "behind")
 
 
-def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """One row per record; an axis that has the name of a fixed column gets the prefix "axis_"."""
-    rows = []
-    for record in records:
-        low, high = record.interval or (None, None)
-        known = {name: getattr(record, name) for name in FIXED if name not in ("low", "high")}
-        rows.append(known | {"low": low, "high": high} | _columns(record.axes))
-    names = [*FIXED, *dict.fromkeys(name for row in rows for name in row if name not in FIXED)]
-    return pd.DataFrame(rows, columns=names)
-
-
 def axes_of(table: pd.DataFrame) -> list[str]:
-    """The columns of a frame or a summary that are axes."""
-    return [name for name in table.columns if name not in (*FIXED, *POINT)]
+    """The columns that are axes."""
+    return [name for name in table.columns if name not in POINT]
 
 
 def summary(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point: its axes, the mean over replicates, the 95% interval, n replicates, and what they are."""
+    """One row per point: the mean over replicates, the 95% interval, n replicates, and what they are; errors left out.
+
+    An axis that has the name of a fixed column gets the prefix "axis_".
+    """
     points: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         if record.error is None:
@@ -93,14 +61,15 @@ def _behind(records: Sequence[Record]) -> str:
     """What stands behind a point, in words: "6 seeds", "5 processes", "7 blocks of one process"."""
     first, count = records[0], len(records)
     if count == 1 and first.n > 1:
-        return f"{first.n} {first.over or 'samples'} of one process"
+        alone = "" if first.over in ("processes", "seeds") else " of one process"
+        return f"{first.n} {first.over or 'samples'}{alone}"
     kind = "seed" if metric_named(first.metric).transfers else "process"
     plural = {"seed": "seeds", "process": "processes"}[kind]
     return f"{count} {kind if count == 1 else plural}"
 
 
-def _columns(axes: Any) -> dict[str, Any]:
-    return {f"axis_{name}" if name in (*FIXED, *POINT) else name: value for name, value in axes.items()}
+def _columns(axes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"axis_{name}" if name in POINT else name: value for name, value in axes.items()}
 
 
 def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:

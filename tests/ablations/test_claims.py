@@ -2,7 +2,7 @@ import pytest
 
 from ablations import STUDIES
 from ablations.catalogue import load
-from ablations.claims import LEDGER, Outcome, ledger, read
+from ablations.claims import LEDGER, Claim, Outcome, ledger, read
 
 ARTICLE = [
     *("A1", "A2", "A3", "B1", "B2", "B3", "C1", "C2", "C3", "C4", "C5", "D1", "D2", "D3"),
@@ -27,13 +27,14 @@ def test_every_claim_of_the_article_stands_in_the_ledger_once_and_in_its_order()
 
 
 @pytest.mark.parametrize("claim", ledger().values(), ids=lambda claim: claim.id)
-def test_a_claim_says_what_deepseek_did_and_where_it_is_written(claim) -> None:
+def test_a_claim_says_what_deepseek_did_and_where_it_is_written(claim: Claim) -> None:
     assert claim.sources
     assert all(source.startswith("arXiv:") for source in claim.sources)
 
 
 @pytest.mark.parametrize("claim", [c for c in ledger().values() if c.study], ids=lambda claim: claim.id)
-def test_a_claim_with_a_study_has_one_rule_there(claim) -> None:
+def test_a_claim_with_a_study_has_one_rule_there(claim: Claim) -> None:
+    assert claim.study is not None
     assert claim.study in STUDIES
     assert [rule.claim for rule in load(claim.study).rules].count(claim.id) == 1
 

@@ -1,0 +1,36 @@
+"""A folder of records of the coin study, as a run would leave them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ablations.catalogue import load
+from ablations.cell import to_record
+from ablations.study import Reading, Study
+from bench.fingerprint import Provenance, save
+from bench.record import Profile, append
+
+COIN = Path(__file__).parents[1] / "ablations" / "coin_study.py"
+
+
+@pytest.fixture(scope="session")
+def coin() -> Study:
+    return load(str(COIN))
+
+
+@pytest.fixture
+def run(coin: Study, tmp_path: Path) -> Callable[..., Path]:
+    """Measure the study's cells in this process into a folder, some arms failing; returns the folder."""
+
+    def run(profile: Profile = "quick", failing: str = "", machine: str = "m") -> Path:
+        out = tmp_path / "out"
+        where = Provenance(machine=machine, revision="abc123", profile=profile)
+        for cell in coin.cells(profile):
+            lost = [Reading(arm=str(cell.arm), metric="loss", failed="it <rolled> away & under | the table")]
+            readings = lost if cell.arm == failing else coin.measure(cell)
+            append(out / "records.jsonl", [to_record(coin, cell, reading, where) for reading in readings])
+        save(out)
+        return out
+
+    return run

@@ -1,0 +1,180 @@
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from ablations.study import Study
+from bench.fingerprint import Provenance
+from bench.measurement import Measurement, Point, record
+from bench.record import append
+from reports import __main__ as command
+from reports.build import Report, build, stale, write
+
+ROOT = Path(__file__).parents[2]
+Run = Callable[..., Path]
+
+
+class Page(HTMLParser):
+    """What a page refers to, its ids, and whether its tags close."""
+
+    VOID = ("meta", "br", "link", "img", "path", "use", "rect")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.ids: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.ids += [str(value) for name, value in attrs if name == "id"]
+        self.references += [str(value) for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        self.open += [tag] if tag not in self.VOID else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open = self.open[:-1] if tag not in self.VOID else self.open
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.VOID:
+            return
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+
+
+def html(report: Report) -> str:
+    return report.files["index.html"].decode()
+
+
+def test_the_page_refers_to_nothing_outside_itself(coin: Study, run: Run) -> None:
+    text = html(build(run(failing="bent"), [coin]))
+    page = Page(text)
+    assert page.open == [], "every tag is closed"
+    assert len(set(page.ids)) == len(page.ids), "an id stands twice"
+    inside = {f"#{name}" for name in page.ids}
+    missing = {name for name in page.references if name not in inside}
+    assert missing <= {f"#{row}" for row in _studies_elsewhere()}, "a reference leads nowhere"
+    assert not re.search(r"https?:|@import|url\((?!#)|<script|<link", text)
+    for name in re.findall(r"url\(#([^)]*)\)", text):
+        assert name in page.ids
+
+
+def _studies_elsewhere() -> set[str]:
+    """Studies of claims that this report does not hold."""
+    return {"moe_capacity", "pipeline_bubble", "precision_modes", "latent_attention", "multi_token"}
+
+
+def test_the_same_records_give_the_same_bytes_in_another_process(coin: Study, run: Run) -> None:
+    out = run()
+    ours = build(out, [coin]).files
+    code = (
+        "import sys; from pathlib import Path; from hashlib import sha256; from reports.build import build;"
+        "from ablations.catalogue import load; files = build(Path(sys.argv[1]), [load(sys.argv[2])]).files;"
+        "print('\\n'.join(f'{sha256(data).hexdigest()} {name}' for name, data in files.items()))"
+    )
+    coin_file = str(ROOT / "tests" / "ablations" / "coin_study.py")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out), coin_file], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[:-1] == [f"{sha256(data).hexdigest()} {name}" for name, data in ours.items()]
+    assert {name for name in ours if name.endswith(".svg")} == {
+        f"figures/attention_sparsity-{name}.svg" for name in ("heads", "gap", "missing")
+    }
+
+
+def test_a_figure_carries_its_provenance(coin: Study, run: Run) -> None:
+    files = build(run(), [coin]).files
+    svg = files["figures/attention_sparsity-heads.svg"].decode()
+    said = re.search(r"<dc:description>(.*?)</dc:description>", svg, flags=re.DOTALL)
+    assert said is not None
+    provenance = json.loads(said[1].replace("&quot;", '"'))
+    assert provenance["records"] == 16
+    assert provenance["machines"] == ["m"]
+    assert b"digest" in files["figures/attention_sparsity-heads.png"]
+    assert "dc:date" not in svg
+
+
+def test_a_figure_without_data_says_what_is_missing(coin: Study, run: Run) -> None:
+    text = build(run(), [coin]).files["figures/attention_sparsity-missing.svg"].decode()
+    assert "pending: no record of flops yet" in text
+
+
+def test_a_quick_run_says_that_its_seeds_are_few_and_gives_no_verdict(coin: Study, run: Run) -> None:
+    text = html(build(run("quick"), [coin]))
+    assert "2 seeds of the 6 that the full profile takes" in text
+    assert "needs the full profile (2 of 6 seeds)" in text
+
+
+def test_a_full_run_answers_with_numbers_and_a_verdict(coin: Study, run: Run) -> None:
+    report = build(run("full"), [coin])
+    text = html(report)
+    assert "Quick profile" not in text
+    assert re.search(r"Bent coins show -0\.\d+ \[-0\.\d+, -0\.\d+\] more heads\.", text)
+    assert "holds here" in text
+    assert "python -m ablations run attention_sparsity --profile full" in text
+    assert "Bent coins show" in report.files["report.md"].decode()
+
+
+def test_what_failed_stays_in_the_report_as_text(coin: Study, run: Run) -> None:
+    files = build(run(failing="bent"), [coin]).files
+    assert "it &lt;rolled&gt; away &amp; under | the table" in files["index.html"].decode()
+    assert "it <rolled> away & under \\| the table" in files["report.md"].decode()
+
+
+def test_no_records_make_a_report_that_says_so(coin: Study, tmp_path: Path) -> None:
+    report = build(tmp_path, [coin])
+    assert set(report.files) == {"index.html", "report.md"}
+    assert "No records yet" in html(report)
+    assert "pending" in html(report)
+    Page(html(report))
+
+
+def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path: Path) -> None:
+    point = Point(study="bench_coin", arm="fair", axes={"size": 3})
+    where = Provenance(machine="m", revision="r", profile="quick")
+    append(tmp_path / "records.jsonl", [record(point, where, Measurement(metric="flops", value=12))])
+    report = build(tmp_path, [coin])
+    assert [page.answers for page in report.pages] == [("Pending: not run yet.",), ()]
+    assert [page.title for page in report.pages] == ["attention sparsity", "coin benchmark"]
+    assert "missing: no machines/m.json" in html(report)
+
+
+def test_bad_lines_are_named_and_the_rest_is_shown(coin: Study, run: Run) -> None:
+    out = run()
+    with (out / "records.jsonl").open("a") as file:
+        file.write("not a record\n")
+    text = html(build(out, [coin]))
+    assert "Left out of records.jsonl" in text
+    assert "line 17 (Expecting value" in text
+
+
+def test_a_report_is_stale_when_records_or_files_change(coin: Study, run: Run) -> None:
+    out = run()
+    write(out, build(out, [coin]).files)
+    assert stale(out, build(out, [coin]).files) == []
+    (out / "figures" / "old-figure.svg").write_text("")
+    (out / "report.md").write_text("edited")
+    assert stale(out, build(out, [coin]).files) == ["report.md", "figures/old-figure.svg"]
+    write(out, build(out, [coin]).files)
+    assert not (out / "figures" / "old-figure.svg").exists()
+    run("full")
+    assert "index.html" in stale(out, build(out, [coin]).files)
+
+
+def test_the_command_ends_with_where_to_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["build", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {tmp_path / 'index.html'}"
+    assert command.main(["build", "--out", str(tmp_path), "--check"]) == 0
+    (tmp_path / "index.html").write_text("")
+    assert command.main(["build", "--out", str(tmp_path), "--check"]) == 1
+    assert "stale: index.html" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["build", "--out", "/dev/null/x"]) == 2
+    assert capsys.readouterr().out.startswith("error: ")

@@ -1,0 +1,20 @@
+import pytest
+
+from ablations.catalogue import every
+from reports.readme import README, generated, with_parts
+
+
+def test_the_generated_parts_of_the_readme_and_its_figure_are_fresh() -> None:
+    stale = [path.name for path, data in generated(README.read_text(), every()).items() if path.read_bytes() != data]
+    assert not stale, f"{', '.join(stale)}: run `python -m reports readme`"
+
+
+def test_a_part_is_put_between_its_markers_and_nowhere_else() -> None:
+    text = "a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n"
+    assert with_parts(text, {"x": "new \\1"}) == "a\n<!-- begin x -->\nnew \\1\n<!-- end x -->\nb\n"
+
+
+@pytest.mark.parametrize("text", ["", "<!-- begin x -->\n", "<!-- end x -->\n<!-- begin x -->\n"])
+def test_a_readme_without_markers_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="part 'x' lacks its markers"):
+        with_parts(text, {"x": "new"})
