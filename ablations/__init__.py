@@ -9,4 +9,4 @@ run.py        every cell in a fresh process, once
 STUDIES       the studies, in the order of the report
 """
 
-STUDIES: tuple[str, ...] = ()
+STUDIES: tuple[str, ...] = ("pipeline_bubble",)

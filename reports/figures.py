@@ -23,7 +23,7 @@ from ablations.study import Figure, Study
 from bench.metrics import metric
 from bench.record import Record
 from reports.frame import axes_of, differences, summary
-from reports.numbers import interval, place, plain
+from reports.numbers import interval, number, place, plain
 from reports.tables import title
 
 INK = "#1f2328"  # the page swaps it for its own text colour
@@ -116,7 +116,8 @@ def inline(svg: bytes, name: str, description: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = text.replace(INK, "currentColor").replace(f"fill: {PAPER}", "fill: none")
+    text = text.replace(INK, "currentColor")
+    text = text.replace(f"fill: {PAPER}", "fill: none", 1)  # the picture's own paper comes first
     return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
 
 

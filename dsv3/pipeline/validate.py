@@ -70,11 +70,12 @@ def _check_once(plan: Plan) -> dict[Result, int]:
 
 
 def _check_rows(plan: Plan) -> None:
+    stages = plan.stages
     for rank, row in enumerate(plan.rows):
         finished: set[Result] = set()
         for step in row:
             for action in step.actions:
-                own = [need for need in action.needs(plan.stages) if need[0] == action.stage]
+                own = [need for need in action.needs(stages) if need[0] == action.stage]
                 late = [f"{stage}{kind}{m}" for stage, kind, m in own if (stage, kind, m) not in finished]
                 rule = f"comes before {', '.join(late)} on rank {rank}"
                 require(not late, "action", str(action), rule, "run F, then I, then W of a microbatch")
