@@ -31,6 +31,7 @@ LONGEST = 2**24  # positions that fp32 counts exactly
 TENSORS = ("indices", "counts", "rank", "limit")
 
 
+@torch.compiler.disable  # a loop over blocks of sizes that differ, around a kernel that is fused already
 def sparse(
     q: Float[Tensor, "B H T P"],
     k: Float[Tensor, "B G S P"],

@@ -51,6 +51,7 @@ def kept_tokens(visible: Int[Tensor, " n"], *, keep: float | None = None, k: int
     return (visible.double() * keep).floor().long().clamp(min=1)
 
 
+@torch.compiler.disable  # a loop over blocks of sizes that differ: nothing to fuse, minutes to compile
 def per_head(
     importance: Float[Tensor, "B H S"],
     queries: int,
@@ -73,7 +74,7 @@ def per_head(
     order = importance.detach().argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(total, device=order.device)
     rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order))
-    visible = place[total - queries :] + 1
+    visible = torch.arange(total - queries + 1, total + 1)  # on the host: lengths alone decide how many are kept
     kept = kept_tokens(visible, keep=keep, k=k)
     indices, counts = _candidates(rank, kept, block_q, fixed=k is not None)
     per_row = int(kept.sum()) if k is None else clipped_sum(total - queries + 1, total, k)
@@ -85,7 +86,7 @@ def per_head(
         block_k=1,
         cost=SelectionCost(scored=rows * queries, kept=rows * per_row),
         rank=rank,
-        limit=kth_of_prefixes(rank, visible, kept - 1),
+        limit=kth_of_prefixes(rank, visible.to(rank.device), kept.to(rank.device) - 1),
         weights=importance,
     )
 

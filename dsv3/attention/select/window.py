@@ -14,6 +14,7 @@ BLOCK_Q = 256
 BLOCK_K = 64
 
 
+@torch.compiler.disable  # integers per block: nothing to fuse
 def window(
     batch: int,
     queries: int,
