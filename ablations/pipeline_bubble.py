@@ -194,7 +194,7 @@ STUDY = Study(
         ),
         Figure(
             "share_at_16_ranks",
-            "Idle share of time on 16 ranks, DeepSeek-V3's number",
+            "Idle share of time on 16 ranks",
             metric="bubble_share",
             x="microbatches",
             where={"ranks": 16},

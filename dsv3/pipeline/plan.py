@@ -106,6 +106,9 @@ class Plan:
         check_counts(microbatches=self.microbatches)
         rule = f"must have one entry per rank, and there are {len(self.rows)} rows"
         require(len(self.placement) == len(self.rows) > 0, "placement", self.placement, rule, "list each rank's stages")
+        for rank, (held, row) in enumerate(zip(self.placement, self.rows, strict=True)):
+            idle = "leave a rank without work out of the plan"
+            require(bool(held) and bool(row), f"rows[{rank}]", row, "needs a stage and at least one step", idle)
 
     @property
     def ranks(self) -> int:

@@ -78,6 +78,11 @@ def test_values_that_are_no_plan_are_refused() -> None:
         Plan("broken", 1, ((0,), (1,)), ((Action(0, "F", 0),),))
 
 
+def test_a_rank_without_work_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows\[1\]=\(\): needs a stage and at least one step; leave a rank without"):
+        Plan("broken", 1, ((0,), (1,)), ((Action(0, "F", 0),), ()))
+
+
 def test_times_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match=r"b=-1: must be a number >= 0"):
         Times(b=-1)
