@@ -81,8 +81,9 @@ class _Sparse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights, out, lse, *tensors = ctx.saved_tensors
         selection = Selection(**ctx.plain, **dict(zip(TENSORS, tensors, strict=True)))
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        grad_w = None if weights is None else torch.zeros_like(weights)
+        # not zeros_like: a transposed input would pass its strides on, and rows must lie one after the other
+        grad_q, grad_k, grad_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        grad_w = None if weights is None else weights.new_zeros(weights.shape)
         for block in _blocks(selection, q, k.shape[2]):
             operands = _operands(q, k, v, weights, block, ctx.scale)
             pad = (0, operands[0].shape[-1] - out.shape[-1])

@@ -83,8 +83,9 @@ def test_a_selection_that_keeps_everything_is_dense_attention(attention: Select,
 
 
 @every_variant
-def test_gradients_are_those_of_finite_differences(model: Model) -> None:
-    made, x = module(model), hidden(7, batch=1).requires_grad_()
+@pytest.mark.parametrize("length", [7, 300])
+def test_gradients_are_those_of_finite_differences(model: Model, length: int) -> None:
+    made, x = module(model), hidden(length, batch=2).requires_grad_()
     names = [name for name, _ in made.named_parameters()]
 
     def forward(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
@@ -104,10 +105,11 @@ def test_attend_equals_the_reference_in_values_and_gradients(
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        # heads behind positions in memory, as projections leave them
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
 
-    q, k, v = draw(1, heads, queries, width), draw(1, groups, total, width), draw(1, groups, total, value)
-    importance = draw(1, heads, total)
+    q, k, v = draw(1, queries, heads, width), draw(1, total, groups, width), draw(1, total, groups, value)
+    importance = draw(1, total, heads)
     weights = importance if isinstance(select, PerHead) else None
     ours = attend(q, k, v, chosen(select, importance, queries, block_q=16), scale=0.7)
     theirs = reference.attention(q, k, v, seen(select, importance), scale=0.7, weights=weights)
