@@ -173,7 +173,7 @@ def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
     axes.grid(True)
     _mark(axes, figure, along="y")
     axes.set(title=figure.caption, xlabel=figure.x, ylabel=_label(figure))
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=_better(figure), alignment="left")
     return picture
 
 
@@ -196,7 +196,7 @@ def _interval(study: Study, figure: Figure, records: Sequence[Record]) -> Pictur
         axes.set_xscale("log")
     axes.grid(True, axis="x")
     _mark(axes, figure, along="x")
-    axes.set(title=figure.caption, xlabel=_label(figure))
+    axes.set(title=figure.caption, xlabel=", ".join(filter(None, (_label(figure), _better(figure)))))
     if figure.reference is not None:
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / picture.get_figheight()))
     return picture
@@ -216,9 +216,12 @@ def _look(study: Study, arm: str) -> dict[str, Any]:
 
 
 def _label(figure: Figure) -> str:
-    row = metric(figure.metric)
-    better = "" if row.better == "none" else f", {row.better} is better"
-    return f"{'change in ' if figure.against_baseline else ''}{title(row.name)}{better}"
+    return f"{'change in ' if figure.against_baseline else ''}{title(figure.metric)}"
+
+
+def _better(figure: Figure) -> str:
+    better = metric(figure.metric).better
+    return "" if better == "none" else f"{better} is better"
 
 
 def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
@@ -229,11 +232,13 @@ def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(lambda value, _: plain(value))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    unit = metric(figure.metric).unit
+    if unit in ("share", "B"):
+        axes.yaxis.set_major_formatter(lambda value, _: number(value, unit))
     places = sorted(set(table[figure.x]))
-    if len(places) <= 12:  # more would overlap: matplotlib's own ticks then
-        axes.set_xticks(places, _labels(places, log="x" in figure.log))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(places, _labels(places, log="x" in figure.log))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _labels(places: Sequence[Any], *, log: bool) -> list[str]:

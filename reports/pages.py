@@ -33,10 +33,11 @@ MARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure of a page: its files, and the picture as it stands in the page."""
+    """A figure of a page: its files, and the picture as it stands there; `titled` when it says its caption."""
 
     name: str
     caption: str
+    titled: bool
     files: Mapping[str, bytes]
     inline: str
 
@@ -174,11 +175,11 @@ def _warning(study: Study, rows: Sequence[Record]) -> str:
     if not measured:
         return ""
     said = []
-    if {record.profile for record in measured} == {"quick"}:
-        most, least = study.seeds["full"], study.seeds["quick"]
+    if {record.profile for record in measured} == {"quick"} and study.cells("quick") != study.cells("full"):
+        fewer = f"{study.seeds['quick']} of the {study.seeds['full']} seeds"
         said.append(
-            f"Quick profile: small sizes and {least} seeds of the {most} that the full profile takes. Intervals are"
-            " wide or missing, and claims whose rule asks for more seeds get no verdict here."
+            f"Quick profile: small sizes, {fewer} that the full profile takes. Intervals are wide or missing, and"
+            " claims whose rule asks for more get no verdict here."
         )
     if len(current(study, measured)) < len(measured):
         said.append("Some records are of an older rule of verdict: exploratory, shown here, and decide nothing.")
@@ -190,7 +191,7 @@ def _drawn(study: Study, figure: Any, rows: Sequence[Record]) -> Drawn:
     picture = figures.draw(study, figure, rows)
     files = figures.render(picture, name, figures.provenance(study.name, figure.name, rows))
     inline = figures.inline(files["svg"], name, figure.caption)
-    return Drawn(name=name, caption=figure.caption, files=files, inline=inline)
+    return Drawn(name=name, caption=figure.caption, titled=figure.draw is None, files=files, inline=inline)
 
 
 def _profile(rows: Sequence[Record]) -> Profile:

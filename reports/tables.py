@@ -68,7 +68,8 @@ def _by_arm(found: Sequence[pd.DataFrame], metrics: Sequence[str], arms: Sequenc
 
 
 def _by_place(found: pd.DataFrame, name: str, arms: Sequence[str]) -> Table:
-    varying = [axis for axis in axes_of(found) if found[axis].nunique(dropna=False) > 1]
+    values = {axis: found[axis].nunique(dropna=False) for axis in axes_of(found)}
+    varying = sorted((axis for axis in values if values[axis] > 1), key=lambda axis: (values[axis], axis))
     there = [arm for arm in arms if arm in set(found["arm"])]
     common = _common(found)
     rows: dict[tuple[str, ...], dict[str, str]] = {}

@@ -106,7 +106,7 @@ def test_a_figure_without_data_says_what_is_missing(coin: Study, run: Run) -> No
 
 def test_a_quick_run_says_that_its_seeds_are_few_and_gives_no_verdict(coin: Study, run: Run) -> None:
     text = html(build(run("quick"), [coin]))
-    assert "2 seeds of the 6 that the full profile takes" in text
+    assert "2 of the 6 seeds that the full profile takes" in text
     assert "needs the full profile (2 of 6 seeds)" in text
 
 
