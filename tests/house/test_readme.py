@@ -1,4 +1,4 @@
-"""What the README tells a reader to type exists: modules answer --help, sessions are in the noxfile, files are there."""
+"""What the README tells a reader to type exists: modules answer --help, sessions and files are there."""
 
 import ast
 import re
