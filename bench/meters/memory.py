@@ -1,4 +1,4 @@
-"""Peak bytes and allocations of tensor memory in one call, to the byte.
+"""Peak bytes, live bytes and allocations of tensor memory in one call, to the byte.
 
 On a CPU torch's profiler reports every block that tensors take and give back. The sum of those events inside the call,
 started at zero, has the peak. Two rules make it exact: the profile opens before the state is built, since a block taken
@@ -23,16 +23,18 @@ _REGION = "bench.meters.memory"
 
 def peak_bytes(
     build: Callable[[], State], call: Callable[[State], object], *, device: torch.device | str = "cpu"
-) -> tuple[Measurement, Measurement]:
-    """Peak bytes above the start of `call(build())`, and how many blocks it takes, after one warm-up call.
+) -> tuple[Measurement, Measurement, Measurement]:
+    """Peak bytes above the start of `call(build())`, the same with the state, and blocks taken, after one warm-up call.
 
     `build` must make all state anew, model, optimizer and inputs; what the call returns is dropped.
     """
-    if torch.device(device).type == "cuda":
-        peak, blocks = _on_gpu(build, call)
-    else:
-        peak, blocks = _on_cpu(build, call)
-    return Measurement(metric="peak_bytes", value=peak), Measurement(metric="allocations", value=blocks)
+    measure = _on_gpu if torch.device(device).type == "cuda" else _on_cpu
+    peak, live, blocks = measure(build, call)
+    return (
+        Measurement(metric="peak_bytes", value=peak),
+        Measurement(metric="live_bytes", value=live + peak),
+        Measurement(metric="allocations", value=blocks),
+    )
 
 
 def peak_of(changes: Iterable[int]) -> int:
@@ -44,7 +46,7 @@ def peak_of(changes: Iterable[int]) -> int:
     return peak
 
 
-def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int]:
+def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         state = build()
         call(state)
@@ -62,10 +64,12 @@ def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tupl
     memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     # A stable sort by time alone: events of the same nanosecond keep the order in which they were reported.
     changes = [size for at, size in sorted(memory, key=lambda event: event[0]) if start <= at <= end]
-    return peak_of(changes), sum(change > 0 for change in changes)
+    live = sum(size for at, size in memory if at < start)
+    return peak_of(changes), live, sum(change > 0 for change in changes)
 
 
-def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int]:
+def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int]:
+    before = torch.cuda.memory_allocated()
     state = build()
     call(state)
     gc.collect()
@@ -77,5 +81,6 @@ def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tupl
     torch.cuda.synchronize()
     return (
         torch.cuda.max_memory_allocated() - live,
+        live - before,
         torch.cuda.memory_stats()["allocation.all.allocated"] - blocks,
     )

@@ -33,22 +33,27 @@ def replace_before_freeing(holder: Holder) -> None:
 
 def test_a_chain_of_two_temporaries_peaks_at_both() -> None:
     # The second result exists before the first is freed: 2 x 4 MiB, and the scalars as tensors of at most 16 bytes.
-    peak, _ = peak_bytes(ones, lambda a: (a * 2) + 1)
+    peak, _, _ = peak_bytes(ones, lambda a: (a * 2) + 1)
     assert 8 * MIB <= peak.value <= 8 * MIB + 32
 
 
 def test_in_place_work_takes_no_memory() -> None:
-    peak, allocations = peak_bytes(ones, lambda a: a.neg_())
+    peak, _, allocations = peak_bytes(ones, lambda a: a.neg_())
     assert (peak.value, allocations.value) == (0, 0)
 
 
 def test_memory_freed_in_the_call_pays_for_what_follows() -> None:
-    peak, allocations = peak_bytes(Holder, replace_after_freeing)
+    peak, _, allocations = peak_bytes(Holder, replace_after_freeing)
     assert (peak.value, allocations.value) == (0, 1)
 
 
+def test_live_bytes_are_the_state_and_the_peak_above_it() -> None:
+    peak, live, _ = peak_bytes(Holder, replace_before_freeing)
+    assert (peak.value, live.value) == (4 * MIB, 8 * MIB)
+
+
 def test_a_new_block_before_the_old_is_freed_is_the_peak() -> None:
-    peak, _ = peak_bytes(Holder, replace_before_freeing)
+    peak, _, _ = peak_bytes(Holder, replace_before_freeing)
     assert peak.value == 4 * MIB
 
 
@@ -57,7 +62,7 @@ def test_one_more_allocation_shows() -> None:
         torch.empty(1)
         a.neg_()
 
-    _, allocations = peak_bytes(ones, more)
+    _, _, allocations = peak_bytes(ones, more)
     assert allocations.value == 1
 
 
@@ -72,7 +77,7 @@ def test_optimizer_state_is_not_charged_to_the_measured_step() -> None:
         optimizer.step()
         parameter.grad = None
 
-    peak, _ = peak_bytes(build, step)
+    peak, _, _ = peak_bytes(build, step)
     # The gradient, the square root of the second moment and one quotient: 3 x 4 MiB. Building the moments would add 8.
     assert 8 * MIB <= peak.value < 13 * MIB
 
@@ -96,5 +101,5 @@ def test_the_peak_is_the_highest_prefix_sum(changes: list[int]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_reports_the_same_chain() -> None:
-    peak, _ = peak_bytes(lambda: ones().cuda(), lambda a: (a * 2) + 1, device="cuda")
+    peak, _, _ = peak_bytes(lambda: ones().cuda(), lambda a: (a * 2) + 1, device="cuda")
     assert peak.value == 8 * MIB
