@@ -63,7 +63,7 @@ def prepare(data: Data, vocab_size: int, *, cache: Path | None = None) -> Prepar
     """
     cache = cache_folder() if cache is None else cache
     digest = corpus.corpus_digest(data.paths)
-    key = f"{LAYOUT} {digest} {data.validation} {data.test} {vocab_size} {len(data.paths) > 0}"
+    key = f"{LAYOUT} {digest} {data.validation} {data.test} {vocab_size} {data.paths}"
     folder = cache / f"corpus-{sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "manifest.json").exists():
         _build(folder, data, vocab_size, digest)
