@@ -21,6 +21,7 @@ import torch
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, failure, record
 from bench.meters.ceiling import gemm_rate
+from bench.meters.energy import Absent, energy
 from bench.meters.paired import Block, Clock, cuda_clock, plan, process_clock, summary, threads, time_block
 from bench.record import Profile, append
 from bench.speed import model_flops_utilisation, rate
@@ -99,7 +100,7 @@ def measure_arms(
     phase     "forward", "forward_backward", "step" or "decode": names the ratios
     check     raises where an arm is not equal to its reference; runs before anything is timed
     axes      what else identifies the point, such as {"length": 4096}; device, phase and threads are added
-    tokens    tokens of one call of every arm: adds tokens_per_second
+    tokens    tokens of one call of every arm: adds tokens_per_second, and energy_per_token of a step on a GPU
     flops     operations of one call of every arm, in `dtype`: adds ceiling_share, and mfu on a GPU
 
     Raises:
@@ -120,6 +121,8 @@ def measure_arms(
             found = summary(taken, arm, baseline, phase, session.hands)
             here = replace(point, arm=arm, axes=with_threads)
             found += _speeds(run, here, session, found[0], tokens, flops, dtype)
+            if run.device == "cuda" and phase == "step" and tokens is not None:
+                found += _energy(run, here, arms[arm], tokens)
             run.keep(here, found)
             figures[arm] |= {measurement.metric: measurement for measurement in found}
     benchmark.group = study
@@ -149,6 +152,18 @@ def _speeds(
                 run.keep_failures(point, ["mfu"], share)
             else:
                 found += (share,)
+    return found
+
+
+def _energy(run: Run, point: Point, arm: Callable[[], object], tokens: int) -> tuple[Measurement, ...]:
+    def call() -> None:
+        arm()
+        torch.cuda.synchronize()
+
+    found = energy(call, tokens=tokens, index=torch.cuda.current_device())
+    if isinstance(found, Absent):
+        run.keep_failures(point, ["energy_per_token"], f"pending: {found.reason}")
+        return ()
     return found
 
 

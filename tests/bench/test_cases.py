@@ -4,14 +4,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bench import cases
 from bench.__main__ import figures, main, number
 from bench.cases import Run, measure_arms, sessions
 from bench.fingerprint import Provenance
+from bench.measurement import Measurement
+from bench.meters.energy import Absent
+from bench.meters.paired import process_clock
 from bench.record import Record, load
 
 ROOT = Path(__file__).parents[2]
@@ -34,12 +40,17 @@ def run(tmp_path: Path) -> Run:
     return Run(out=tmp_path, device="cpu", provenance=Provenance(machine="m", revision="r", profile="quick"))
 
 
-def ask(run: Run, check: Callable[[], None], arm: Callable[[], object] = lambda: sum(range(1000))) -> None:
+def ask(
+    run: Run,
+    check: Callable[[], None],
+    arm: Callable[[], object] = lambda: sum(range(1000)),
+    phase: str = "forward",
+) -> None:
     measure_arms(
         run,
         OneRound(),
         study="bench_sums",
-        phase="forward",
+        phase=phase,
         baseline="sum",
         arms={"sum": lambda: sum(range(1000)), "arm": arm},
         check=check,
@@ -94,6 +105,48 @@ def test_cpu_time_decides_at_one_thread_and_wall_time_stands_at_all_cores() -> N
     assert (one.threads, one.hands, every.hands) == (1, ("cpu",), ("wall",))
     (gpu,) = sessions("cuda")
     assert gpu.hands == ("wall",)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU as far as cases look at it: wall time on the CPU's clock, a ceiling, a card of unknown peak, no NVML."""
+    wall = cases.Session(threads=None, clock=process_clock, hands=("wall",))
+    monkeypatch.setattr(cases, "sessions", lambda device: (wall,))
+    monkeypatch.setattr(cases, "gemm_rate", lambda *_, **__: Measurement(metric="gemm_flops_per_second", value=1e12))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 3000")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cases, "energy", lambda call, *, tokens, index: Absent("NVML finds no driver"))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_gpu_what_cannot_be_had_is_pending_and_says_why(run: Run) -> None:
+    ask(replace(run, device="cuda"), check=lambda: None, phase="step")
+    found = {(record.arm, record.metric): record for record in kept(run)}
+    assert found["arm", "mfu"].error == (
+        "pending: peak unknown for Abacus 3000 in float32; add it to bench/peaks.toml with its source"
+    )
+    assert found["arm", "energy_per_token"].error == "pending: NVML finds no driver"
+    assert found["arm", "step_wall_ratio"].axes == {"terms": 1000, "device": "cuda", "phase": "step"}
+    assert not any(metric == "cpu_seconds" for _, metric in found)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_on_a_known_gpu_a_step_has_its_share_of_the_peak_and_its_energy(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_joules(call: Callable[[], None], *, tokens: int, index: int) -> tuple[Measurement, ...]:
+        call()
+        return (Measurement(metric="energy_per_token", value=2.0 / tokens),)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(cases, "energy", two_joules)
+    ask(replace(run, device="cuda"), check=lambda: None, phase="step")
+    found = {(record.arm, record.metric): record for record in kept(run)}
+    seconds = found["arm", "wall_seconds"].value
+    assert seconds is not None
+    assert found["arm", "mfu"].value == pytest.approx(1000.0 / 8.1e12 / seconds)
+    assert found["arm", "energy_per_token"].value == 0.2
 
 
 def test_one_case_runs_end_to_end(tmp_path: Path) -> None:
