@@ -52,7 +52,7 @@ def environment(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Train, measure, run the studies and write the report: the main job."""
     chosen = profile(session.posargs)
-    module(session, "dsv3.train", "--preset", "tiny", "--out", str(Path(OUT, "train")))
+    module(session, "dsv3.train", "--preset", "tiny", "--out", str(Path(OUT, "train")), "--overwrite")
     module(session, "bench", "--out", OUT, *session.posargs)
     module(session, "ablations", "run", "--all", "--out", OUT, *chosen)
     module(session, "reports", "build", "--out", OUT)
