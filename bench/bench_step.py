@@ -81,6 +81,7 @@ def bench_step(
         pytest.skip("compiling both sides takes minutes: full profile only")
     ours, theirs = sides(tmp_path, device, compiled=mode == "compiled")
     axes = {"mode": mode, "batch": BATCH, "length": LENGTH}
+    per_step = BATCH * LENGTH * cost.flops_per_token(shapes(), LENGTH, training=True)
     measure_arms(
         phase="step",
         baseline=PEER,
@@ -88,8 +89,8 @@ def bench_step(
         check=lambda: check_equal(ours, theirs),
         axes=axes,
         tokens=BATCH * LENGTH,
+        flops=per_step,
     )
-    per_step = BATCH * LENGTH * cost.flops_per_token(shapes(), LENGTH, training=True)
     counts = [
         Measurement(metric="parameters", value=cost.parameters(shapes())),
         Measurement(metric="flops", value=round(per_step)),
@@ -105,7 +106,7 @@ def sides(directory: Path, device: torch.device, *, compiled: bool) -> tuple[Sid
     logging.disable_progress_bar()
     ours = Transformer(shapes())
     hf.save(ours, directory / "checkpoint")
-    theirs = DeepseekV3ForCausalLM.from_pretrained(
+    theirs: Any = DeepseekV3ForCausalLM.from_pretrained(
         directory / "checkpoint", attn_implementation="sdpa", experts_implementation="grouped_mm"
     )
     theirs.config.use_cache = False
