@@ -115,7 +115,14 @@ def run_process(
     json_path = chosen.out / "benchmarks" / f"{name}-{chosen.profile}-{chosen.device}-{number}.json"
     json_path.parent.mkdir(parents=True, exist_ok=True)
     options = [f"--bench-profile={chosen.profile}", f"--bench-device={chosen.device}", f"--bench-out={out}"]
-    options += [f"--benchmark-json={json_path}", "--benchmark-quiet", "-q", "-W", "ignore::pytest.PytestWarning"]
+    options += [
+        f"--benchmark-json={json_path}",
+        "--benchmark-quiet",
+        "-v",
+        "--no-header",
+        "-W",
+        "ignore::pytest.PytestWarning",
+    ]
     options += ["-k", chosen.k] if chosen.k else []
     command = [sys.executable, "-m", "pytest", *map(str, cases), "-c", str(HERE / "pytest.ini"), *options]
     before = len(load(out / "records.jsonl").records)
