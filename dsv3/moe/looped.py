@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from dsv3.moe.memory import ReusedMemory
 
-ROWS_PER_BLOCK = 1024
+ROWS_PER_BLOCK = 4096
 
 
 def looped_experts(

@@ -24,7 +24,7 @@ SHAPES = {
     "one expert": (100, 1, 1, 16, 8, 1.0),
     "some pairs dropped": (63, 8, 2, 32, 16, 0.7),
     "every pair dropped": (7, 4, 2, 16, 8, 0.0),
-    "several blocks of experts": (1500, 6, 2, 8, 8, 0.9),
+    "several blocks of experts": (3500, 6, 3, 8, 8, 0.9),
 }
 DISPATCHES = {"grouped": grouped, "looped": looped}
 
