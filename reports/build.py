@@ -18,6 +18,7 @@ from ablations.study import Study
 from bench.metrics import METRICS
 from bench.record import Loaded, Record, Skipped, load
 from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
+from reports.training import training_page
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -35,8 +36,9 @@ def build(out: Path, studies: Sequence[Study]) -> Report:
     """The report on the records in `out`; nothing is written."""
     loaded = load(out / "records.jsonl")
     ruled = rulings(studies, loaded.records)
-    pages = _pages(loaded.records, studies, ruled)
-    content = _content(loaded, pages, studies, ruled, _machines(out / "machines", loaded.records))
+    training = training_page(out / "train" / "log.jsonl")
+    pages = [*([training] if training else []), *_pages(loaded.records, studies, ruled)]
+    content = _content(loaded, pages, ruled, _machines(out / "machines", loaded.records))
     environment = _environment()
     files = {
         name: environment.get_template(f"{name}.jinja").render(content).encode() for name in ("index.html", "report.md")
@@ -83,14 +85,12 @@ def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[
     return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
 
 
-def _content(
-    loaded: Loaded, pages: Sequence[Page], studies: Sequence[Study], ruled: Sequence[Ruling], machines: Sequence[Any]
-) -> dict[str, Any]:
+def _content(loaded: Loaded, pages: Sequence[Page], ruled: Sequence[Ruling], machines: Sequence[Any]) -> dict[str, Any]:
     counts = Counter(row.verdict.outcome for row in ruled)
     return {
         "style": (_TEMPLATES / "style.css").read_text(),
         "pages": pages,
-        "studies": [page for page in pages if page.name in {study.name for study in studies}],
+        "answered": [page for page in pages if page.answers],
         "rulings": ruled,
         "tally": [(outcome, MARKS[outcome], counts[outcome]) for outcome in Outcome if counts[outcome]],
         "machines": machines,

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from typing import Any
 
@@ -61,9 +62,14 @@ class NothingToDraw(LookupError):
     """No record has what the figure shows."""
 
 
+def styled() -> AbstractContextManager[None]:
+    """The look of every figure, while it is drawn."""
+    return matplotlib.rc_context(STYLE)
+
+
 def draw(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
     """The picture of a figure; one that says "pending" and why, where no record has what it shows."""
-    with matplotlib.rc_context(STYLE):
+    with styled():
         try:
             if figure.draw is not None:
                 return _own(figure, records)
@@ -123,7 +129,7 @@ def inline(svg: bytes, name: str, description: str) -> str:
 
 def pending(caption: str, why: str) -> Picture:
     """Hatched paper that says what is missing: a figure is never invented."""
-    with matplotlib.rc_context(STYLE):
+    with styled():
         picture, axes = _paper(1.5)
         axes.set(xticks=[], yticks=[], title=caption)
         axes.spines[:].set_visible(False)

@@ -1,4 +1,4 @@
-"""Labels along an axis never touch: a place too close to the one labelled before it keeps its tick without text."""
+"""Labels along an axis never touch: a place too close to the one before it keeps its tick and loses its text."""
 
 import pytest
 

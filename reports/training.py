@@ -1,0 +1,134 @@
+"""The page of a training run, from the log that `python -m dsv3.train --out <out>/train` leaves beside the records.
+
+The question is the least one may ask of a language model: does it predict held-out text better than counting words
+does?
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from reports import figures
+from reports.numbers import plain
+from reports.pages import Drawn, Page
+from reports.tables import Table
+
+_CAPTION = "Bits per byte of held-out text, and how far the fullest expert is above the mean load"
+
+
+def training_page(log: Path) -> Page | None:
+    """The page of the run that wrote this log; None where there is none, or it has no evaluation yet."""
+    lines = _lines(log)
+    run = next((line for line in lines if line["kind"] == "run"), None)
+    steps = [line for line in lines if line["kind"] == "step"]
+    held_out = [line for line in lines if line["kind"] == "validation"]
+    if run is None or not steps or not held_out:
+        return None
+    tests = [line for line in lines if line["kind"] == "test"]
+    return Page(
+        name="training",
+        title="training",
+        question="Does a small model of this kind learn: does held-out text cost fewer bits than a bigram needs?",
+        answers=(_answer(run["baselines"], held_out, tests),),
+        warning="One run at one seed: a seed's spread is not known from it.",
+        arms=(),
+        baseline="",
+        figures=(_drawn(run, steps, held_out),),
+        rulings=(),
+        tables=(_held_out_table(run["baselines"], held_out, tests), _step_table(steps)),
+        failures=None,
+        limits=("The text is small and the model smaller: nothing here says how a large one ranks.",),
+        metrics=(),
+        commands=("python -m dsv3.train --preset tiny --out reports/out/train", "python -m reports build"),
+        origin=(("seed", str(run["seed"])), ("corpus", str(run["corpus"])), ("steps", str(steps[-1]["step"]))),
+    )
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that a kill cut in two is left out."""
+    lines = []
+    for line in log.read_text().splitlines() if log.is_file() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _answer(baselines: Mapping[str, float], held_out: Sequence[Any], tests: Sequence[Any]) -> str:
+    last, bigram = held_out[-1], baselines["bigram"]
+    better = next((line["step"] for line in held_out if line["bits_per_byte"] < bigram), None)
+    when = (
+        f"below the bigram's {plain(bigram)} from step {better} on"
+        if better
+        else f"not below a bigram's {plain(bigram)}"
+    )
+    test = f" ({plain(tests[-1]['bits_per_byte'])} on the test split)" if tests else ""
+    return f"After {last['step']} steps held-out text costs {plain(last['bits_per_byte'])} bits per byte{test}, {when}."
+
+
+def _drawn(run: Any, steps: Sequence[Any], held_out: Sequence[Any]) -> Drawn:
+    with figures.styled():
+        picture = Picture(figsize=(8.0, 3.2), layout="constrained")
+        left, right = picture.subplots(1, 2)
+        _draw_held_out(left, run["baselines"], held_out)
+        _draw_balance(right, steps)
+    name = "training-curve"
+    said = {"study": "training", "seed": run["seed"], "corpus": run["corpus"], "steps": steps[-1]["step"]}
+    files = figures.render(picture, name, said)
+    return Drawn(
+        name=name, caption=_CAPTION, titled=False, files=files, inline=figures.inline(files["svg"], name, _CAPTION)
+    )
+
+
+def _draw_held_out(axes: Axes, baselines: Mapping[str, float], held_out: Sequence[Any]) -> None:
+    at = [line["step"] for line in held_out]
+    axes.plot(at, [line["bits_per_byte"] for line in held_out], color=figures.COLOURS[0], marker="o", markersize=3)
+    for name, bits in baselines.items():
+        axes.axhline(bits, color=figures.INK, linewidth=0.8, linestyle=":")
+        axes.annotate(name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5)
+    axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
+    axes.grid(True)
+
+
+def _draw_balance(axes: Axes, steps: Sequence[Any]) -> None:
+    at = [line["step"] for line in steps]
+    layers = list(zip(*(line["max_vio"] for line in steps), strict=True))
+    for layer, values in enumerate(layers):
+        colour = figures.COLOURS[layer % len(figures.COLOURS)]
+        axes.plot(at, values, color=colour, linewidth=0.9, label=f"MoE layer {layer}")
+    axes.set(title="Fullest expert", xlabel="step", ylabel="load above the mean / mean", ylim=(0, None))
+    axes.grid(True)
+    if layers:
+        axes.legend(fontsize=7.5)
+
+
+def _held_out_table(baselines: Mapping[str, float], held_out: Sequence[Any], tests: Sequence[Any]) -> Table:
+    domains = list(held_out[-1]["by_domain"])
+    named = [("validation", held_out[-1]), *(("test", line) for line in tests[-1:])]
+    rows = [
+        (f"model, {split}", plain(line["bits_per_byte"]), *(plain(line["by_domain"][name]) for name in domains))
+        for split, line in named
+    ]
+    rows += [(f"{name}, validation", plain(bits), *("-" for _ in domains)) for name, bits in baselines.items()]
+    return Table(caption="Bits per byte", note="one run", head=("", "all text", *domains), rows=tuple(rows))
+
+
+def _step_table(steps: Sequence[Any]) -> Table:
+    names = list(steps[-1]["losses"])
+    shown = [steps[at] for at in sorted({0, len(steps) // 2, len(steps) - 1})]
+    rows = tuple(
+        (
+            str(line["step"]),
+            *(plain(line["losses"][name]) for name in names),
+            plain(line["grad_norm"]),
+            plain(line["lr"]),
+        )
+        for line in shown
+    )
+    head = ("step", *(name.replace("_", " ") for name in names), "gradient norm", "learning rate")
+    return Table(caption="Parts of the loss", note="first, middle and last step", head=head, rows=rows)
