@@ -1,0 +1,120 @@
+"""Arms of attention: the same inputs through dense and selected attention, for the cases and the study of attention.
+
+What is timed is attention itself, one layer without its projections: q, k and v are given, but selecting is inside,
+with the linear map, the sorting and the gathering. Inputs are random numbers in fp32; `bench.attention_sizes` says what
+the arms are and how large.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.attention_sizes import HEADS, KEEP, KEYS, WIDTH
+from dsv3.attention import Selection, attend, eager, reference
+from dsv3.attention.select import Importance, per_head, window
+
+_LAST = 16  # queries of a long sequence that are compared with the reference
+_SHORT = 272  # positions of a short one, two blocks of queries, compared in two heads with their gradients
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One layer's inputs: the hidden states that importance is read from, and queries, keys and values."""
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    importance: Importance
+
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Everything that a gradient may reach."""
+        return self.q, self.k, self.v, self.x, *self.importance.parameters()
+
+
+def inputs(length: int, device: torch.device | str = "cpu", *, heads: int = HEADS, seed: int = 0) -> Inputs:
+    """Random inputs of one sequence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device).requires_grad_()
+
+    q, k, v = (draw(1, heads, length, WIDTH) for _ in range(3))
+    importance = Importance(heads * WIDTH, heads).to(device)
+    importance.proj.weight.data = draw(heads, heads * WIDTH).data * (heads * WIDTH) ** -0.5
+    return Inputs(draw(1, length, heads * WIDTH), q, k, v, importance)
+
+
+def choose(arm: str, given: Inputs) -> Selection | None:
+    """The arm's selection, None for dense ones."""
+    length, device = given.q.shape[2], given.q.device
+    match arm:
+        case "window":
+            return window(1, length, length, size=KEYS, device=device)
+        case "per_head_share":
+            return per_head(given.importance(given.x).transpose(1, 2), length, keep=KEEP)
+        case "per_head_number":
+            return per_head(given.importance(given.x).transpose(1, 2), length, k=KEYS)
+    return None
+
+
+def forward(arm: str, given: Inputs) -> Tensor:
+    """The arm's output, selection included."""
+    if arm == "eager":
+        return eager(given.q, given.k, given.v, scale=WIDTH**-0.5)
+    return attend(given.q, given.k, given.v, choose(arm, given))
+
+
+def inference(arm: str, given: Inputs) -> Tensor:
+    """Forward alone, no graph kept."""
+    with torch.no_grad():
+        return forward(arm, given)
+
+
+def training(arm: str, given: Inputs) -> Tensor:
+    """Forward and backward, gradients made anew."""
+    for leaf in given.leaves():
+        leaf.grad = None
+    out = forward(arm, given)
+    out.backward(given.v.detach())
+    return out.detach()
+
+
+def check(arm: str, given: Inputs) -> None:
+    """The arm computes what the reference does: the last queries of these inputs, and a short sequence with gradients.
+
+    Raises:
+        AssertionError: with the largest difference, where it does not.
+    """
+    right = _right(arm, given, given.q[:, :, -_LAST:])
+    _compare(arm, inference(arm, given)[:, :, -_LAST:], right.detach())
+    short = inputs(_SHORT, given.q.device, heads=2, seed=1)
+    out, right = training(arm, short), _right(arm, short, short.q)
+    found = [leaf.grad for leaf in short.leaves()]
+    grads = torch.autograd.grad(right, short.leaves(), short.v.detach().double(), allow_unused=True)
+    for ours, theirs in zip((out, *found), (right.detach(), *grads), strict=True):
+        assert (ours is None) == (theirs is None), f"{arm}: a gradient is missing, or one too many is there"
+        if ours is not None and theirs is not None:
+            _compare(arm, ours, theirs)
+
+
+def _right(arm: str, given: Inputs, queries: Tensor) -> Tensor:
+    importance = given.importance(given.x).transpose(1, 2)
+    seen: reference.Seen = reference.everything
+    weights = None
+    match arm:
+        case "window":
+            seen = reference.window(KEYS)
+        case "per_head_share":
+            seen, weights = reference.per_head(importance, keep=KEEP), importance
+        case "per_head_number":
+            seen, weights = reference.per_head(importance, k=KEYS), importance
+    return reference.attention(queries, given.k, given.v, seen, scale=WIDTH**-0.5, weights=weights)
+
+
+def _compare(arm: str, ours: Tensor, right: Tensor) -> None:
+    # sums of up to a few thousand products in fp32, in orders of their own
+    bound = 64 * torch.finfo(ours.dtype).eps * max(1.0, right.abs().max().item())
+    torch.testing.assert_close(ours.double(), right.double(), rtol=0.0, atol=bound, msg=partial("{}: {}".format, arm))

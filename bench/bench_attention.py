@@ -1,0 +1,92 @@
+"""Cases of attention: selected against dense, and the forms in which a layer remembers keys while it decodes.
+
+Parity comes first: values and gradients with the float64 reference, decoding with the whole forward pass. The arms and
+their sizes are those of `bench.attention` and `bench.decoding`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import attention, decoding
+from bench.attention import Inputs
+from bench.attention_sizes import ARMS
+from bench.cases import Figures
+from bench.measurement import Measurement
+from bench.meters.flops import flops
+from bench.meters.memory import peak_bytes
+from bench.meters.saved import saved_bytes
+from bench.record import Profile
+
+LENGTHS: Mapping[Profile, int] = {"quick": 2048, "full": 16384}
+PHASES: Mapping[str, Callable[[str, Inputs], Tensor]] = {
+    "forward": attention.inference,
+    "forward_backward": attention.training,
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def bench_selected(
+    measure_arms: Callable[..., Figures],
+    keep: Callable[..., None],
+    device: torch.device,
+    profile: Profile,
+    phase: str,
+) -> None:
+    """Window and per-head top-k attention against dense attention, fused and written out."""
+    length, call = LENGTHS[profile], PHASES[phase]
+    # at the full profile's length the matrix of eager attention would take the machine's memory
+    arms = [arm for arm in ARMS if arm != "eager" or profile == "quick"]
+    given = attention.inputs(length, device)
+
+    def check() -> None:
+        for arm in arms:
+            attention.check(arm, given)
+
+    measure_arms(
+        phase=phase,
+        baseline="sdpa",
+        arms={arm: partial(call, arm, given) for arm in arms},
+        check=check,
+        axes={"length": length},
+        tokens=length,
+    )
+    for arm in arms:
+        keep(arm, _costs(arm, phase, length, device), baseline="sdpa", axes={"length": length, "phase": phase})
+
+
+def bench_decode(
+    measure_arms: Callable[..., Figures], keep: Callable[..., None], device: torch.device, profile: Profile
+) -> None:
+    """One token of one layer after a cache: multi-head, grouped, single-key and latent attention, absorbed."""
+    length = LENGTHS[profile]
+    forms = [form for form in decoding.FORMS if form != "latent_expanded"]  # many times slower: left to the study
+    layers = {form: decoding.layer(form, length, device) for form in forms}
+
+    def check() -> None:
+        for form in layers:
+            decoding.check(form, device)
+
+    measure_arms(
+        phase="decode",
+        baseline="multi_head",
+        arms={form: made.decode for form, made in layers.items()},
+        check=check,
+        axes={"length": length},
+    )
+    for form, made in layers.items():
+        per_token = Measurement(metric="kv_bytes_per_token", value=made.cache.nbytes // length)
+        keep(form, [per_token], baseline="multi_head", axes={"length": length})
+
+
+def _costs(arm: str, phase: str, length: int, device: torch.device) -> list[Measurement]:
+    """FLOPs, peak bytes and allocations of a call and, in training, the bytes that wait for backward."""
+    call, given = PHASES[phase], attention.inputs(length, device)
+    found = [flops(partial(call, arm, given))]
+    found += peak_bytes(lambda: attention.inputs(length, device), partial(call, arm), device=device)
+    if phase == "forward_backward":
+        found.append(saved_bytes(partial(attention.forward, arm, given), given.importance.parameters()))
+    return found
