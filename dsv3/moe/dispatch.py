@@ -29,23 +29,26 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rows(NamedTuple):
-    """Token-expert pairs sorted by expert: the token of each, its gate weight, and how many pairs each expert takes.
-
-    Pairs that no expert takes come last; `counts` leaves them out.
-    """
+    """Token-expert pairs sorted by expert: the token of each, its gate weight, and how many pairs each expert takes."""
 
     token: Int[Tensor, " M"]
     weight: Float[Tensor, " M"]
     counts: Int[Tensor, " E"]
 
 
-def sort_rows(routing: Routing) -> Rows:
-    """The pairs in the order of the experts, within an expert in the order of the batch."""
+def sort_rows(routing: Routing, *, cut: bool = True) -> Rows:
+    """The pairs in the order of the experts, within an expert in the order of the batch.
+
+    Pairs that no expert takes are cut off, or with `cut=False` come last without being counted: their number depends
+    on the data, and a compiled graph has fixed shapes.
+    """
     experts, indices, counts = len(routing.counts), routing.indices, routing.counts
     if routing.kept is not None:
         indices = indices.masked_fill(~routing.kept, experts)
         counts = count(indices, experts + 1)[:experts]
     order = indices.flatten().argsort(stable=True)
+    if routing.kept is not None and cut:
+        order = order[: int(counts.sum())]
     return Rows(order // indices.shape[1], routing.weights.flatten()[order], counts)
 
 
@@ -72,10 +75,6 @@ def grouped(
 ) -> Float[Tensor, "N D"]:
     """`torch.nn.functional.grouped_mm` on sorted rows."""
     token, weight, counts = sort_rows(routing)
-    if routing.kept is not None:
-        # The product leaves rows past the last group unwritten.
-        taken = int(counts.sum())
-        token, weight = token[:taken], weight[:taken]
     ends = counts.cumsum(0).to(torch.int32)
     gate, up = F.grouped_mm(x[token], gate_up, offs=ends).chunk(2, dim=-1)
     a = swiglu(gate, up) * weight.to(x.dtype)[:, None]
@@ -91,7 +90,7 @@ def looped(
     memory: tuple[ReusedMemory, ReusedMemory] | None = None,
 ) -> Float[Tensor, "N D"]:
     """`dsv3.moe.looped` on sorted rows; `memory` is lent to the gradients of the weights."""
-    token, weight, counts = sort_rows(routing)
+    token, weight, counts = sort_rows(routing, cut=not torch.compiler.is_compiling())
     return looped_experts(x, weight.to(x.dtype), gate_up, down, token, counts, memory).to(x.dtype)
 
 

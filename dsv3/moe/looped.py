@@ -117,14 +117,17 @@ def backward_loop(
     dy_ND = dy.to(x.dtype)
     for experts, rows, sizes in blocks(counts.tolist()):
         token_R, (gate, up), w_R1 = token[rows], h[rows].chunk(2, dim=1), weight[rows, None]
-        x_RD, dy_RD = x.index_select(0, token_R), dy_ND.index_select(0, token_R)
+        dy_RD = dy_ND.index_select(0, token_R)
         g = multiply(dy_RD, down[experts].transpose(1, 2), sizes, x.new_empty(len(token_R), down.shape[1]))
         silu = F.silu(gate)
         a = silu * up
         dweight[rows] = torch.linalg.vecdot(g, a)
         outer(a.mul_(w_R1), dy_RD, sizes, ddown[experts])
-        g.mul_(w_R1)
-        dh = torch.cat([torch.ops.aten.silu_backward(g * up, gate), g.mul_(silu)], dim=1)
+        dh = torch.empty_like(h[rows])
+        dgate, dup = dh.chunk(2, dim=1)
+        torch.mul(g.mul_(w_R1), silu, out=dup)
+        torch.ops.aten.silu_backward(g.mul_(up), gate, grad_input=dgate)
+        x_RD = torch.index_select(x, 0, token_R, out=dy_RD)
         outer(x_RD, dh, sizes, dgate_up[experts])
         dx.index_add_(0, token_R, multiply(dh, gate_up[experts].transpose(1, 2), sizes, x_RD).to(dx.dtype))
     return dx.to(x.dtype), dweight, dgate_up, ddown
