@@ -21,8 +21,11 @@ from bench.record import Profile
 _ROOT = Path(__file__).resolve().parent.parent
 # Only what can change a figure: an edited page or test does not make a measurement another one.
 _MEASURING = ("dsv3", "bench", "ablations", "pyproject.toml", "constraints.txt")
-_INSTRUCTION_SETS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "amx_int8")
-_ARM_INSTRUCTION_SETS = ("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2")
+_INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni"),
+    *("amx_tile", "amx_bf16", "amx_fp16", "amx_int8"),
+)
+_ARM_INSTRUCTION_SETS = ("asimd", "asimddp", "asimdhp", "bf16", "i8mm", "sve", "sve2")
 
 
 @dataclass(frozen=True, kw_only=True)
