@@ -1,10 +1,10 @@
 """The cache of a decoder: what attention must remember of past tokens, in buffers allocated once.
 
     MultiHead, Grouped   key [B,G,M,P] and value [B,G,M,P] per layer
-    Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head (arXiv
-    2405.04434 section 2.1.2) with PerHead         importance [B,M,H] besides
+    Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head
+    with PerHead         importance [B,M,H] besides
 
-M is `max_length`. A forward pass writes its tokens behind the `length` already there, in place; the new length is a new
+M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the `length` already there, in place; the new length is a new
 value (`advance`), so that the same buffers can be continued from an earlier point. What is written is detached: a cache
 is for inference.
 """
