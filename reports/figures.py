@@ -175,9 +175,9 @@ def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
         look = _look(study, arm.name)
         axes.errorbar(points[figure.x], middle, yerr=errors, label=arm.name, capsize=2, zorder=3 + at, **look)
     _scale(axes, figure, table)
-    _keep_in_view(axes, table["value"])
-    axes.grid(True)
     _mark(axes, figure, along="y")
+    _keep_in_view(axes, [*table["value"], *([figure.reference[0]] if figure.reference else [])])
+    axes.grid(True)
     axes.set(title=figure.caption, xlabel=figure.x, ylabel=_label(figure))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=_better(figure), alignment="left")
     return picture
@@ -200,6 +200,8 @@ def _interval(study: Study, figure: Figure, records: Sequence[Record]) -> Pictur
     axes.set_ylim(len(names) - 0.5, -0.5)
     if "x" in figure.log:
         axes.set_xscale("log")
+    if unit in ("share", "B"):
+        axes.xaxis.set_major_formatter(lambda value, _: number(value, unit))
     axes.grid(True, axis="x")
     _mark(axes, figure, along="x")
     axes.set(title=figure.caption, xlabel=", ".join(filter(None, (_label(figure), _better(figure)))))
@@ -260,9 +262,9 @@ def _labels(places: Sequence[Any], *, log: bool) -> list[str]:
     return labels
 
 
-def _keep_in_view(axes: Axes, values: "pd.Series[float]") -> None:
+def _keep_in_view(axes: Axes, values: Sequence[float]) -> None:
     """Cut the view where an interval of few replicates would dwarf the points; the tables have it whole."""
-    least, most = float(values.min()), float(values.max())
+    least, most = min(values), max(values)
     if axes.get_yscale() == "log":
         edges = least / 4, most * 4
     else:

@@ -1,7 +1,8 @@
-"""Tables of what was found: arms across, places on the axes down, a value with its interval in each cell.
+"""Tables of what was found: arms one way, places on the axes the other, a value with its interval in each cell.
 
-Metrics with a single point per arm share one table, arms down and metrics across. A table says once what stands behind
-all of its cells ("6 seeds"); a cell that differs says so itself. An axis with one value is told in the caption.
+Metrics with a single point per arm, at the same place, share one table, arms down and metrics across. A table says
+once what stands behind all of its cells ("6 seeds"); a cell that differs says so itself. An axis with one value is
+told in the caption.
 """
 
 from collections.abc import Sequence
@@ -32,28 +33,33 @@ class Table:
 def results(records: Sequence[Record], metrics: Sequence[str], arms: Sequence[str]) -> list[Table]:
     """Every measured point of the metrics, in their order."""
     points = summary(records)
-    found = {name: points[points["metric"] == name] for name in metrics}
-    there = [name for name in metrics if not found[name].empty]
-    single = [name for name in there if not found[name]["arm"].duplicated().any()]
-    tables = []
-    for name in there:
-        if name not in single:
-            tables.append(_by_place(found[name], name, arms))
-        elif name == single[0]:
-            tables.append(_by_arm([found[other] for other in single], single, arms))
-    return tables
+    found = {name: points[points["metric"] == name].dropna(axis=1, how="all") for name in metrics}
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, rows in found.items():
+        if not rows.empty:
+            alone = not rows["arm"].duplicated().any()
+            groups.setdefault((_fixed(rows),) if alone else (name, "apart"), []).append(name)
+    return [
+        _by_place(found[names[0]], names[0], arms)
+        if "apart" in key
+        else _by_arm([found[n] for n in names], names, arms)
+        for key, names in groups.items()
+    ]
 
 
 def failures(records: Sequence[Record]) -> Table | None:
     """What could not be measured, and why; None when everything could."""
-    seeds: dict[tuple[str, ...], list[str]] = {}
+    found: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
     for record in records:
         if record.error is not None:
             at = " ".join(f"{name}={place(value)}" for name, value in record.axes.items())
-            found = seeds.setdefault((record.arm, at, record.metric, record.error), [])
-            found.append(MISSING if record.seed is None else str(record.seed))
-    rows = tuple((*what, " ".join(found)) for what, found in seeds.items())
-    head = ("arm", "where", "metric", "why", "seeds")
+            arms, seeds = found.setdefault((at, record.metric, record.error), ([], []))
+            arms.append(record.arm)
+            seeds.append(MISSING if record.seed is None else str(record.seed))
+    rows = tuple(
+        (", ".join(dict.fromkeys(arms)), *what, " ".join(dict.fromkeys(seeds))) for what, (arms, seeds) in found.items()
+    )
+    head = ("arms", "where", "metric", "why", "seeds")
     return Table(caption="Not measured", note="", head=head, rows=rows, texts=5) if rows else None
 
 
@@ -76,9 +82,13 @@ def _by_place(found: pd.DataFrame, name: str, arms: Sequence[str]) -> Table:
     for _, row in found.sort_values(varying, kind="stable", key=_sortable).iterrows():
         at = tuple(MISSING if pd.isna(row[axis]) else place(row[axis]) for axis in varying)
         rows.setdefault(at, {})[row["arm"]] = _cell(row, common)
+    caption, note = " ".join(filter(None, (title(name), _fixed(found)))), _note(common)
+    if len(rows) < len(there):  # the longer side goes down the page
+        head = ("arm", *(", ".join(map(" ".join, zip(varying, at, strict=True))) for at in rows))
+        turned = tuple((arm, *(cells.get(arm, MISSING) for cells in rows.values())) for arm in there)
+        return Table(caption=caption, note=note, head=head, rows=turned)
     filled = tuple((*at, *(cells.get(arm, MISSING) for arm in there)) for at, cells in rows.items())
-    caption = " ".join(filter(None, (title(name), _fixed(found))))
-    return Table(caption=caption, note=_note(common), head=(*varying, *there), rows=filled, texts=len(varying))
+    return Table(caption=caption, note=note, head=(*varying, *there), rows=filled, texts=len(varying))
 
 
 def title(name: str) -> str:
