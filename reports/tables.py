@@ -33,7 +33,7 @@ class Table:
 def results(records: Sequence[Record], metrics: Sequence[str], arms: Sequence[str]) -> list[Table]:
     """Every measured point of the metrics, in their order."""
     points = summary(records)
-    found = {name: points[points["metric"] == name].dropna(axis=1, how="all") for name in metrics}
+    found = {name: _with_own_axes(points[points["metric"] == name]) for name in metrics}
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, rows in found.items():
         if not rows.empty:
@@ -61,6 +61,11 @@ def failures(records: Sequence[Record]) -> Table | None:
     )
     head = ("arms", "where", "metric", "why", "seeds")
     return Table(caption="Not measured", note="", head=head, rows=rows, texts=5) if rows else None
+
+
+def _with_own_axes(found: pd.DataFrame) -> pd.DataFrame:
+    """Without the axes that only other metrics have."""
+    return found.drop(columns=[axis for axis in axes_of(found) if found[axis].isna().all()])
 
 
 def _by_arm(found: Sequence[pd.DataFrame], metrics: Sequence[str], arms: Sequence[str]) -> Table:

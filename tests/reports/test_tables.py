@@ -1,14 +1,13 @@
+from typing import Any
+
 from bench.record import Record
 from reports.tables import failures, results
 
 
 def row(arm: str, value: float | None, metric: str = "loss", seed: int = 0, **axes: str | float) -> Record:
-    known = {"study": "s", "unit": "nat/token", "noise": "absolute", "machine": "m", "revision": "r"}
-    error = "it broke" if value is None else None
-    return Record(  # type: ignore[arg-type]
-        **known, arm=arm, metric=metric, seed=seed, value=value, n=int(value is not None), error=error, axes=axes,
-        profile="full", time="t",
-    )  # fmt: skip
+    known: dict[str, Any] = {"study": "s", "unit": "nat/token", "noise": "absolute", "machine": "m", "revision": "r"}
+    known |= {"arm": arm, "metric": metric, "seed": seed, "axes": axes, "profile": "full", "time": "t"}
+    return Record(**known, value=value, n=int(value is not None), error="it broke" if value is None else None)
 
 
 def test_a_point_per_arm_makes_one_table_of_arms_and_metrics() -> None:
