@@ -37,7 +37,7 @@ def results(records: Sequence[Record], metrics: Sequence[str], arms: Sequence[st
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, rows in found.items():
         if not rows.empty:
-            alone = not rows["arm"].duplicated().any()
+            alone = all(rows[axis].nunique(dropna=False) == 1 for axis in axes_of(rows))
             groups.setdefault((_fixed(rows),) if alone else (name, "apart"), []).append(name)
     return [
         _by_place(found[names[0]], names[0], arms)
