@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -129,3 +131,9 @@ def test_a_study_declares_cells_that_can_run(name: str, profile: str) -> None:
     assert all(cell.arm is None or study.arm(cell.arm) for cell in cells)
     points = [(cell.arm, cell.seed, tuple(cell.axes.items())) for cell in cells]
     assert len(set(points)) == len(points), "a cell stands twice"
+
+
+def test_the_studies_and_their_verdicts_load_without_torch() -> None:
+    code = "import sys, ablations.verdicts, ablations.catalogue as c; c.every(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
