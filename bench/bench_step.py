@@ -8,6 +8,7 @@ attention, no cache; its weights are read from a checkpoint that dsv3 wrote. Wid
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ def shapes() -> Model:
 
 @dataclass(frozen=True)
 class Side:
-    """One arm: a model, its loss on the batch, and the optimizer over its parameters."""
+    """One arm: a model, its loss on the batch (and the same without compilation), the optimizer over its parameters."""
 
     model: nn.Module
     loss: Callable[[], Tensor]
+    eager_loss: Callable[[], Tensor]
     optimizer: torch.optim.Optimizer
 
     def step(self) -> Tensor:
@@ -113,12 +115,18 @@ def sides(directory: Path, device: torch.device, *, compiled: bool) -> tuple[Sid
     rows = torch.randint(shapes().vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     tokens, targets = rows[:, :-1].contiguous().to(device), rows[:, 1:].contiguous().to(device)
     ours, theirs = ours.to(device).train(), theirs.to(device).train()
-    run_ours: Any = torch.compile(ours) if compiled else ours
-    run_theirs: Any = torch.compile(theirs) if compiled else theirs
-    return (
-        Side(ours, lambda: F.cross_entropy(run_ours(tokens).logits.flatten(0, 1), targets.flatten()), adamw(ours)),
-        Side(theirs, lambda: run_theirs(tokens, labels=targets, shift_labels=targets).loss, adamw(theirs)),
-    )
+
+    def loss_of_ours() -> Tensor:
+        return F.cross_entropy(ours(tokens).logits.flatten(0, 1), targets.flatten())
+
+    def loss_of_theirs() -> Tensor:
+        return theirs(tokens, labels=targets, shift_labels=targets).loss
+
+    return _side(ours, loss_of_ours, compiled=compiled), _side(theirs, loss_of_theirs, compiled=compiled)
+
+
+def _side(model: nn.Module, loss: Callable[[], Tensor], *, compiled: bool) -> Side:
+    return Side(model, torch.compile(loss) if compiled else loss, loss, adamw(model))
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -144,8 +152,14 @@ def check_equal(ours: Side, theirs: Side) -> None:
         value for name, value in cost.forward_flops(shapes(), LENGTH).items() if not name.endswith(".scores")
     )
     expected = (1 + cost.BACKWARD_OVER_FORWARD) * BATCH * products
-    counted = [flops(side.step, more=WITHOUT_SCORES).value for side in (ours, theirs)]
+    counted = [flops(partial(_backward, side), more=WITHOUT_SCORES).value for side in (ours, theirs)]
+    for side in (ours, theirs):
+        side.optimizer.zero_grad(set_to_none=True)
     assert counted == [expected] * 2, f"FLOPs of ours and theirs: {counted}, by formula {expected}"
+
+
+def _backward(side: Side) -> None:
+    side.eager_loss().backward()
 
 
 def _nothing(*shapes: Any, **rest: Any) -> int:
