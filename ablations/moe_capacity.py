@@ -333,7 +333,7 @@ STUDY = Study(
     ),
     figures=(
         _drawn("drop_share", "Assignments dropped late in training"),
-        _drawn("excess_max_vio", "Busiest expert's excess over the mean, late in training, as a multiple of chance"),
+        _drawn("excess_max_vio", "MaxVio late in training, as a multiple of chance"),
         Figure("loss_gap", "Held-out loss minus dropless', same seed and text", metric="loss_gap", kind="interval"),
         _drawn("step_cpu_ratio", "CPU time of a training step against dropless, as the trained router routes"),
     ),
