@@ -143,7 +143,7 @@ def test_the_answer_carries_the_numbers_of_the_records() -> None:
         records += rows(name, "underflow_share", [0.001, 0.003], steps=100, operand="gradient")
     said = answer(records)
     assert "After 100 steps" in said
-    assert "bf16 +0.0200" in said
+    assert "bf16 0.02 [" in said
     assert "fp8 turns 0.2% to zero" in said
     assert "bf16 was not timed here" in said
     timed = answer(records + rows("bf16", "step_cpu_ratio", [0.5, 0.5], width=384, threads=1))
