@@ -67,10 +67,16 @@ def test_a_text_is_cut_at_the_first_blank_line_after_the_size() -> None:
     assert list(read.cut("aaaa\n\nbb\ncc\n\ndddddddddddd", size=5)) == ["aaaa\n\n", "bb\ncc\n\n", "dddddddddd", "dd"]
 
 
-def test_a_row_opens_with_the_last_token_of_the_row_before() -> None:
-    batches = pack.Batches(split_of(list(range(10))), batch_size=2, sequence_length=3, seed=0)
-    assert batches.next().tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
-    assert batches.next().tolist() == [[6, 7, 8, 9], [9, 0, 1, 2]]
+def test_a_row_opens_with_the_last_token_of_another_and_the_last_row_goes_on_in_the_next_epoch() -> None:
+    batches = pack.Batches(split_of(list(range(10))), batch_size=4, sequence_length=3, seed=0)
+    assert sorted(batches.next().tolist()) == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9], [9, 0, 1, 2]]
+    assert sorted(batches.next()[:3].tolist()) == [[2, 3, 4, 5], [5, 6, 7, 8], [8, 9, 0, 1]]
+
+
+def test_a_batch_mixes_rows_from_all_over_the_corpus() -> None:
+    split = split_of(*[[document] * 100 for document in range(50)])
+    batches = pack.Batches(split, batch_size=16, sequence_length=10, seed=0)
+    assert len(batches.next()[:, 0].unique()) > 10
 
 
 def test_each_epoch_shuffles_the_documents_anew() -> None:
