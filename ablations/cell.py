@@ -42,7 +42,9 @@ def main() -> int:
     readings = study.measure(cell)
     records = [to_record(study, cell, reading, provenance(profile, reading.corpus)) for reading in readings]
     append(out / "records.jsonl", records)
-    if any(reading.failed for reading in readings):
+    failed = [f"{reading.arm}: {reading.failed}" for reading in readings if reading.failed]
+    if failed:
+        print("\n".join(failed))
         return READINGS_FAILED
     mark(out, key, records, time.perf_counter() - started)
     return 0

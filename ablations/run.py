@@ -5,10 +5,12 @@ time as a cell, because a neighbour would stand in its timings.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,23 +48,19 @@ def remaining(study: Study, profile: Profile, out: Path, device: str = "cpu") ->
 def run(
     name: str, study: Study, cells: tuple[Cell, ...], profile: Profile, out: Path, on_cell: Callable[[Cell], None]
 ) -> Iterator[str]:
-    """Run the cells in turn; yields, as each ends, what went wrong with it ("" for nothing). `on_cell` hears of each
-    start.
+    """Run the cells in turn; yields, as each ends, what went wrong with it ("" for nothing).
 
     Args:
+        on_cell: called with each cell as it starts.
         name: the study as `catalogue.load` knows it, since the cell's process loads it anew.
     """
     for cell in cells:
         on_cell(cell)
         status, said = _in_fresh_process(order(name, cell, profile, out), limit=_START + _PATIENCE * cell.seconds)
-        if status == 0:
-            yield ""
-        elif status == READINGS_FAILED:
-            yield f"{label(cell)}: an arm failed; its records say why"
-        else:
-            reason = said.strip().splitlines()[-1] if said.strip() else f"the process ended with status {status}"
-            _record_failure(study, cell, profile, out, reason)
-            yield f"{label(cell)}: {said.strip() or reason}"
+        if status not in (0, READINGS_FAILED):
+            said = said or f"the process ended with status {status}"
+            _record_failure(study, cell, profile, out, said.splitlines()[-1])
+        yield f"{label(cell)}: {said}" if status else ""
 
 
 def label(cell: Cell) -> str:
@@ -72,7 +70,7 @@ def label(cell: Cell) -> str:
 
 
 def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
-    """The exit status of the cell's process and what it printed."""
+    """The exit status of the cell's process, and what it printed; the last line says what ended it."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -84,20 +82,21 @@ def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
             env=os.environ | {"PYTHONPATH": path},
         )
         assert process.stdin is not None, "a pipe was asked for"
+        ended = ""
         with process, process.stdin:
             try:
-                process.stdin.write(text + "\n")
-                process.stdin.flush()
+                with suppress(BrokenPipeError):  # it died before it could listen: its status and its last words say why
+                    process.stdin.write(text + "\n")
+                    process.stdin.flush()
                 status = process.wait(limit)
+                ended = f"killed by {signal.Signals(-status).name}; out of memory?" if status < 0 else ""
             except subprocess.TimeoutExpired:
+                ended = f"gave up after {limit:.0f} s; declare more seconds for this cell, or a smaller one"
+                status = -signal.SIGKILL
+            finally:
                 process.kill()
-                said.write(f"\ngave up after {limit:.0f} s; declare more seconds for this cell, or a smaller one")
-                status = process.wait()
-            except BaseException:
-                process.kill()
-                raise
         said.seek(0)
-        return status, said.read()
+        return status, f"{said.read()}\n{ended}".strip()
 
 
 def _record_failure(study: Study, cell: Cell, profile: Profile, out: Path, reason: str) -> None:

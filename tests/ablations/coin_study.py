@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from bench.measurement import Measurement
 from bench.record import Profile, Record
 
 SEEDS: dict[Profile, int] = {"quick": 2, "full": 6}
+TOSSES: dict[Profile, tuple[int, ...]] = {"quick": (1000,), "full": (100, 1000)}
 FACES = {"fair": 0.5, "bent": 0.2}
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
-    return grid(arms=FACES, seeds=range(SEEDS[profile]), seconds=1, tosses=(100, 1000))
+    return grid(arms=FACES, seeds=range(SEEDS[profile]), seconds=1, tosses=TOSSES[profile])
 
 
 def measure(cell: Cell) -> list[Reading]:
@@ -26,6 +28,8 @@ def measure(cell: Cell) -> list[Reading]:
     time.sleep(float(os.environ.get("COIN_SLEEP", "0")))
     if os.environ.get("COIN_RAISES") == cell.arm:
         raise RuntimeError("the coin rolled away")
+    if os.environ.get("COIN_DIES") == cell.arm:
+        os.kill(os.getpid(), signal.SIGKILL)
     if os.environ.get("COIN_FAILS") == cell.arm:
         return [Reading(arm=cell.arm, metric="loss", failed="the coin stood on its edge")]
     if os.environ.get("COIN_PENDING") == cell.arm:

@@ -18,7 +18,7 @@ from bench.record import Record, load
 
 COIN = Path(__file__).with_name("coin_study.py")
 ROOT = COIN.parents[2]
-CELLS = 8
+CELLS = 4
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -69,7 +69,7 @@ def test_a_study_runs_each_cell_once_and_a_second_run_does_nothing(run: Run, out
     assert run().returncode == 0
     assert (out / "records.jsonl").read_bytes() == before
     assert not remaining(study, "quick", out).left
-    assert len(remaining(study, "full", out).left) == 3 * CELLS, "another profile is another run"
+    assert len(remaining(study, "full", out).left) == 6 * CELLS, "another profile is another run"
 
 
 def test_a_cell_whose_records_are_gone_runs_again(run: Run, out: Path, log: Path) -> None:
@@ -97,6 +97,7 @@ def test_a_cell_that_raises_leaves_error_records_and_the_rest_goes_on(run: Run, 
 def test_an_arm_that_fails_its_check_is_a_failure_and_one_that_is_pending_is_not(run: Run, out: Path) -> None:
     failed = run(COIN_FAILS="bent")
     assert failed.returncode == 1
+    assert "bent tosses=1000 seed=0: bent: the coin stood on its edge" in failed.stderr
     assert {record.error for record in records(out)} == {None, "the coin stood on its edge"}
     assert run(COIN_PENDING="bent").returncode == 0
     assert "pending: no table to toss on" in {record.error for record in records(out)}
@@ -143,6 +144,13 @@ def test_a_hung_cell_is_given_up(monkeypatch: pytest.MonkeyPatch, out: Path, log
     wrong = list(run_cells(str(COIN), study, study.cells("quick")[:1], "quick", out, lambda cell: None))
     assert "gave up after" in wrong[0]
     assert "declare more seconds" in str(records(out)[0].error)
+
+
+def test_a_cell_whose_process_is_killed_says_by_what(run: Run, out: Path) -> None:
+    done = run(COIN_DIES="bent")
+    assert done.returncode == 1
+    errors = {record.error for record in records(out) if record.error}
+    assert errors == {"killed by SIGKILL; out of memory?"}
 
 
 def test_the_list_says_what_is_done_and_left(run: Run) -> None:

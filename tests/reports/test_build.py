@@ -70,7 +70,7 @@ def _studies_elsewhere() -> set[str]:
 
 
 def test_the_same_records_give_the_same_bytes_in_another_process(coin: Study, run: Run) -> None:
-    out = run()
+    out = run("full")
     ours = build(out, [coin]).files
     code = (
         "import sys; from pathlib import Path; from hashlib import sha256; from reports.build import build;"
@@ -93,7 +93,7 @@ def test_a_figure_carries_its_provenance(coin: Study, run: Run) -> None:
     said = re.search(r"<dc:description>(.*?)</dc:description>", svg, flags=re.DOTALL)
     assert said is not None
     provenance = json.loads(said[1].replace("&quot;", '"'))
-    assert provenance["records"] == 16
+    assert provenance["records"] == 8
     assert provenance["machines"] == ["m"]
     assert b"digest" in files["figures/attention_sparsity-heads.png"]
     assert "dc:date" not in svg
@@ -150,7 +150,7 @@ def test_bad_lines_are_named_and_the_rest_is_shown(coin: Study, run: Run) -> Non
         file.write("not a record\n")
     text = html(build(out, [coin]))
     assert "Left out of records.jsonl" in text
-    assert "line 17 (Expecting value" in text
+    assert "line 9 (Expecting value" in text
 
 
 def test_a_report_is_stale_when_records_or_files_change(coin: Study, run: Run) -> None:
