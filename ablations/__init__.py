@@ -9,4 +9,4 @@ run.py        every cell in a fresh process, once
 STUDIES       the studies, in the order of the report
 """
 
-STUDIES: tuple[str, ...] = ("moe_capacity", "precision_modes", "pipeline_bubble", "multi_token")
+STUDIES: tuple[str, ...] = ("attention_sparsity", "moe_capacity", "precision_modes", "pipeline_bubble", "multi_token")

@@ -9,7 +9,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
 from bench import attention, decoding
 from bench.attention import Inputs
@@ -22,7 +21,7 @@ from bench.meters.saved import saved_bytes
 from bench.record import Profile
 
 LENGTHS: Mapping[Profile, int] = {"quick": 2048, "full": 16384}
-PHASES: Mapping[str, Callable[[str, Inputs], Tensor]] = {
+PHASES: Mapping[str, Callable[[str, Inputs], object]] = {
     "forward": attention.inference,
     "forward_backward": attention.training,
 }
