@@ -147,6 +147,8 @@ def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> 
     """
     if not any(record.error is None for record in rows):
         return ("Pending: not run yet.",)
+    if not any(record.error is None for record in current(study, rows)):
+        return ("Pending: the rule of verdict was changed after these records; run again.", _headline(study, rows))
     if study.answer is not None:
         try:
             return (study.answer(current(study, rows)),)

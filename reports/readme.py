@@ -13,7 +13,7 @@ from reports.pages import Ruling, rulings, study_page
 
 README = ROOT / "README.md"
 REFERENCE = ROOT / "reports" / "reference"
-FIGURE = ("attention_sparsity", "forward")  # the study and figure of the first screen
+FIGURE = ("pipeline_bubble", "share_at_16_ranks")  # the study and figure of the first screen
 
 
 def generated(text: str, studies: Sequence[Study], reference: Path = REFERENCE) -> dict[Path, bytes]:

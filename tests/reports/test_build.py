@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -142,6 +143,15 @@ def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path:
     assert [page.answers for page in report.pages] == [("Pending: not run yet.",), ()]
     assert [page.title for page in report.pages] == ["attention sparsity", "coin benchmark"]
     assert "missing: no machines/m.json" in html(report)
+
+
+def test_records_of_an_older_rule_are_shown_and_said_to_be(coin: Study, run: Run) -> None:
+    out = run("full")
+    changed = replace(coin, rules=coin.rules[:1])
+    text = html(build(out, [changed]))
+    assert "Pending: the rule of verdict was changed after these records; run again." in text
+    assert "exploratory" in text
+    assert re.search(r"Loss \(nat/token\) at tosses 1000: fair 0\.\d+ .*, bent 0\.\d+ ", text)
 
 
 def test_bad_lines_are_named_and_the_rest_is_shown(coin: Study, run: Run) -> None:
