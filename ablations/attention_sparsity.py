@@ -222,22 +222,23 @@ def growth(table: Any) -> "Picture":
     import numpy as np
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(6.4, 4.0), layout="constrained")
-    axes = picture.subplots()
     rows = table[(table["metric"] == "cpu_seconds") & (table["phase"] == "forward") & (table["threads"] == 1)]
     if rows.empty:
         raise NoEvidence("no record of forward cpu_seconds at one thread yet")
+    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
+    axes = picture.subplots()
     for arm in ARMS:
         line = rows[rows["arm"] == arm].sort_values("length")
-        if len(line) < 2:
-            continue
-        slope = np.polyfit(np.log(line["length"].astype(float)), np.log(line["value"]), 1)[0]
-        axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}")
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="cpu_seconds [s]")
+        if len(line) > 1:
+            slope = np.polyfit(np.log(line["length"].astype(float)), np.log(line["value"]), 1)[0]
+            axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}")
     ticks = sorted({int(length) for length in rows["length"]})
-    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one thread")
+    axes.set_title("How forward time grows with length")
+    axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.grid(visible=True, which="major")
+    picture.legend(loc="outside right center", title="slope of the line")
     return picture
 
 
@@ -296,7 +297,7 @@ STUDY = Study(
             x="length",
             log="xy",
         ),
-        Figure("growth", "How forward time grows with length, one thread: slopes of the lines", draw=growth),
+        Figure("growth", "How forward time grows with length: a straight line of slope 2 is n^2", draw=growth),
     ),
     answer=answer,
     limits=(
