@@ -32,7 +32,12 @@ class MTP:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A decoder of `num_hidden_layers` blocks: the first `first_k_dense_replace` dense, the others with `moe`."""
+    """A decoder of `num_hidden_layers` blocks: the first `first_k_dense_replace` dense, the others with `moe`.
+
+    Initial weights have standard deviation `initializer_range`; the embedding `embedding_range`, where that is given. A
+    short run at a high learning rate needs it larger: the first blocks' outputs grow within a few steps and drown an
+    embedding of 0.02, and a model that cannot tell its tokens apart stays at their frequencies.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -47,6 +52,7 @@ class Model:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    embedding_range: float | None = None
 
     def __post_init__(self) -> None:
         require_positive(
@@ -56,6 +62,8 @@ class Model:
         require_number(self, "first_k_dense_replace", low=0, high=self.num_hidden_layers)
         require_number(self, "rms_norm_eps", low=0.0, above=True)
         require_number(self, "initializer_range", low=0.0, above=True)
+        if self.embedding_range is not None:
+            require_number(self, "embedding_range", low=0.0, above=True)
         for name, kind in (("moe", MoE), ("mtp", MTP)):
             value = getattr(self, name)
             require(

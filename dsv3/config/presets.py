@@ -45,8 +45,10 @@ def tiny() -> Config:
         ),
         mtp=MTP(),
         max_position_embeddings=1024,
+        initializer_range=0.06,
+        embedding_range=1.0,
     )
-    return Config(model=model, train=Train(steps=300, batch_size=16, sequence_length=256))
+    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256))
 
 
 def small() -> Config:
@@ -75,6 +77,7 @@ def small() -> Config:
         ),
         mtp=MTP(),
         max_position_embeddings=2048,
+        embedding_range=1.0,
     )
     return Config(model=model, train=Train(steps=2000, batch_size=16, sequence_length=512, optimizer=AdamW(lr=1.5e-3)))
 
@@ -105,8 +108,10 @@ def article_small() -> Config:
         attention=MultiHead(num_attention_heads=4, head_dim=32, select=PerHead(keep=0.3)),
         moe=_article_experts(moe_intermediate_size=64),
         max_position_embeddings=1024,
+        initializer_range=0.06,
+        embedding_range=1.0,
     )
-    return Config(model=model, train=Train(steps=300, batch_size=16, sequence_length=256))
+    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256))
 
 
 def _article_experts(*, moe_intermediate_size: int) -> MoE:

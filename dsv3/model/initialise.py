@@ -1,7 +1,8 @@
 """Initial weights from random streams that are keyed by name.
 
 Matrices are normal with standard deviation `initializer_range` and mean 0, norm weights 1, biases 0 (DeepSeek-V3,
-arXiv 2412.19437 section 4.2, has 0.006; the default of this family's configs is 0.02). A parameter's stream is keyed
+arXiv 2412.19437 section 4.2, has 0.006; the default of this family's configs is 0.02), the embedding `embedding_range`
+where that is set. A parameter's stream is keyed
 by (seed, purpose, name), so a model that gains or loses a part keeps every other number, and two arms of a study
 start from the same weights wherever they share them.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 PURPOSE = "initialise"
+EMBEDDING = "embed_tokens.weight"
 
 
 def stream(seed: int, purpose: str, name: str) -> torch.Generator:
@@ -21,13 +23,14 @@ def stream(seed: int, purpose: str, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, *, std: float, seed: int) -> None:
+def initialise(module: nn.Module, *, std: float, embedding_std: float | None, seed: int) -> None:
     """Fill every parameter of `module` in place; numbers are drawn in fp32 on the CPU, so they are the same on every
     device. Meta tensors stay.
     """
     for name, parameter in module.named_parameters():
         if not parameter.is_meta:
-            parameter.copy_(_values(name, parameter, std, seed))
+            own = embedding_std if name == EMBEDDING else None
+            parameter.copy_(_values(name, parameter, std if own is None else own, seed))
 
 
 def _values(name: str, parameter: Tensor, std: float, seed: int) -> Tensor:

@@ -38,7 +38,7 @@ class Transformer(nn.Module):
             tied = model.tie_word_embeddings
             self.lm_head = None if tied else nn.Linear(model.hidden_size, model.vocab_size, bias=False)
             self.mtp = nn.ModuleList(MultiTokenPrediction(model, depth) for depth in range(mtp_depths(model)))
-        initialise(self, std=model.initializer_range, seed=seed)
+        initialise(self, std=model.initializer_range, embedding_std=model.embedding_range, seed=seed)
 
     def forward(
         self, tokens: Int[Tensor, "B T"], *, cache: KeyValueCache | None = None, mtp: bool = True

@@ -115,6 +115,7 @@ def models(draw: st.DrawFn) -> Model:
         mtp=draw(st.none() | mtps),
         rope=draw(ropes),
         tie_word_embeddings=draw(st.booleans()),
+        embedding_range=draw(st.none() | share),
     )
 
 

@@ -5,9 +5,9 @@ The file has two dialects: DeepSeek's own (`rope_theta` and `rope_scaling`, trai
 is not understood, or whose value asks for something that this model does not do, is an error that names it: a setting
 that is silently dropped is a different model.
 
-The format has no word for four choices of ours (balance methods, capacity, which hidden state feeds multi-token
-prediction, a model without experts). They are written under one key, "dsv3", which transformers carries along unread;
-without it a checkpoint gets the defaults of `MoE` and `MTP`.
+The format has no word for five choices of ours (balance methods, capacity, which hidden state feeds multi-token
+prediction, the embedding's initial weights, a model without experts). They are written under one key,
+"dsv3", which transformers carries along unread; without it a checkpoint gets the defaults of `MoE` and `MTP`.
 """
 
 import json
@@ -105,7 +105,7 @@ def read_config(text: str) -> Model:
     _check_keys(plain)
     _check_derived(plain)
     ours = plain.get(OURS, {})
-    unknown = sorted(ours.keys() - {"balance", "capacity", "mtp_hidden"})
+    unknown = sorted(ours.keys() - {"balance", "capacity", "embedding_range", "mtp_hidden"})
     require(not unknown, f"config.json {OURS}", unknown, "are not keys that this reader understands", "remove them")
     return Model(
         **{name: _need(plain, name) for name in SAME_NAME},
@@ -113,6 +113,7 @@ def read_config(text: str) -> Model:
         moe=_read_experts(plain, ours),
         mtp=_read_mtp(plain, ours),
         rope=_read_rope(plain),
+        embedding_range=ours.get("embedding_range"),
     )
 
 
@@ -130,11 +131,12 @@ def write_config(model: Model) -> dict[str, Any]:
     plain |= {name: getattr(model, name) for name in SAME_NAME}
     plain |= {name: getattr(attention, name) for name in LATENT} | {"num_key_value_heads": heads}
     plain |= {"rope_parameters": _write_rope(model.rope), "num_nextn_predict_layers": depths}
+    ours: dict[str, Any] = {} if model.embedding_range is None else {"embedding_range": model.embedding_range}
     if model.moe is None:
         # Readers build experts from this layer on, so it says that none has any.
-        return plain | {"first_k_dense_replace": model.num_hidden_layers}
+        return plain | {"first_k_dense_replace": model.num_hidden_layers} | ({OURS: ours} if ours else {})
     plain |= {name: getattr(model.moe, name) for name in EXPERTS}
-    ours = {"balance": json.loads(to_json(model.moe.balance)), "capacity": json.loads(to_json(model.moe.capacity))}
+    ours |= {"balance": json.loads(to_json(model.moe.balance)), "capacity": json.loads(to_json(model.moe.capacity))}
     if model.mtp is not None:
         ours["mtp_hidden"] = model.mtp.hidden
     return plain | {OURS: ours}
