@@ -104,6 +104,8 @@ def bench_experts(
         check=lambda: check(arms, dtype),
         axes=axes,
         tokens=shape.tokens,
+        flops=18 * shape.tokens * shape.k * shape.hidden * shape.inner,
+        dtype=dtype,
     )
     for name in [name for name in arms if name != TRUTH]:
         keep(name, costs(shape, dtype, device, name), axes=axes)

@@ -32,4 +32,4 @@ class Experts(nn.Module):
             x_ND, gate_up, down = x.to(dtype), self.gate_up.to(dtype), self.down.to(dtype)
             if self.product is not None:
                 return reference(x_ND, routing, gate_up, down, self.product).to(x.dtype)
-            return choose(x_ND, down, self._gradient_memory)(x_ND, routing, gate_up, down).to(x.dtype)
+            return choose(x_ND, routing, down, self._gradient_memory)(x_ND, routing, gate_up, down).to(x.dtype)

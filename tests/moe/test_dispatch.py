@@ -137,10 +137,23 @@ def test_blocks_cover_every_expert_and_row_once_in_order(counts: list[int]) -> N
     assert all(block.rows.stop - block.rows.start >= 8 for block in found[:-1])
 
 
-def test_cpu_takes_the_loop_for_every_type() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        chosen = choose(torch.zeros(1, 16, dtype=dtype), torch.zeros(4, 8, 16, dtype=dtype))
-        assert chosen.func is looped  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "dtype, tokens, width, chosen",
+    [
+        (torch.float32, 8, 16, looped),
+        (torch.float32, 4096, 16, looped),
+        (torch.bfloat16, 8, 16, grouped),
+        (torch.bfloat16, 4096, 16, looped),
+        (torch.bfloat16, 8, 12, looped),  # 24 bytes: the grouped product refuses them
+        (torch.float64, 8, 16, looped),
+    ],
+)
+def test_choice_on_a_cpu_follows_type_rows_and_alignment(
+    dtype: torch.dtype, tokens: int, width: int, chosen: Dispatch
+) -> None:
+    routing = random_routing(tokens, 8, 2, dtype)
+    found = choose(torch.zeros(tokens, width, dtype=dtype), routing, torch.zeros(8, 8, width, dtype=dtype))
+    assert getattr(found, "func", found) is chosen
 
 
 def test_memory_is_lent_again_once_nothing_uses_it() -> None:
