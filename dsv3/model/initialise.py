@@ -2,9 +2,8 @@
 
 Matrices are normal with standard deviation `initializer_range` and mean 0, norm weights 1, biases 0 (DeepSeek-V3,
 arXiv 2412.19437 section 4.2, has 0.006; the default of this family's configs is 0.02), the embedding `embedding_range`
-where that is set. A parameter's stream is keyed
-by (seed, purpose, name), so a model that gains or loses a part keeps every other number, and two arms of a study
-start from the same weights wherever they share them.
+where that is set. A parameter's stream is keyed by (seed, purpose, name), so a model that gains or loses a part keeps
+every other number, and two arms of a study start from the same weights wherever they share them.
 """
 
 from hashlib import sha256

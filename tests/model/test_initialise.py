@@ -10,14 +10,18 @@ from dsv3.model.initialise import stream
 from tests.model.variants import BASE, VARIANTS, latent
 
 
-def test_matrices_are_normal_and_norms_are_one() -> None:
-    model = Transformer(presets.tiny().model, seed=7)
+@pytest.mark.parametrize("embedding_range, spread", [(None, 0.02), (1.0, 1.0)])
+def test_matrices_are_normal_and_norms_are_one(embedding_range: float | None, spread: float) -> None:
+    config = vary(presets.tiny().model, initializer_range=0.02, embedding_range=embedding_range)
+    model = Transformer(config, seed=7)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert torch.equal(parameter, torch.ones_like(parameter)), name
-    drawn = model.embed_tokens.weight.detach().flatten()[:20_000].double() / 0.02
-    assert kstest(drawn.numpy(), "norm").pvalue > 1e-4
-    assert model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.01)
+    for weight, std in ((model.embed_tokens.weight, spread), (model.layers[2].mlp.experts.gate_up, 0.02)):
+        drawn = weight.detach().flatten().double() / std
+        assert kstest(drawn[:20_000].numpy(), "norm").pvalue > 1e-4
+        # the deviation of n draws is off by 1 / sqrt(2 n); four of those
+        assert abs(drawn.std().item() - 1) < 4 * (2 * drawn.numel()) ** -0.5
 
 
 @pytest.mark.parametrize(
