@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
@@ -24,7 +25,7 @@ from ablations.study import Figure, Study
 from bench.metrics import metric
 from bench.record import Record
 from reports.frame import axes_of, differences, summary
-from reports.numbers import interval, number, place, plain
+from reports.numbers import interval, number, place
 from reports.tables import title
 
 INK = "#1f2328"  # the page swaps it for its own text colour
@@ -54,6 +55,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
+    "axes.prop_cycle": cycler(color=COLOURS),
     "savefig.dpi": 150,
 }
 
@@ -168,12 +170,14 @@ def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
     assert figure.x is not None, f"{figure.name}: a line needs the axis x"
     table = _points(study, figure, records).sort_values(figure.x, kind="stable")
     picture, axes = _paper(3.4)
-    for at, arm in enumerate(arm for arm in study.arms if arm.name in set(table["arm"])):
+    there = [arm for arm in study.arms if arm.name in set(table["arm"])]
+    for at, arm in enumerate(there):
         points = table[table["arm"] == arm.name]
         middle = points["value"]
         errors = [(middle - points["low"]).fillna(0).clip(lower=0), (points["high"] - middle).fillna(0).clip(lower=0)]
         look = _look(study, arm.name)
-        axes.errorbar(points[figure.x], middle, yerr=errors, label=arm.name, capsize=2, zorder=3 + at, **look)
+        x = _beside(points[figure.x], at - (len(there) - 1) / 2, table[figure.x], log="x" in figure.log)
+        axes.errorbar(x, middle, yerr=errors, label=arm.name, capsize=2, zorder=3 + at, **look)
     _scale(axes, figure, table)
     _mark(axes, figure, along="y")
     _keep_in_view(axes, [*table["value"], *([figure.reference[0]] if figure.reference else [])])
@@ -233,20 +237,39 @@ def _better(figure: Figure) -> str:
 
 
 def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
+    unit = metric(figure.metric).unit
     if "x" in figure.log:
         axes.set_xscale("log")
     if "y" in figure.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: plain(value))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    unit = metric(figure.metric).unit
-    if unit in ("share", "B"):
+        _log_ticks(axes, table["value"], unit)
+    elif unit in ("share", "B"):
         axes.yaxis.set_major_formatter(lambda value, _: number(value, unit))
     places = sorted(set(table[figure.x]))
     axes.set_xticks(places, _labels(places, log="x" in figure.log))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _log_ticks(axes: Axes, values: "pd.Series[float]", unit: str) -> None:
+    """Powers of two for bytes; else 1, 2 and 5 of each decade, and more of them within a single one."""
+    if unit == "B":
+        axes.set_yscale("log", base=2)
+    else:
+        axes.set_yscale("log")
+        one_decade = values.min() > 0 and values.max() < 10 * values.min()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if one_decade else (1, 2, 5)))
+    shown = unit if unit in ("share", "B") else ""
+    axes.yaxis.set_major_formatter(lambda value, _: number(value, shown))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _beside(places: "pd.Series[float]", at: float, every: "pd.Series[float]", *, log: bool) -> "pd.Series[float]":
+    """The places moved by `at` hundredths of the axis, so that the intervals of several arms do not hide each other."""
+    if not pd.api.types.is_numeric_dtype(places):
+        return places
+    if log:
+        return places * (every.max() / every.min()) ** (at / 100)
+    return places + (every.max() - every.min()) * at / 100
 
 
 def _labels(places: Sequence[Any], *, log: bool) -> list[str]:
