@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -126,7 +127,7 @@ def inline(svg: bytes, name: str, description: str) -> str:
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = text.replace(INK, "currentColor")
     text = text.replace(f"fill: {PAPER}", "fill: none", 1)  # the picture's own paper comes first
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
 
 
 def pending(caption: str, why: str) -> Picture:
