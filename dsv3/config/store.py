@@ -19,7 +19,7 @@ def to_json(config: Any) -> str:
     return json.dumps(_plain(config), indent=2)
 
 
-def from_json(text: str, kind: type = Config) -> Any:
+def from_json(text: str, kind: Any = Config) -> Any:
     """Read back what `to_json` wrote; the result equals the original.
 
     Raises:
