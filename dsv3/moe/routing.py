@@ -32,7 +32,7 @@ class Routing:
     kept: Bool[Tensor, "N K"] | None = None
 
 
-def count(indices: Int[Tensor, "N K"], experts: int) -> Int[Tensor, " E"]:
-    """Tokens per expert."""
+def count(indices: Int[Tensor, "..."], experts: int) -> Int[Tensor, " E"]:
+    """How often each expert is named."""
     flat = indices.flatten()
     return flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))

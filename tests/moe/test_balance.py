@@ -36,10 +36,12 @@ def test_sequence_loss_takes_the_top_k_of_the_scores_not_of_what_a_bias_chose() 
 def test_sequence_loss_of_a_batch_is_the_mean_over_its_sequences() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(3, 5, 8, generator=generator)
-    whole, *parts = (
-        sequence_loss(Routing(part.topk(2).indices, part, part, count(part.topk(2).indices, 8)), batch=len(part) // 5)
-        for part in (scores.flatten(0, 1), *scores)
-    )
+
+    def loss_of(part: Tensor) -> Tensor:
+        weights, indices = part.topk(2)
+        return sequence_loss(Routing(indices, weights, part, count(indices, 8)), batch=len(part) // 5)
+
+    whole, *parts = map(loss_of, (scores.flatten(0, 1), *scores))
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
@@ -103,7 +105,8 @@ def test_a_mean_over_processes_replaces_the_statistics_of_the_batch() -> None:
 
     def loss_of(part: slice, mean: object) -> tuple[Tensor, Tensor]:
         score_NE = scores[part].clone().requires_grad_()
-        value = Routing(indices[part], score_NE, score_NE, count(indices[part], 4))
+        chosen = indices[part]
+        value = Routing(chosen, score_NE.gather(1, chosen), score_NE, count(chosen, 4))
         total = switch_loss(value, mean) + quadratic_loss(value, mean)  # type: ignore[arg-type]
         total.backward()
         assert score_NE.grad is not None
