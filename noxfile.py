@@ -24,6 +24,8 @@ nox.options.sessions = ["lint", "tests"]
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHON = str(Path(".nox", "environment", "Scripts" if os.name == "nt" else "bin", "python").absolute())
 OUT = str(Path("reports", "out"))
+SHAPED = ("attention", "data", "layers", "model", "moe", "parallel", "precision", "train")
+CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
 
 job = nox.session(requires=["environment"], venv_backend="none")
 
@@ -60,8 +62,8 @@ def bench(session: nox.Session) -> None:
 
 @job
 def tests(session: nox.Session) -> None:
-    """The tests; warnings are errors and every jaxtyping annotation of dsv3 is checked as it runs."""
-    module(session, "pytest", "--jaxtyping-packages=dsv3,tests.shapes.check", *session.posargs)
+    """The tests; warnings are errors and every annotation of a room with shapes is checked as it runs."""
+    module(session, "pytest", f"--jaxtyping-packages={CHECKED},tests.shapes.check", *session.posargs)
 
 
 @job

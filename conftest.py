@@ -1,0 +1,3 @@
+"""Loads the annotation checker before any test, so that `--jaxtyping-packages` finds it under its name."""
+
+import tests.shapes  # noqa: F401
