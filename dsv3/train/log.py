@@ -11,6 +11,7 @@ that a kill cut in two, so that the log always reads as that of one unbroken run
 import json
 import os
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,8 +57,8 @@ class Log:
 
     def skipped_in_a_row(self) -> int:
         """How many of the last updates were skipped without one that was not."""
-        healthy = (index for index, line in enumerate(reversed(self._of("step"))) if line["health"] == "ok")
-        return next(healthy, len(self._of("step")))
+        steps = (line for line in reversed(self._lines) if line["kind"] == "step")
+        return sum(1 for _ in takewhile(lambda line: line["health"] != "ok", steps))
 
     def validations(self) -> tuple[Evaluation, ...]:
         """The evaluations on the validation split so far."""
