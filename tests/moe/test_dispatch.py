@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -109,6 +111,16 @@ def test_bfloat16_contributions_are_summed_in_float32() -> None:
         assert dispatch(x, routing, gate_up.bfloat16(), down.bfloat16())[0, 0].item() == 260.0
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the checks of annotations, which the compiler cannot trace."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_compiled_dispatch_is_one_graph_and_gives_the_same_bits() -> None:
     routing = random_routing(13, 5, 2, torch.float32, kept=0.7)
 
