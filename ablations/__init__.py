@@ -9,4 +9,11 @@ run.py        every cell in a fresh process (cell.py), once (cache.py, and code.
 STUDIES       the studies, in the order of the report
 """
 
-STUDIES: tuple[str, ...] = ("attention_sparsity", "moe_capacity", "precision_modes", "pipeline_bubble", "multi_token")
+STUDIES: tuple[str, ...] = (
+    "attention_sparsity",
+    "moe_capacity",
+    "precision_modes",
+    "pipeline_bubble",
+    "latent_attention",
+    "multi_token",
+)
