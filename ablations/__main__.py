@@ -71,8 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _table(command: List) -> Table:
     table = Table(title=f"studies, {command.profile} profile", title_justify="left")
-    for heading in ("study", "question"):
-        table.add_column(heading, overflow="fold")
+    table.add_column("study", no_wrap=True)
+    table.add_column("question", overflow="fold")
     for heading in ("cells", "done", "left", "expected hours"):
         table.add_column(heading, justify="right")
     for name in STUDIES:
