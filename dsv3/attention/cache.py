@@ -4,9 +4,9 @@
     Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head
     with PerHead         importance [B,M,H] besides
 
-M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the `length` already there, in place; the new length is a new
-value (`advance`), so that the same buffers can be continued from an earlier point. What is written is detached: a cache
-is for inference.
+M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
+`length` already there, in place; the new length is a new value (`advance`), so that the same buffers can be continued
+from an earlier point. What is written is detached: a cache is for inference.
 """
 
 from dataclasses import dataclass, replace

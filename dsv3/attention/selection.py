@@ -50,8 +50,3 @@ class Selection:
     def __post_init__(self) -> None:
         assert (self.rank is None) == (self.limit is None), "rank and limit are one rule: give both or neither"
         assert min(self.block_q, self.block_k) > 0, "a block holds at least one token"
-
-    @property
-    def pairs(self) -> int:
-        """(query, key) pairs that `attend` computes: whole blocks, before the token-exact rule."""
-        return int(self.counts.sum()) * self.block_q * self.block_k

@@ -78,11 +78,6 @@ def test_selection_counts_its_cost() -> None:
     assert (cost.scored, cost.kept) == (2 * 3 * 2, 2 * 3 * 4)
 
 
-def test_pairs_are_those_of_whole_blocks() -> None:
-    # blocks of 2 queries with 1, 2 and 3 blocks of 2 keys; the last block of queries is half empty
-    assert window(1, 5, 5, size=5, block_q=2, block_k=2).pairs == (1 + 2 + 3) * 4
-
-
 def test_a_share_is_rounded_down_and_never_to_nothing() -> None:
     kept = kept_tokens(torch.tensor([1, 3, 4, 10, 20, 100]), keep=0.29)
     assert kept.tolist() == [1, 1, 1, 2, 5, 28]  # 0.29 * 100 is 28.999999999999996 in float64

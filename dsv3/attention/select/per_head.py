@@ -20,7 +20,6 @@ all logits of a head alike, so there is none. Ties go to the earlier token.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dsv3.attention.select.order import kth_of_prefixes
 from dsv3.attention.select.window import clipped_sum
@@ -100,19 +99,18 @@ def _candidates(
     stops = [min(start + block_q, total) for start in starts]
     best = [min(int(kept[stop - 1 - before]), start) for start, stop in zip(starts, stops, strict=True)]
     edge = _worst_of_best(rank, starts, best)
-    pool, blocks = torch.arange(before, device=rank.device).expand(*rank.shape[:-1], -1), []
+    sizes = [count + stop - start for count, start, stop in zip(best, starts, stops, strict=True)]
+    indices = rank.new_zeros(*rank.shape[:-1], len(starts), max(sizes))
+    pool = torch.arange(before, device=rank.device).expand(*rank.shape[:-1], -1)
     for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         chosen = pool
         if best[i] < start:
             chosen = pool.masked_select(rank.gather(-1, pool) <= edge[..., i, None]).view(*rank.shape[:-1], best[i])
         own = torch.arange(start, stop, device=rank.device).expand(*rank.shape[:-1], -1)
-        blocks.append(torch.cat((chosen, own), dim=-1))
+        indices[..., i, : best[i]], indices[..., i, best[i] : sizes[i]] = chosen, own
         # with a fixed number kept, a token that drops out of the best never returns
         pool = torch.cat((chosen if fixed else pool, own), dim=-1)
-    widest = max(block.shape[-1] for block in blocks)
-    padded = [F.pad(block, (0, widest - block.shape[-1]), value=total - 1) for block in blocks]
-    counts = torch.tensor([block.shape[-1] for block in blocks], device=rank.device)
-    return torch.stack(padded, dim=2), counts.expand(*rank.shape[:-1], -1)
+    return indices, torch.tensor(sizes, device=rank.device).expand(*rank.shape[:-1], -1)
 
 
 def _worst_of_best(rank: Int[Tensor, "B H S"], starts: list[int], best: list[int]) -> Int[Tensor, "B H Nq"]:
