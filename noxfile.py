@@ -25,14 +25,16 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHON = str(Path(".nox", "environment", "Scripts" if os.name == "nt" else "bin", "python").absolute())
 OUT = str(Path("reports", "out"))
 SHAPED = ("attention", "data", "layers", "model", "moe", "parallel", "precision", "train")
+# Tests multiply small matrices: threads would wait for each other longer than they work, above all on a shared machine.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
 
 job = nox.session(requires=["environment"], venv_backend="none")
 
 
-def module(session: nox.Session, *arguments: str) -> None:
+def module(session: nox.Session, *arguments: str, **environment: str) -> None:
     """Run `python -m ...` in the shared environment."""
-    session.run(PYTHON, "-m", *arguments)
+    session.run(PYTHON, "-m", *arguments, env=environment)
 
 
 def profile(posargs: list[str]) -> list[str]:
@@ -63,7 +65,7 @@ def bench(session: nox.Session) -> None:
 @job
 def tests(session: nox.Session) -> None:
     """The tests; warnings are errors and every annotation of a room with shapes is checked as it runs."""
-    module(session, "pytest", f"--jaxtyping-packages={CHECKED},tests.shapes.check", *session.posargs)
+    module(session, "pytest", f"--jaxtyping-packages={CHECKED},tests.shapes.check", *session.posargs, **ONE_THREAD)
 
 
 @job
