@@ -56,10 +56,24 @@ def environment(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Train, measure, run the studies and write the report: the main job."""
     chosen = profile(session.posargs)
-    module(session, "dsv3.train", "--preset", "tiny", "--out", str(Path(OUT, "train")), "--overwrite")
-    module(session, "bench", "--out", OUT, *session.posargs)
-    module(session, "ablations", "run", "--all", "--out", OUT, *chosen)
+    parts = (
+        ("dsv3.train", "--preset", "tiny", "--out", str(Path(OUT, "train")), "--overwrite"),
+        ("bench", "--out", OUT, *session.posargs),
+        ("ablations", "run", "--all", "--out", OUT, *chosen),
+    )
+    failed = [part[0] for part in parts if not runs(session, *part)]
     module(session, "reports", "build", "--out", OUT)
+    if failed:
+        session.error(f"failed: {', '.join(failed)}; the report has the rest")
+
+
+def runs(session: nox.Session, *arguments: str) -> bool:
+    """Whether `python -m ...` succeeded: one that failed must not keep the report from the others."""
+    try:
+        module(session, *arguments)
+    except nox.command.CommandFailed:
+        return False
+    return True
 
 
 @job
