@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.attention_sizes import HEADS, KEEP, KEYS, WIDTH
 from dsv3.attention import Selection, attend, eager, reference
-from dsv3.attention.select import Importance, per_head, window
+from dsv3.attention.select import per_head, window
 
 _LAST = 16  # queries of a long sequence that are compared with the reference
 _SHORT = 272  # positions of a short one, two blocks of queries, compared in two heads with their gradients
@@ -21,17 +21,21 @@ _SHORT = 272  # positions of a short one, two blocks of queries, compared in two
 
 @dataclass(frozen=True)
 class Inputs:
-    """One layer's inputs: the hidden states that importance is read from, and queries, keys and values."""
+    """One layer's inputs: queries, keys and values, hidden states x and the map that reads importance from them."""
 
-    x: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
-    importance: Importance
+    x: Tensor
+    weight: Tensor
+
+    def importance(self) -> Tensor:
+        """One score per head and token, [1, H, T]."""
+        return (self.x @ self.weight.T).transpose(1, 2)
 
     def leaves(self) -> tuple[Tensor, ...]:
         """Everything that a gradient may reach."""
-        return self.q, self.k, self.v, self.x, *self.importance.parameters()
+        return self.q, self.k, self.v, self.x, self.weight
 
 
 def inputs(length: int, device: torch.device | str = "cpu", *, heads: int = HEADS, seed: int = 0) -> Inputs:
@@ -42,9 +46,8 @@ def inputs(length: int, device: torch.device | str = "cpu", *, heads: int = HEAD
         return torch.randn(*shape, generator=generator).to(device).requires_grad_()
 
     q, k, v = (draw(1, heads, length, WIDTH) for _ in range(3))
-    importance = Importance(heads * WIDTH, heads).to(device)
-    importance.proj.weight.data = draw(heads, heads * WIDTH).data * (heads * WIDTH) ** -0.5
-    return Inputs(draw(1, length, heads * WIDTH), q, k, v, importance)
+    weight = (draw(heads, heads * WIDTH) * (heads * WIDTH) ** -0.5).detach().requires_grad_()
+    return Inputs(q, k, v, draw(1, length, heads * WIDTH), weight)
 
 
 def choose(arm: str, given: Inputs) -> Selection | None:
@@ -54,9 +57,9 @@ def choose(arm: str, given: Inputs) -> Selection | None:
         case "window":
             return window(1, length, length, size=KEYS, device=device)
         case "per_head_share":
-            return per_head(given.importance(given.x).transpose(1, 2), length, keep=KEEP)
+            return per_head(given.importance(), length, keep=KEEP)
         case "per_head_number":
-            return per_head(given.importance(given.x).transpose(1, 2), length, k=KEYS)
+            return per_head(given.importance(), length, k=KEYS)
     return None
 
 
@@ -97,7 +100,7 @@ def check(arm: str, given: Inputs) -> None:
 
 
 def _right(arm: str, given: Inputs, queries: Tensor) -> Tensor:
-    importance = given.importance(given.x).transpose(1, 2)
+    importance = given.importance()
     seen: reference.Seen = reference.everything
     weights = None
     match arm:

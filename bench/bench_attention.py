@@ -87,5 +87,5 @@ def _costs(arm: str, phase: str, length: int, device: torch.device) -> list[Meas
     found = [flops(partial(call, arm, given))]
     found += peak_bytes(lambda: attention.inputs(length, device), partial(call, arm), device=device)
     if phase == "forward_backward":
-        found.append(saved_bytes(partial(attention.forward, arm, given), given.importance.parameters()))
+        found.append(saved_bytes(partial(attention.forward, arm, given), [given.weight]))
     return found
