@@ -25,6 +25,8 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 PYTHON = str(Path(".nox", "environment", "Scripts" if os.name == "nt" else "bin", "python").absolute())
 OUT = str(Path("reports", "out"))
 SHAPED = ("attention", "data", "layers", "model", "moe", "parallel", "precision", "train")
+# A thread that waits gives its core away: spinning, two threads on a shared machine took five times as long as one.
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
 # Tests multiply small matrices: threads would wait for each other longer than they work, above all on a shared machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
@@ -34,7 +36,7 @@ job = nox.session(requires=["environment"], venv_backend="none")
 
 def module(session: nox.Session, *arguments: str, **environment: str) -> None:
     """Run `python -m ...` in the shared environment."""
-    session.run(PYTHON, "-m", *arguments, env=environment)
+    session.run(PYTHON, "-m", *arguments, env=PATIENT | environment)
 
 
 def profile(posargs: list[str]) -> list[str]:
