@@ -20,7 +20,10 @@ from dsv3.config.whole import Config
 
 
 def tiny() -> Config:
-    """DeepSeek-V3 in small: latent attention, one dense layer, biased sigmoid router, a shared expert, MTP."""
+    """DeepSeek-V3 in small: latent attention, one dense layer, biased sigmoid router, a shared expert, MTP.
+
+    The selection bias moves five times as fast as DeepSeek-V3's: in 300 steps of 0.001 it could not correct a router.
+    """
     model = Model(
         vocab_size=2048,
         hidden_size=128,
@@ -42,13 +45,14 @@ def tiny() -> Config:
             n_group=4,
             topk_group=2,
             routed_scaling_factor=2.5,
+            balance=(SignBias(rate=0.005), SequenceLoss()),
         ),
         mtp=MTP(),
         max_position_embeddings=1024,
         initializer_range=0.06,
         embedding_range=1.0,
     )
-    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256))
+    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256, eval_every=50))
 
 
 def small() -> Config:
@@ -111,7 +115,7 @@ def article_small() -> Config:
         initializer_range=0.06,
         embedding_range=1.0,
     )
-    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256))
+    return Config(model=model, train=Train(steps=300, batch_size=8, sequence_length=256, eval_every=50))
 
 
 def _article_experts(*, moe_intermediate_size: int) -> MoE:
