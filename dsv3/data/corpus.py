@@ -72,10 +72,9 @@ def corpus_digest(paths: tuple[str, ...] = ()) -> str:
 
 
 def split(documents: tuple[Document, ...], *, validation: float, test: float) -> dict[str, tuple[Document, ...]]:
-    """Documents per split.
+    """Documents per split: of the units ranked by the hash of their name, the first are test, the next validation.
 
-    Units are ranked by the hash of their name; the first ones are test, the next validation, until each holds its
-    share.
+    Each of the two takes units until it holds its share of the characters.
 
     Raises:
         ValueError: fewer than three units, since each split needs one.

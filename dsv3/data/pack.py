@@ -112,9 +112,7 @@ class Batches:
 
 
 def share(batch: Int[Tensor, "B T1"], *, parts: int, rank: int = 0, world: int = 1) -> tuple[Int[Tensor, "b T1"], ...]:
-    """The microbatches of one process.
-
-    `parts` equal slices of the global batch, and of each slice the `rank`-th of `world` equal pieces.
+    """The microbatches of one process: of each of `parts` slices of the global batch the `rank`-th of `world` pieces.
 
     So the p-th microbatches of all processes together are the p-th microbatch of a single process.
 

@@ -1,9 +1,8 @@
-"""Byte-level byte-pair encoding (Sennrich et al.
+"""Byte-level byte-pair encoding: any text is encodable, and decoding restores its bytes.
 
-2016, on bytes as in GPT-2): any text is encodable, and decoding restores its bytes.
-
-Pieces are split by GPT-2's pattern before merging; DeepSeek's own pattern also cuts numbers in threes, which a
-vocabulary this small has no room for. Id 0 is the end of a text. The tokenizer is trained on the training split alone.
+Sennrich et al. 2016 (arXiv 1508.07909), on bytes as in GPT-2. Pieces are split by GPT-2's pattern before merging;
+DeepSeek's own pattern also cuts numbers in threes, which a vocabulary this small has no room for. Id 0 is the end of a
+text. The tokenizer is trained on the training split alone.
 """
 
 from collections.abc import Iterable

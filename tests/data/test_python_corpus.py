@@ -56,9 +56,3 @@ def test_on_python_text_the_bigram_beats_the_unigram_and_both_beat_uniform() -> 
     assert measured == baseline.baselines(prepared, rows.numpy())
     assert 1.0 < measured["bigram"] < measured["unigram"] < 4.0
     assert measured["lzma of the whole split"] < measured["lzma"] < 4.0
-
-
-def test_the_standard_library_is_read_without_importing_it() -> None:
-    code = "import sys; from dsv3.data import corpus; corpus.load(); print({'idlelib', 'turtle'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "set()"

@@ -26,13 +26,21 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*TORCHRUN, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["whole batch", "two microbatches"])
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ...]:
-    """The trajectory of one process and that of two."""
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes did, for each number of microbatches."""
     out = tmp_path_factory.mktemp("ranks") / "two.pt"
-    done = torchrun("tests/parallel/trajectory.py", str(out), str(request.param))
+    done = torchrun("tests/parallel/trajectory.py", str(out))
     assert done.returncode == 0, done.stderr
-    return trajectory.trajectory(accumulation_steps=request.param), torch.load(out, weights_only=True)
+    loaded: list[dict[str, Any]] = torch.load(out, weights_only=True)
+    return loaded
+
+
+@pytest.fixture(scope="module", params=trajectory.MICROBATCHES, ids=["whole batch", "two microbatches"])
+def both(request: pytest.FixtureRequest, shared: list[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The trajectory of one process and that of two."""
+    place = trajectory.MICROBATCHES.index(request.param)
+    return trajectory.trajectory(accumulation_steps=request.param), shared[place]
 
 
 def test_no_router_is_near_a_tie(both: tuple[dict[str, Any], ...]) -> None:
@@ -42,11 +50,11 @@ def test_no_router_is_near_a_tie(both: tuple[dict[str, Any], ...]) -> None:
 def test_two_processes_have_the_losses_of_one(both: tuple[dict[str, Any], ...]) -> None:
     one, two = both
     assert set(one["losses"][0]) >= {"main", "mtp", "balance_sequence", "balance_switch", "balance_quadratic", "total"}
-    for alone, shared in zip(map(dict, one["losses"]), map(dict, two["losses"]), strict=True):
+    for alone, together in zip(map(dict, one["losses"]), map(dict, two["losses"]), strict=True):
         # the quadratic loss is made of differences p - 1/E of near equals, in which a digit is lost
         quadratic = alone.pop("balance_quadratic")
-        assert shared.pop("balance_quadratic") == pytest.approx(quadratic, rel=10 * RELATIVE)
-        assert shared == pytest.approx(alone, rel=RELATIVE)
+        assert together.pop("balance_quadratic") == pytest.approx(quadratic, rel=10 * RELATIVE)
+        assert together == pytest.approx(alone, rel=RELATIVE)
 
 
 def test_two_processes_have_the_gradient_of_one(both: tuple[dict[str, Any], ...]) -> None:

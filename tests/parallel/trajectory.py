@@ -1,6 +1,4 @@
-"""Ten steps of plain descent, alone or as one of several processes: `torchrun ...
-
-Trajectory.py OUT ACCUMULATION_STEPS`.
+"""Ten steps of plain descent, alone or as one of several processes (`torchrun ... trajectory.py OUT`).
 
 All balance losses are on, so that batch statistics matter. The file that rank 0 writes holds the losses of each step,
 the gradient of the first, the loads' MaxVio, the final weights, and how far each router's choice was from being another
@@ -20,6 +18,7 @@ from dsv3.train.step import train_step
 from tests.train import small
 
 SEED = 0
+MICROBATCHES = (1, 2)
 BALANCE = (SignBias(rate=0.01), SequenceLoss(alpha=0.1), SwitchLoss(alpha=0.1), QuadraticLoss(alpha=0.1))
 
 
@@ -63,6 +62,6 @@ def margin(state: TrainState, rows: torch.Tensor) -> float:
 
 if __name__ == "__main__":
     with joined(os.environ, torch.device("cpu")) as here:
-        result = trajectory(here, accumulation_steps=int(sys.argv[2]))
+        results = [trajectory(here, parts) for parts in MICROBATCHES]
         if here.first:
-            torch.save(result, sys.argv[1])
+            torch.save(results, sys.argv[1])
