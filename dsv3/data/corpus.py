@@ -65,7 +65,7 @@ def corpus_digest(paths: tuple[str, ...] = ()) -> str:
     """Twelve hexadecimal digits that name the corpus: those of the names and bytes of the files it is taken from."""
     digest = sha256(f"extraction {EXTRACTION}".encode())
     for name, path in _files(paths):
-        content = path.read_bytes() if path.is_file() else b""
+        content = _content(path)
         digest.update(f"\n{name}\n{len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()[:12]
@@ -173,6 +173,13 @@ def _files(paths: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
     else:
         yield from _python_files()
         yield "pydoc_data.topics", Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""  # reading it for its text will say why
 
 
 def _take(ranked: list[str], sizes: dict[str, int], share: float) -> list[str]:

@@ -38,7 +38,7 @@ def sources(paths: tuple[str, ...]) -> tuple[Path, ...]:
         path = Path(name)
         known = ", ".join(SUFFIXES)
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and not file.is_dir())
             if not inside:
                 raise ValueError(f"data.paths={name!r}: the folder holds no file ending in {known}; put some there")
             found += inside

@@ -58,7 +58,9 @@ def open_folder(folder: Folder, config: Config, *, resume: bool, overwrite: bool
         _check_same(json.loads(folder.config.read_text()), json.loads(to_json(config)))
     elif folder.checkpoints.exists() or folder.log.exists():
         raise ValueError(f"out={str(folder.path)!r}: holds a run; resume it, overwrite it, or choose another folder")
-    folder.config.write_text(to_json(config) + "\n")
+    written = folder.config.with_suffix(".partial")
+    written.write_text(to_json(config) + "\n")
+    written.replace(folder.config)
 
 
 def _check_same(saved: Any, asked: Any) -> None:

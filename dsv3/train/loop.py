@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dsv3.config import Config, to_json
+from dsv3.config import Config
 from dsv3.config.rules import require
 from dsv3.data.baseline import baselines
 from dsv3.data.pack import Batches
@@ -192,7 +192,7 @@ def _due(every: int, work: _Work) -> bool:
 
 def _save(work: _Work) -> None:
     if work.folder is not None and work.ranks.first:
-        data = {"corpus": work.prepared.digest, "cursor": work.batches.state_dict(), "config": to_json(work.config)}
+        data = {"corpus": work.prepared.digest, "cursor": work.batches.state_dict()}
         state = work.state.state_dict() | {"data": data}
         save(work.folder.checkpoints, work.state.step, state, keep=work.config.train.keep_checkpoints)
 
