@@ -3,8 +3,9 @@
     schedule    the learning rate of each step           loss      main, multi-token and balance parts, by name
     optimizer   AdamW with DeepSeek's decay groups       step      accumulate, average, clip, update, rebalance
     state       what a checkpoint holds                  evaluate  bits per byte of held-out text
-    folder      what a run writes, and where             log       a line of JSON per step
-    display     the progress line                        options   the command line
+    folder      what a run writes, and where             work      how a run begins, is saved, is taken up again
+    log         a line of JSON per step                  display   the progress line
+    options     the command line
 
 `loop` is the whole story: `run(config)`, or `python -m dsv3.train`. What needs torch is imported when it is first asked
 for, so that a mistyped option is refused at once.

@@ -3,7 +3,6 @@
 A run that was killed goes on from its last checkpoint as if nothing had happened: on a CPU bit for bit.
 """
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,15 @@ import torch
 
 from dsv3.config import Config
 from dsv3.config.rules import require
-from dsv3.data.baseline import baselines
-from dsv3.data.pack import Batches
-from dsv3.data.prepare import Prepared, prepare
 from dsv3.data.read import Skipped
 from dsv3.model import Transformer
 from dsv3.parallel import ALONE, Ranks
-from dsv3.resilience import found, load_latest, save
-from dsv3.train.display import Display
-from dsv3.train.evaluate import Evaluation, HeldOut, evaluate
+from dsv3.train.evaluate import Evaluation, evaluate
 from dsv3.train.folder import Folder, open_folder
-from dsv3.train.log import Log
-from dsv3.train.state import TrainState
 from dsv3.train.step import StepReport, train_step
+from dsv3.train.work import Work, announce, restore, save, start
 
 MOST_SKIPPED = 10  # updates in a row that a run survives
-MOST_NAMED = 10  # skipped files on the screen; the log names all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +38,6 @@ class RunResult:
     test: Evaluation
     baselines: dict[str, float]
     model: Transformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Work:
-    """A run under way."""
-
-    config: Config
-    folder: Folder | None
-    prepared: Prepared
-    heldout: dict[str, HeldOut]
-    baselines: dict[str, float]
-    state: TrainState
-    batches: Batches
-    log: Log
-    display: Display
-    ranks: Ranks
 
 
 def run(
@@ -87,10 +63,10 @@ def run(
     folder = None if out is None else Folder(Path(out))
     if folder is not None and ranks.first:
         open_folder(folder, config, resume=resume, overwrite=overwrite)
-    work = _start(config, seed, folder, torch.device(device), progress, ranks)
+    work = start(config, seed, folder, torch.device(device), progress, ranks)
     if resume:
-        _restore(work)
-    _announce(work, seed)
+        restore(work)
+    announce(work, seed)
     train = config.train
     with work.display:
         while work.state.step < train.steps:
@@ -100,7 +76,7 @@ def run(
             if _due(train.eval_every, work):
                 _evaluate(work, "validation")
             if _due(train.checkpoint_every, work):
-                _save(work)
+                save(work)
         test = _evaluate(work, "test")
     return RunResult(
         config=config,
@@ -115,49 +91,7 @@ def run(
     )
 
 
-def _start(
-    config: Config, seed: int, folder: Folder | None, device: torch.device, progress: bool, ranks: Ranks
-) -> _Work:
-    train = config.train
-    if not ranks.first:
-        ranks.wait()
-    prepared = prepare(config.data, config.model.vocab_size)
-    if ranks.first:
-        ranks.wait()  # the others find in the cache what the first one built
-    splits = {"validation": prepared.validation, "test": prepared.test}
-    heldout = {
-        name: HeldOut.of(prepared, split, length=train.sequence_length, count=train.eval_sequences)
-        for name, split in splits.items()
-    }
-    return _Work(
-        config=config,
-        folder=folder,
-        prepared=prepared,
-        heldout=heldout,
-        baselines=baselines(prepared, heldout["validation"].rows.numpy()),
-        state=TrainState.create(config, seed=seed, device=device),
-        batches=Batches(prepared.train, train.batch_size, train.sequence_length, seed),
-        log=Log(folder.log if folder is not None and ranks.first else None),
-        display=Display(train.steps, shown=progress and ranks.first),
-        ranks=ranks,
-    )
-
-
-def _announce(work: _Work, seed: int) -> None:
-    prepared = work.prepared
-    if work.folder is not None and work.ranks.first:
-        shutil.copy(prepared.folder / "tokenizer.json", work.folder.tokenizer)
-    skipped = [f"{skip.path}: {skip.reason}" for skip in prepared.skipped]
-    work.log.write("run", seed=seed, corpus=prepared.digest, skipped=skipped, baselines=work.baselines)
-    tokens = f"{len(prepared.train.tokens):,} training tokens"
-    work.display.say(f"corpus {prepared.digest}: {tokens} of {', '.join(prepared.domains)}; seed {seed}")
-    if skipped:
-        work.display.say("\n  ".join([f"skipped {len(skipped)}:", *skipped[:MOST_NAMED]]))
-    if work.state.step:
-        work.display.say(f"going on after step {work.state.step}")
-
-
-def _step(work: _Work) -> StepReport:
+def _step(work: Work) -> StepReport:
     rows = work.batches.next()
     text_bytes = int(work.prepared.bytes_per_token[rows[:, 1:]].sum())
     report = train_step(work.state, rows.to(work.state.device), ranks=work.ranks, text_bytes=text_bytes)
@@ -171,7 +105,7 @@ def _step(work: _Work) -> StepReport:
     return report
 
 
-def _evaluate(work: _Work, split: str) -> Evaluation:
+def _evaluate(work: Work, split: str) -> Evaluation:
     train = work.config.train
     evaluation = evaluate(
         work.state.model,
@@ -186,27 +120,5 @@ def _evaluate(work: _Work, split: str) -> Evaluation:
     return evaluation
 
 
-def _due(every: int, work: _Work) -> bool:
+def _due(every: int, work: Work) -> bool:
     return work.state.step % every == 0 or work.state.step == work.config.train.steps
-
-
-def _save(work: _Work) -> None:
-    if work.folder is not None and work.ranks.first:
-        data = {"corpus": work.prepared.digest, "cursor": work.batches.state_dict()}
-        state = work.state.state_dict() | {"data": data}
-        save(work.folder.checkpoints, work.state.step, state, keep=work.config.train.keep_checkpoints)
-
-
-def _restore(work: _Work) -> None:
-    """Take up the newest whole checkpoint; without any, the run was killed before its first and starts anew."""
-    assert work.folder is not None, "a run that resumes has a folder"
-    step = 0
-    if found(work.folder.checkpoints):
-        step, saved = load_latest(work.folder.checkpoints)
-        corpus, rule = saved["data"]["corpus"], "the checkpoint was trained on another corpus"
-        here = work.prepared.digest
-        require(corpus == here, "corpus", here, f"{rule}, {corpus}", "resume with that data and Python version")
-        work.state.load_state_dict(saved)
-        work.batches.load_state_dict(saved["data"]["cursor"])
-    if work.ranks.first:
-        work.log.resume(step)
