@@ -34,9 +34,7 @@ class MTP:
 class Model:
     """A decoder of `num_hidden_layers` blocks: the first `first_k_dense_replace` dense, the others with `moe`.
 
-    Initial weights have standard deviation `initializer_range`; the embedding `embedding_range`, where that is given. A
-    short run at a high learning rate needs it larger: the first blocks' outputs grow within a few steps and drown an
-    embedding of 0.02, and a model that cannot tell its tokens apart stays at their frequencies.
+    Initial weights have standard deviation `initializer_range`; the embedding `embedding_range`, where that is given.
     """
 
     vocab_size: int
