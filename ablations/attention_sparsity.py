@@ -37,13 +37,12 @@ PHASES = ("forward", "forward_backward")
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
-    """A process per length and seed at one thread, which decides; the full profile adds wall time at two."""
-    threads = (1,) if profile == "quick" else (1, 2)
+    """A process per length and seed, at one thread: a second one waits, and what it waits for is the machine's."""
     return tuple(
         cell
         for seed in range(SEEDS[profile])
         for length in LENGTHS[profile]
-        for cell in grid(seconds=6 + length / 250, seeds=(seed,), length=(length,), threads=threads)
+        for cell in grid(seconds=6 + length / 250, seeds=(seed,), length=(length,), threads=(1,))
     )
 
 
@@ -53,8 +52,8 @@ def measure(cell: Cell) -> list[Reading]:
 
     from bench.attention import check, inputs
 
-    length, threads = int(cell.axes["length"]), int(cell.axes["threads"])
-    torch.set_num_threads(threads)
+    length = int(cell.axes["length"])
+    torch.set_num_threads(int(cell.axes["threads"]))
     given = inputs(length, cell.device, seed=cell.seed or 0)
     arms, readings = [], []
     for arm in ARMS:
@@ -66,8 +65,7 @@ def measure(cell: Cell) -> list[Reading]:
             arms.append(arm)
         except AssertionError as error:
             readings.append(Reading(arm=arm, metric="forward_cpu_ratio", failed=str(error)))
-    counted = cell.seed == 0 and threads == 1
-    return readings + _times(cell, arms, given) + (_counts(cell, arms, given) if counted else [])
+    return readings + _times(cell, arms, given) + (_counts(cell, arms, given) if cell.seed == 0 else [])
 
 
 def _missing(length: int) -> str:
@@ -96,7 +94,7 @@ def _times(cell: Cell, arms: Sequence[str], given: "Inputs") -> list[Reading]:
     from bench.attention import choose
     from bench.meters.paired import process_clock, ratios, summary, time_block
 
-    hand, length = "cpu" if cell.axes["threads"] == 1 else "wall", int(cell.axes["length"])
+    length = int(cell.axes["length"])
     timed = [arm for arm in arms if arm != "eager" or length <= EAGER]
     readings = []
     for phase, call in _calls().items():
@@ -107,11 +105,11 @@ def _times(cell: Cell, arms: Sequence[str], given: "Inputs") -> list[Reading]:
             time_block(calls, 0, 1, process_clock)  # warms up
         blocks = [time_block(calls, block, 1, process_clock) for block in range(BLOCKS)]
         for arm in timed:
-            for row in summary(blocks, arm, "sdpa", phase, (hand,)):
+            for row in summary(blocks, arm, "sdpa", phase, ("cpu",)):
                 axes = {"phase": phase} if row.metric.endswith("_seconds") else {}
                 readings.append(Reading(arm=arm, measurement=row, axes=axes))
-        for arm, name in choosing.items() if hand == "cpu" else ():
-            share = _over_blocks("selection_cpu_share", ratios(blocks, name, arm, hand))
+        for arm, name in choosing.items():
+            share = _over_blocks("selection_cpu_share", ratios(blocks, name, arm, "cpu"))
             readings.append(Reading(arm=arm, measurement=share))
     return readings
 
@@ -250,10 +248,7 @@ STUDY = Study(
     metrics=(
         "forward_cpu_ratio",
         "forward_backward_cpu_ratio",
-        "forward_wall_ratio",
-        "forward_backward_wall_ratio",
         "cpu_seconds",
-        "wall_seconds",
         "selection_cpu_share",
         "selection_share",
         "peak_bytes",

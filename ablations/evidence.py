@@ -20,6 +20,8 @@ from bench.record import Record
 
 Value = str | int | float
 
+_SIGNED = ("bit/byte", "nat/token", "dB", "exponent", "relative")  # units of figures that may be negative
+
 
 class NoEvidence(LookupError):
     """The records that a rule asks for are not there (yet)."""
@@ -102,7 +104,7 @@ def replicates(records: Sequence[Record], *, arm: str, metric: str, **where: Val
 
 
 def summarise(rows: Sequence[Record]) -> Estimate:
-    """The mean over replicates of one point, with the interval its noise class allows."""
+    """The mean over replicates of one point, with the interval its noise class allows; not below 0 where nothing is."""
     if len(rows) == 1 and rows[0].noise != "exact":
         low, high = rows[0].interval or (None, None)
         # Blocks of one process share its luck in memory layout: they are not replicates.
@@ -110,7 +112,8 @@ def summarise(rows: Sequence[Record]) -> Estimate:
         return Estimate(float(_value(rows[0])), low, high, n)
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
-    return mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
+    found = mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
+    return found if rows[0].unit in _SIGNED else found.map(lambda bound: max(bound, 0.0))
 
 
 def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = False) -> Estimate:

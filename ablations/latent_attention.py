@@ -20,7 +20,7 @@ from dsv3.config import Attention, Config, Grouped, Model, MultiHead, digest, pr
 from dsv3.model.cost import kv_bytes_per_token, parameters
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
-TRAINING: Mapping[Profile, tuple[int, int, float]] = {"quick": (40, 512, 10), "full": (200, 2048, 120)}
+TRAINING: Mapping[Profile, tuple[int, int, float]] = {"quick": (24, 512, 7), "full": (120, 2048, 60)}
 TRAINED: Mapping[Profile, tuple[str, ...]] = {
     "quick": ("multi_head", "latent"),
     "full": ("multi_head", "grouped", "single", "latent"),
@@ -103,24 +103,21 @@ def _training(cell: Cell) -> list[Reading]:
     """Held-out bits per byte of the trained model; one thread, so that sums have one order whatever the cores."""
     import torch
 
-    from dsv3.data.pack import Batches
+    from bench.training import sick_steps, train
     from dsv3.data.prepare import prepare
+    from dsv3.train import TrainState
     from dsv3.train.evaluate import HeldOut, evaluate
-    from dsv3.train.state import TrainState
-    from dsv3.train.step import train_step
 
     assert cell.arm is not None, "each form trains in a cell of its own"
     assert cell.seed is not None, "every training has a seed"
     torch.set_num_threads(1)
     config = configured(cell.arm, tokens=int(cell.axes["tokens"]), steps=int(cell.axes["steps"]))
-    prepared, train = prepare(config.data, config.model.vocab_size), config.train
+    prepared = prepare(config.data, config.model.vocab_size)
     state = TrainState.create(config, seed=cell.seed, device=cell.device)
-    batches = Batches(prepared.train, train.batch_size, LENGTH, cell.seed)
-    sick = {train_step(state, batches.next().to(state.device)).health for _ in range(train.steps)} - {"ok"}
-    if sick:
-        return [Reading(arm=cell.arm, metric="bits_per_byte", failed=f"updates were {', '.join(sorted(sick))}")]
-    heldout = HeldOut.of(prepared, prepared.test, length=LENGTH, count=train.eval_sequences)
-    tested = evaluate(state.model, heldout, step=train.steps, batch_size=16, precision=train.precision)
+    if sick := sick_steps(train(state, prepared, cell.seed)):
+        return [Reading(arm=cell.arm, metric="bits_per_byte", failed=sick)]
+    heldout = HeldOut.of(prepared, prepared.test, length=LENGTH, count=config.train.eval_sequences)
+    tested = evaluate(state.model, heldout, step=state.step, batch_size=16, precision=config.train.precision)
     found = Measurement(metric="bits_per_byte", value=tested.bits_per_byte)
     return [Reading(arm=cell.arm, measurement=found, config=digest(config), corpus=prepared.digest)]
 

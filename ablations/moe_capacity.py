@@ -10,7 +10,6 @@ with routers replaced by one that is perfectly balanced. A fixed factor c gives 
 Without capacity four ways of balancing are trained too, since what a factor drops is decided by the balance before it.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -87,7 +86,7 @@ TIMED = tuple(name for name in CONFIGS if name not in BALANCES)
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """A cell per seed: every arm trained one after the other, then their steps timed in alternated blocks."""
-    steps, tokens, seconds = {"quick": (30, 640, 40), "full": (120, 2048, 300)}[profile]
+    steps, tokens, seconds = {"quick": (20, 640, 30), "full": (120, 2048, 240)}[profile]
     return grid(seeds=range(SEEDS[profile]), seconds=seconds, steps=(steps,), tokens=(tokens,))
 
 
@@ -124,16 +123,13 @@ class _Trained:
 
 
 def _train(config: Config, cell: Cell, prepared: "Prepared") -> _Trained:
-    from dsv3.data.pack import Batches
-    from dsv3.train.state import TrainState
-    from dsv3.train.step import train_step
+    from bench.training import train
+    from dsv3.train import TrainState
 
     assert cell.seed is not None, "every cell of this study has a seed"
-    train = config.train
     state = TrainState.create(config, seed=cell.seed, device=cell.device)
     untrained = _loss(state, prepared)
-    batches = Batches(prepared.train, train.batch_size, LENGTH, cell.seed)
-    reports = [train_step(state, batches.next().to(state.device)) for _ in range(train.steps)]
+    reports = train(state, prepared, cell.seed)
     return _Trained(state, reports, untrained, _loss(state, prepared))
 
 
@@ -144,7 +140,7 @@ def _loss(state: "TrainState", prepared: "Prepared") -> float:
     train = state.config.train
     heldout = HeldOut.of(prepared, prepared.validation, length=LENGTH, count=HELD_OUT)
     found = evaluate(state.model, heldout, step=state.step, batch_size=train.batch_size, precision=train.precision)
-    return found.bits_per_byte * math.log(2) * int(heldout.text_bytes.sum()) / heldout.rows[:, 1:].numel()
+    return found.nats_per_token
 
 
 def _losses(name: str, trained: "Mapping[str, _Trained]", corpus: str) -> list[Reading]:

@@ -5,7 +5,7 @@ all start from the same main model. Loss at equal tokens flatters an arm that do
 trains without modules until it has spent the FLOPs of one module. Speed: whole training steps, arms interleaved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ablations.claims import Claim, Verdict
@@ -17,7 +17,6 @@ from dsv3.config import MTP, Config, digest, presets, vary
 from dsv3.model.cost import flops_per_token, parameters
 
 if TYPE_CHECKING:
-    from dsv3.data.prepare import Prepared
     from dsv3.model import Transformer
     from dsv3.train.evaluate import HeldOut
 
@@ -30,7 +29,7 @@ BLOCKS = 5
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """Per seed a cell for each arm's training, and one that times the steps of all."""
-    steps, tokens, seconds = {"quick": (40, 512, 10), "full": (200, 2048, 120)}[profile]
+    steps, tokens, seconds = {"quick": (24, 512, 8), "full": (120, 2048, 70)}[profile]
     seeds, arms, axes = range(SEEDS[profile]), ARMS[profile], {"steps": (steps,), "tokens": (tokens,)}
     deepest = max(DEPTHS[arm] for arm in arms)
     training = grid(seeds=seeds, seconds=seconds, arms=arms, look=("training",), **axes)
@@ -63,50 +62,35 @@ def flops_ratio(depth: int) -> float:
 
 
 def _training(cell: Cell) -> list[Reading]:
+    from bench.meters.paired import threads
+    from bench.training import sick_steps, train
     from dsv3.data.prepare import prepare
+    from dsv3.train import TrainState
     from dsv3.train.evaluate import HeldOut, evaluate
 
     assert cell.arm is not None, "each arm trains in a cell of its own"
+    assert cell.seed is not None, "every cell of this study has a seed"
     tokens = int(cell.axes["tokens"])
     config = configured(cell.arm, tokens=tokens, steps=int(cell.axes["steps"]))
     prepared = prepare(config.data, config.model.vocab_size)
-    try:
-        model = _trained(config, cell, prepared)
-    except FloatingPointError as error:
-        return [Reading(arm=cell.arm, metric="bits_per_byte", failed=str(error))]
+    state = TrainState.create(config, seed=cell.seed, device=cell.device)
+    with threads(1):  # sums have one order whatever the cores
+        sick = sick_steps(train(state, prepared, cell.seed))
+    if sick:
+        return [Reading(arm=cell.arm, metric="bits_per_byte", failed=sick)]
     heldout = HeldOut.of(prepared, prepared.test, length=LENGTH, count=config.train.eval_sequences)
-    tested = evaluate(model, heldout, step=config.train.steps, batch_size=16, precision=config.train.precision)
+    tested = evaluate(state.model, heldout, step=state.step, batch_size=16, precision=config.train.precision)
     flops = config.train.steps * tokens * flops_per_token(config.model, LENGTH, training=True)
     found: list[tuple[str, float, dict[str, Any]]] = [
         ("bits_per_byte", tested.bits_per_byte, {}),
         ("flops", round(flops), {}),
-        *(("mtp_acceptance", share, {"depth": m}) for m, share in enumerate(acceptance(model, heldout), start=1)),
+        *(("mtp_acceptance", share, {"depth": m}) for m, share in enumerate(acceptance(state.model, heldout), start=1)),
     ]
     labels: dict[str, Any] = {"config": digest(config), "corpus": prepared.digest}
     return [
         Reading(arm=cell.arm, measurement=Measurement(metric=name, value=value), axes=axes, **labels)
         for name, value, axes in found
     ]
-
-
-def _trained(config: Config, cell: Cell, prepared: "Prepared") -> "Transformer":
-    """The model after all steps.
-
-    Raises:
-        FloatingPointError: when an update had to be skipped, which fp32 does only where it diverged.
-    """
-    from dsv3.data.pack import Batches
-    from dsv3.train import TrainState, train_step
-
-    assert cell.seed is not None, "every cell of this study has a seed"
-    train = config.train
-    state = TrainState.create(config, seed=cell.seed, device=cell.device)
-    batches = Batches(prepared.train, train.batch_size, train.sequence_length, cell.seed)
-    for _ in range(train.steps):
-        report = train_step(state, batches.next().to(state.device))
-        if report.health != "ok":
-            raise FloatingPointError(f"step {report.step}: {report.health}")
-    return state.model
 
 
 def acceptance(model: "Transformer", heldout: "HeldOut") -> list[float]:
@@ -125,11 +109,13 @@ def _speed(cell: Cell) -> list[Reading]:
     """Whole steps of every depth in alternated blocks, after a check that the first main loss is the same in all."""
     from bench.cases import sessions
     from bench.meters.paired import plan, summary, threads, time_block
+    from bench.training import step_on_random_tokens
 
+    assert cell.seed is not None, "every cell of this study has a seed"
     tokens = int(cell.axes["tokens"])
     names = [name for name in ("none", "one", "two") if DEPTHS[name] <= int(cell.axes["deepest"])]
     configs = {name: configured(name, tokens=tokens, steps=1) for name in names}
-    arms = {name: _step(config, cell) for name, config in configs.items()}
+    arms = {name: step_on_random_tokens(config, cell.seed, cell.device) for name, config in configs.items()}
     first = {name: step() for name, step in arms.items()}
     assert len(set(first.values())) == 1, f"modules changed the main head before any update: {first}"
     readings = [
@@ -145,20 +131,6 @@ def _speed(cell: Cell) -> list[Reading]:
             found = summary(blocks, name, "none", "step", session.hands)
             readings += [Reading(arm=name, measurement=one, axes=axes) for one in found]
     return readings
-
-
-def _step(config: Config, cell: Cell) -> Callable[[], float]:
-    """A whole training step on random tokens, again and again; returns its main loss."""
-    import torch
-
-    from dsv3.train import TrainState, train_step
-
-    assert cell.seed is not None, "every cell of this study has a seed"
-    state = TrainState.create(config, seed=cell.seed, device=cell.device)
-    generator = torch.Generator().manual_seed(cell.seed)
-    shape = (config.train.batch_size, config.train.sequence_length + 1)
-    rows = torch.randint(0, config.model.vocab_size, shape, generator=generator).to(state.device)
-    return lambda: train_step(state, rows).losses["main"]
 
 
 def main_head_gains(claim: Claim, records: Sequence[Record]) -> Verdict:

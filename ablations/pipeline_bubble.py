@@ -109,6 +109,7 @@ def _read(schedule: Schedule, plan: Plan) -> list[Reading]:
 def one_f_one_b_reaches(claim: Claim, records: Sequence[Record]) -> Verdict:
     """E2 at the fewest usual microbatches, over all numbers of ranks; the words say from how many on it holds."""
     shares = [_share(records, "one_f_one_b", ranks, USUAL * ranks) for ranks in RANKS]
+    # The figures are exact, so what takes an interval's place is their range over the ranks that the claim leaves open.
     found = Estimate(shares[len(shares) // 2], min(shares), max(shares), 1)
     needed = " / ".join(str(fewest(ranks)[0]) for ranks in RANKS)
     as_work = " / ".join(str(fewest(ranks)[1]) for ranks in RANKS)

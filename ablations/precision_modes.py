@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.meters.operands import Kind
+    from dsv3.data.prepare import Prepared
     from dsv3.precision import Counts, Recipe
+    from dsv3.train import TrainState
     from dsv3.train.evaluate import HeldOut
-    from dsv3.train.state import TrainState
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 FP8 = {"fp8": Float8Block(), "fp8_ue8m0": Float8Block(scale="ue8m0")}
@@ -56,7 +57,7 @@ SIZES: Mapping[int, Callable[[], Config]] = {128: presets.tiny, CLAIMED_WIDTH: p
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """Per seed a cell that trains every mode, and cells that time steps: CPU time at 1 thread, wall time at 2."""
-    steps, tokens, seconds = {"quick": (16, 128, 25), "full": (100, 512, 200)}[profile]
+    steps, tokens, seconds = {"quick": (12, 128, 20), "full": (100, 512, 200)}[profile]
     widths = {"quick": (CLAIMED_WIDTH,), "full": tuple(SIZES)}[profile]
     threads = {"quick": (1,), "full": (1, 2)}[profile]
     seeds = range(SEEDS[profile])
@@ -90,7 +91,7 @@ def _training(cell: Cell) -> list[Reading]:
         config = vary(base, **{"train.precision": precision})
         labels: dict[str, Any] = {"config": digest(config), "corpus": prepared.digest}
         try:
-            state, rows, skipped = _train(name, config, cell, prepared)
+            state, skipped = _train(name, config, cell, prepared)
             losses[name] = _loss(state, heldout)
         except (FloatingPointError, ValueError) as error:
             readings.append(Reading(arm=name, metric="loss", failed=str(error), **labels))
@@ -100,24 +101,24 @@ def _training(cell: Cell) -> list[Reading]:
             found["loss_gap"] = losses[name] - losses["fp32"]
         readings += [Reading(arm=name, measurement=Measurement(metric=m, value=v), **labels) for m, v in found.items()]
         if name == "fp32":
+            rows = heldout.rows[: config.train.batch_size].to(state.device)
             readings += [replace(reading, **labels) for reading in _operands(state, rows)]
     return readings
 
 
-def _train(name: str, config: Config, cell: Cell, prepared: Any) -> "tuple[TrainState, Tensor, float]":
-    """The state after the last step, a batch that it has not seen, and the share of steps that were skipped."""
-    from dsv3.data.pack import Batches
-    from dsv3.train.state import TrainState
-    from dsv3.train.step import train_step
+def _train(name: str, config: Config, cell: Cell, prepared: "Prepared") -> "tuple[TrainState, float]":
+    """The state after the last step, and the share of steps that were skipped."""
+    from bench.meters.paired import threads
+    from bench.training import train
+    from dsv3.train import TrainState
 
     assert cell.seed is not None, "every cell of this study has a seed"
     state = TrainState.create(config, seed=cell.seed, device=cell.device)
     if name == "fp32_nudged":
         _nudge(state, cell.seed)
-    batches = Batches(prepared.train, config.train.batch_size, LENGTH, cell.seed)
-    healths = [train_step(state, batches.next().to(state.device)).health for _ in range(config.train.steps)]
-    skipped = sum(health != "ok" for health in healths) / len(healths)
-    return state, batches.next().to(state.device), skipped
+    with threads(1):  # sums have one order whatever the cores
+        skipped = [report.health != "ok" for report in train(state, prepared, cell.seed)]
+    return state, sum(skipped) / len(skipped)
 
 
 def _nudge(state: "TrainState", seed: int) -> None:
@@ -142,8 +143,7 @@ def _loss(state: "TrainState", heldout: "HeldOut") -> float:
 
     # all rows at once: the emulated products of fp8 cost most per call
     rows, precision = len(heldout.rows), state.config.train.precision
-    found = evaluate(state.model, heldout, step=state.step, batch_size=rows, precision=precision).bits_per_byte
-    loss = found * math.log(2) * int(heldout.text_bytes.sum()) / heldout.rows[:, 1:].numel()
+    loss = evaluate(state.model, heldout, step=state.step, batch_size=rows, precision=precision).nats_per_token
     if not math.isfinite(loss):
         raise FloatingPointError(f"the held-out loss is {loss} after {state.step} steps")
     return loss
@@ -166,7 +166,7 @@ def _recipes(kind: "Kind") -> "dict[str, tuple[Recipe, float]]":
 
 
 def _operands(state: "TrainState", rows: "Tensor") -> list[Reading]:
-    """Counts over all operands of one more batch, and over all kinds together."""
+    """Counts over all operands of one step on `rows`, and over all kinds together."""
     from bench.meters.operands import operands
     from dsv3.parallel import ALONE
     from dsv3.precision import count
@@ -206,11 +206,17 @@ def _speed(cell: Cell) -> list[Reading]:
     """Steps of fp32 and of every mode that the machine really has, in alternated blocks; why not, for the others."""
     from bench.meters.paired import cuda_clock, paired_ratios, process_clock, threads
     from bench.native import why_no_speed
+    from bench.training import step_on_random_tokens
 
+    assert cell.seed is not None, "every cell of this study has a seed"
     reasons = {name: why_no_speed(TRAINED[name], cell.device) for name in ("fp32", *REDUCED)}
     rows = {"train.batch_size": int(cell.axes["tokens"]) // TIMED_LENGTH, "train.sequence_length": TIMED_LENGTH}
     config = vary(SIZES[int(cell.axes["width"])](), **rows)
-    arms = {name: _step(config, TRAINED[name], cell) for name, why in reasons.items() if why is None}
+    arms = {
+        name: step_on_random_tokens(vary(config, **{"train.precision": TRAINED[name]}), cell.seed, cell.device)
+        for name, why in reasons.items()
+        if why is None
+    }
     # Waiting for the other core counts as wall time only, so CPU time decides where one thread does all.
     hand = "cpu" if cell.device == "cpu" and cell.axes["threads"] == 1 else "wall"
     with threads(int(cell.axes["threads"])):
@@ -220,21 +226,6 @@ def _speed(cell: Cell) -> list[Reading]:
     readings = [Reading(arm=name, measurement=one) for name in arms for one in found[name] if hand in one.metric]
     ratio = f"step_{hand}_ratio"
     return readings + [Reading(arm=name, metric=ratio, pending=why) for name, why in reasons.items() if why is not None]
-
-
-def _step(config: Config, precision: Precision, cell: Cell) -> Callable[[], float]:
-    """A whole training step on random tokens, again and again; returns its loss."""
-    import torch
-
-    from dsv3.train.state import TrainState
-    from dsv3.train.step import train_step
-
-    assert cell.seed is not None, "every cell of this study has a seed"
-    state = TrainState.create(vary(config, **{"train.precision": precision}), seed=cell.seed, device=cell.device)
-    train, generator = config.train, torch.Generator().manual_seed(cell.seed)
-    shape = (train.batch_size, train.sequence_length + 1)
-    rows = torch.randint(0, config.model.vocab_size, shape, generator=generator).to(state.device)
-    return lambda: train_step(state, rows).losses["main"]
 
 
 def _check(arms: Mapping[str, Callable[[], float]]) -> None:
@@ -379,7 +370,7 @@ STUDY = Study(
         "A short training of a tiny model: gaps that build up over billions of tokens do not show here.",
         "fp8 is emulated: codes, scales and roundings are real, the 14-bit sums inside Hopper's tensor cores are not; "
         "embedding, head, router, norms and attention scores stay in fp32.",
-        "Operands are those of one batch after the last step of the fp32 run, in the tiles of forward and dgrad.",
+        "Operands are those of one held-out batch after the fp32 run, in the tiles of forward and dgrad.",
         "The loss scale of fp16 starts at 65536 and doubles after 2000 good steps, which these runs do not reach. At "
         "its limit one step in 2001 is skipped, whatever the model.",
         "Timed steps use random tokens and 512 of them: fewer per expert than a real run has.",

@@ -19,12 +19,12 @@ def require_positive(config: Any, *names: str) -> None:
 
 
 def require_number(config: Any, name: str, *, low: float, high: float = float("inf"), above: bool = False) -> None:
-    """The named field lies in [low, high], or in (low, high] when `above`."""
+    """The named field is finite and lies in [low, high], or in (low, high] when `above`."""
     value = getattr(config, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) != float("inf")
     holds = number and (low < value if above else low <= value) and value <= high
     left = f"> {low:g}" if above else f">= {low:g}"
-    rule = f"must be a number {left}" + ("" if high == float("inf") else f" and <= {high:g}")
+    rule = f"must be a finite number {left}" + ("" if high == float("inf") else f" and <= {high:g}")
     require(holds, name, value, rule, f"choose {name} inside that range")
 
 

@@ -39,10 +39,14 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The model after `step` steps on held-out text: bits per byte of all of it and of each domain in it."""
+    """The model after `step` steps on held-out text: bits per byte of all of it and of each domain in it.
+
+    `nats_per_token` is the same loss in the unit of training; it depends on the tokenizer.
+    """
 
     step: int
     bits_per_byte: float
+    nats_per_token: float
     by_domain: dict[str, float]
 
 
@@ -67,6 +71,7 @@ def evaluate(
     return Evaluation(
         step=step,
         bits_per_byte=measured(torch.ones_like(heldout.domains, dtype=torch.bool)),
+        nats_per_token=nats.sum().item() / heldout.rows[:, 1:].numel(),
         by_domain={name: measured(rows) for name, rows in present.items() if rows.any()},
     )
 

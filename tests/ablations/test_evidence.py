@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,17 @@ def test_a_paired_ratio_and_its_inverse_mirror_each_other(ratios: list[float]) -
     assert there.low is not None
     assert back.high is not None
     assert there.low * back.high == pytest.approx(1)
+
+
+def test_the_interval_of_a_share_stops_at_zero() -> None:
+    rows = [
+        record(value, unit=unit, seed=seed) for unit in ("share", "nat/token") for seed, value in enumerate((0.0, 0.1))
+    ]
+    share, loss = summarise(rows[:2]), summarise(rows[2:])
+    assert share.low == 0.0
+    assert loss.low is not None
+    assert loss.low < 0.0
+    assert (share.value, share.high) == (loss.value, loss.high)
 
 
 def test_the_interval_covers_the_truth_in_about_95_of_100_studies() -> None:

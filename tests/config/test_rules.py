@@ -31,8 +31,9 @@ EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_si
 LATENT = {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
 
 REFUSED = [
-    (lambda: Fixed(factor=0), r"factor=0: must be a number > 0; "),
+    (lambda: Fixed(factor=0), r"factor=0: must be a finite number > 0; "),
     (lambda: Fixed(factor=-1.2), r"factor=-1.2: "),
+    (lambda: Fixed(factor=float("inf")), r"factor=inf: must be a finite number"),
     (lambda: Fixed(factor=1.2, policy="random"), r"policy='random': must be one of probability, position"),
     (lambda: MoE(**EXPERTS | {"num_experts_per_tok": 9}), r"num_experts_per_tok=9: must be at most the 8 experts"),
     (lambda: MoE(**EXPERTS, n_group=4, topk_group=1) and MoE(**EXPERTS, n_group=3), r"n_group=3: must divide"),
@@ -46,7 +47,7 @@ REFUSED = [
     (lambda: SignBias(rate=float("nan")), r"rate=nan"),
     (lambda: PerHead(), r"exactly one of the two is set"),
     (lambda: PerHead(keep=0.3, k=4), r"exactly one of the two is set"),
-    (lambda: PerHead(keep=0.0), r"keep=0.0: must be a number > 0"),
+    (lambda: PerHead(keep=0.0), r"keep=0.0: must be a finite number > 0"),
     (lambda: PerHead(keep=1.1), r"keep=1.1"),
     (lambda: PerHead(k=0), r"k=0: must be a whole number of at least 1"),
     (lambda: Window(size=0), r"size=0"),

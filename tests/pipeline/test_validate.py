@@ -84,9 +84,9 @@ def test_a_rank_without_work_is_refused() -> None:
 
 
 def test_times_that_are_none_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"b=-1: must be a number >= 0"):
+    with pytest.raises(ValueError, match=r"b=-1: must be a finite number >= 0"):
         Times(b=-1)
-    with pytest.raises(ValueError, match=r"pair=-1: must be a number >= 0"):
+    with pytest.raises(ValueError, match=r"pair=-1: must be a finite number >= 0"):
         Times(pair=-1)
     with pytest.raises(ValueError, match="must not all be 0"):
         Times(f=0, b=0, w=0)

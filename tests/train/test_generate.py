@@ -98,4 +98,4 @@ def test_help_and_a_wrong_temperature_do_not_wait_for_torch() -> None:
     ]
     assert [answer.returncode for answer in answers] == [0, 2]
     assert "usage" in answers[0].stdout
-    assert "temperature=-1.0: must be a number >= 0" in answers[1].stderr
+    assert "temperature=-1.0: must be a finite number >= 0" in answers[1].stderr
