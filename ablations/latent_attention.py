@@ -50,13 +50,15 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     """Sizes once; per seed a training for each form, and one decoding of all forms per length."""
     steps, tokens, seconds = TRAINING[profile]
     seeds, arms = range(SEEDS[profile]), TRAINED[profile]
-    training = grid(seeds=seeds, seconds=seconds, arms=arms, look=("training",), steps=(steps,), tokens=(tokens,))
+    training = grid(
+        seeds=seeds, seconds=seconds, timed=False, arms=arms, look=("training",), steps=(steps,), tokens=(tokens,)
+    )
     decoding = [
         cell
         for length in LENGTHS[profile]
         for cell in grid(seeds=seeds, seconds=8 + length / 500, look=("decoding",), length=(length,))
     ]
-    return *grid(seconds=4, look=("size",)), *training, *decoding
+    return *grid(seconds=4, timed=False, look=("size",)), *training, *decoding
 
 
 def measure(cell: Cell) -> list[Reading]:

@@ -32,7 +32,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     steps, tokens, seconds = {"quick": (24, 512, 8), "full": (120, 2048, 70)}[profile]
     seeds, arms, axes = range(SEEDS[profile]), ARMS[profile], {"steps": (steps,), "tokens": (tokens,)}
     deepest = max(DEPTHS[arm] for arm in arms)
-    training = grid(seeds=seeds, seconds=seconds, arms=arms, look=("training",), **axes)
+    training = grid(seeds=seeds, seconds=seconds, timed=False, arms=arms, look=("training",), **axes)
     return training + grid(seeds=seeds, seconds=15, look=("speed",), tokens=(tokens,), deepest=(deepest,))
 
 

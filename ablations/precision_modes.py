@@ -61,7 +61,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     widths = {"quick": (CLAIMED_WIDTH,), "full": tuple(SIZES)}[profile]
     threads = {"quick": (1,), "full": (1, 2)}[profile]
     seeds = range(SEEDS[profile])
-    training = grid(seeds=seeds, seconds=seconds, look=("training",), steps=(steps,), tokens=(tokens,))
+    training = grid(seeds=seeds, seconds=seconds, timed=False, look=("training",), steps=(steps,), tokens=(tokens,))
     return training + grid(seeds=seeds, seconds=15, look=("speed",), width=widths, tokens=(512,), threads=threads)
 
 

@@ -1,7 +1,8 @@
-"""Run a study: each cell in a fresh process, one after another, once.
+"""Run a study: each cell in a fresh process, once.
 
-A cell that fails leaves error records and the rest goes on; it is tried again by the next run. Nothing runs at the same
-time as a cell, because a neighbour would stand in its timings.
+Cells that measure no time run side by side on a CPU, a core for each; the others one after another, because a neighbour
+would stand in their timings. A cell that fails leaves error records and the rest goes on; it is tried again by the next
+run.
 """
 
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +20,12 @@ from ablations.cache import cell_key, done
 from ablations.cell import READINGS_FAILED, order, to_record
 from ablations.code import ROOT
 from ablations.study import Cell, Reading, Study
-from bench.fingerprint import provenance
+from bench.fingerprint import cores, provenance
 from bench.record import Profile, append
 
 _PATIENCE = 20  # times the expected seconds before a cell counts as hung, on a machine that may be slow and shared
 _START = 120  # seconds that importing torch may take on top
+_ABREAST = 8  # cells at most side by side: each is a process with torch in it and a model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Left:
 
     @property
     def hours(self) -> float:
-        """What the cells that are left are expected to take on two cores."""
+        """What the cells that are left are expected to take, one after another."""
         return sum(cell.seconds for cell in self.left) / 3600
 
 
@@ -48,19 +51,25 @@ def remaining(study: Study, profile: Profile, out: Path, device: str = "cpu") ->
 def run(
     name: str, study: Study, cells: tuple[Cell, ...], profile: Profile, out: Path, on_cell: Callable[[Cell], None]
 ) -> Iterator[str]:
-    """Run the cells in turn; yields, as each ends, what went wrong with it ("" for nothing).
+    """Run the cells; yields, one by one, what went wrong with each ("" for nothing).
 
     Args:
-        on_cell: called with each cell as it starts.
+        on_cell: called with each cell as it starts, from several threads.
         name: the study as `catalogue.load` knows it, since the cell's process loads it anew.
     """
-    for cell in cells:
+
+    def run_one(cell: Cell) -> str:
         on_cell(cell)
         status, said = _in_fresh_process(order(name, cell, profile, out), limit=_START + _PATIENCE * cell.seconds)
         if status not in (0, READINGS_FAILED):
             said = said or f"the process ended with status {status}"
             _record_failure(study, cell, profile, out, said.splitlines()[-1])
-        yield f"{label(cell)}: {said}" if status else ""
+        return f"{label(cell)}: {said}" if status else ""
+
+    alone = [cell for cell in cells if cell.timed or cell.device != "cpu"]
+    with ThreadPoolExecutor(min(cores(), _ABREAST)) as pool:
+        yield from pool.map(run_one, [cell for cell in cells if cell not in alone])
+    yield from map(run_one, alone)
 
 
 def label(cell: Cell) -> str:

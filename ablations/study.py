@@ -80,18 +80,25 @@ class Cell:
     """What runs in one fresh process: one arm, or (arm None) all arms interleaved, at one seed and one point of the
     axes.
 
-    `seconds` is what it is expected to take on two cores; the runner gives up after many times that.
+    seconds     what it is expected to take on two cores; the runner gives up after many times that
+    timed       whether it measures time, which a neighbour would stand in: it then runs alone
     """
 
     arm: str | None
     seed: int | None
     axes: Mapping[str, Value]
     seconds: float
+    timed: bool = True
     device: str = "cpu"
 
 
 def grid(
-    *, seconds: float, arms: Iterable[str] | None = None, seeds: Iterable[int] | None = None, **axes: Iterable[Value]
+    *,
+    seconds: float,
+    timed: bool = True,
+    arms: Iterable[str] | None = None,
+    seeds: Iterable[int] | None = None,
+    **axes: Iterable[Value],
 ) -> tuple[Cell, ...]:
     """Every combination of arms, axes and seeds as cells; without `arms` a cell runs them all, without `seeds` it has
     none.
@@ -100,7 +107,7 @@ def grid(
     """
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     return tuple(
-        Cell(arm=arm, seed=seed, axes=point, seconds=seconds)
+        Cell(arm=arm, seed=seed, axes=point, seconds=seconds, timed=timed)
         for seed in ((None,) if seeds is None else seeds)
         for point in points
         for arm in ((None,) if arms is None else arms)

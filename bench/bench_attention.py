@@ -20,7 +20,7 @@ from bench.meters.memory import peak_bytes
 from bench.meters.saved import saved_bytes
 from bench.record import Profile
 
-LENGTHS: Mapping[Profile, int] = {"quick": 2048, "full": 16384}
+LENGTHS: Mapping[Profile, int] = {"quick": 1024, "full": 16384}
 PHASES: Mapping[str, Callable[[str, Inputs], object]] = {
     "forward": attention.inference,
     "forward_backward": attention.training,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from bench.cases import cores
+from bench.fingerprint import cores
 from bench.meters.ceiling import copy_rate, gemm_rate
 from bench.meters.paired import threads
 

@@ -9,7 +9,6 @@ around a synchronisation is the only clock. One round of pytest-benchmark is one
 whole blocks and, in extra_info, our figures.
 """
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.fingerprint import Provenance
+from bench.fingerprint import Provenance, cores
 from bench.measurement import Measurement, Point, failure, record
 from bench.meters.ceiling import gemm_rate
 from bench.meters.energy import Absent, energy
@@ -27,7 +26,7 @@ from bench.record import Profile, append
 from bench.speed import model_flops_utilisation, rate
 
 BLOCKS: Mapping[Profile, int] = {"quick": 7, "full": 15}
-SECONDS: Mapping[Profile, float] = {"quick": 2.0, "full": 5.0}  # of blocks, where they are short
+SECONDS: Mapping[Profile, float] = {"quick": 1.0, "full": 5.0}  # of blocks, where they are short
 
 Arms = Mapping[str, Callable[[], object]]
 Figures = dict[str, dict[str, Measurement]]
@@ -71,11 +70,6 @@ def sessions(device: str) -> tuple[Session, ...]:
         return (Session(threads=None, clock=cuda_clock, hands=("wall",)),)
     one = Session(threads=1, clock=process_clock, hands=("cpu",))
     return one, Session(threads=cores(), clock=process_clock, hands=("wall",))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure_arms(

@@ -48,6 +48,11 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def fingerprint(corpus: str | None = None) -> dict[str, Any]:
     """Everything that explains a figure measured here; what this system does not tell is None."""
     return {
@@ -60,7 +65,7 @@ def fingerprint(corpus: str | None = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("numpy", "scipy", "transformers", "triton", "pytest-benchmark")},
         "kernel": platform.release(),
         "instruction_sets": instruction_sets(),
-        "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "affinity": cores(),
         "memory_limit": _read("/sys/fs/cgroup/memory.max"),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),

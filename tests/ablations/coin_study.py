@@ -19,7 +19,9 @@ FACES = {"fair": 0.5, "bent": 0.2}
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
-    return grid(arms=FACES, seeds=range(SEEDS[profile]), seconds=1, tosses=TOSSES[profile])
+    return grid(
+        arms=FACES, seeds=range(SEEDS[profile]), seconds=1, timed="COIN_QUIET" not in os.environ, tosses=TOSSES[profile]
+    )
 
 
 def measure(cell: Cell) -> list[Reading]:

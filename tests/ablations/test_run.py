@@ -14,6 +14,7 @@ from ablations import __main__ as command
 from ablations.catalogue import load as load_study
 from ablations.run import label, remaining
 from ablations.study import Cell
+from bench.fingerprint import cores
 from bench.record import Record, load
 
 COIN = Path(__file__).with_name("coin_study.py")
@@ -123,6 +124,15 @@ def test_a_runner_killed_at_any_moment_loses_at_most_the_cell_in_work(run: Run, 
     assert len(starts(log)) == CELLS
     kept = Counter(record.id for record in records(out))
     assert len(kept) == 2 * CELLS
+
+
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+@pytest.mark.parametrize("quiet, abreast", [({}, False), ({"COIN_QUIET": "1"}, True)])
+def test_cells_that_measure_no_time_run_side_by_side(run: Run, log: Path, quiet: dict[str, str], abreast: bool) -> None:
+    assert run(COIN_SLEEP="2", **quiet).returncode == 0
+    first = [line.split()[0] for line in log.read_text().splitlines()][:2]
+    assert first == (["start", "start"] if abreast else ["start", "end"])
+    assert sorted(starts(log).values()) == [1] * CELLS
 
 
 def test_a_torn_last_line_costs_its_cell_and_no_other(run: Run, out: Path, log: Path) -> None:
