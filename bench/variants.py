@@ -1,20 +1,13 @@
-"""What the gate measures: a small training step of each design choice, and the pipeline plans.
+"""The models that the gate measures: a base and its variants, each with one choice changed.
 
-Every variant is the base with one choice changed, so that a difference points at the choice. All figures are exact: a
-seeded model, seeded tokens, one thread.
+So a figure that differs points at the choice. `bench.structure` says what is measured of them.
 """
 
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.meters.flops import flops
-from bench.meters.memory import peak_bytes
-from bench.meters.paired import threads
-from bench.meters.saved import saved_bytes
 from dsv3.config import (
     MTP,
     BFloat16,
@@ -35,15 +28,8 @@ from dsv3.config import (
     presets,
     vary,
 )
-from dsv3.pipeline import SCHEDULES, Times, bubble, simulate
-from dsv3.precision import autocast
-from dsv3.train.state import TrainState
-from dsv3.train.step import train_step
-
-Figures = dict[str, Any]
 
 BATCH, LENGTH, VOCABULARY = 2, 32, 256
-RANKS, MICROBATCHES = 4, 8
 
 
 def base() -> Config:
@@ -99,51 +85,11 @@ def multi_head(select: Select) -> MultiHead:
     return MultiHead(num_attention_heads=4, head_dim=16, select=select)
 
 
-def tokens() -> Tensor:
-    """The batch of every step."""
+def served() -> dict[str, Config]:
+    """The variants that decode differently, by name."""
+    return {name: variants()[name] for name in ("base", "multi_head", "grouped", "window", "per_head")}
+
+
+def drawn_tokens() -> Tensor:
+    """The batch of every step, [B, T + 1]."""
     return torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-
-
-def measure_step(config: Config) -> Figures:
-    """The exact figures of the second training step of this config."""
-
-    def build() -> tuple[TrainState, Tensor]:
-        return TrainState.create(config, seed=0), tokens()
-
-    def step(built: tuple[TrainState, Tensor]) -> None:
-        train_step(*built)
-
-    with threads(1):
-        peak = peak_bytes(build, step)
-        state, rows = build()
-        step((state, rows))
-        work = flops(lambda: step((state, rows)))
-        with autocast(config.train.precision, "cpu"):
-            saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
-        with Operators() as operators:
-            step((state, rows))
-    parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    exact = {figure.metric: figure.value for figure in (*peak, work, saved)}
-    return exact | {"parameters": parameters, "operators": dict(sorted(operators.counts.items()))}
-
-
-def measure_plans() -> dict[str, Figures]:
-    """Idle slots of each pipeline schedule at four ranks and eight microbatches, a forward taking one slot."""
-    found = {}
-    for schedule in SCHEDULES:
-        idle = bubble(simulate(schedule.plan(RANKS, MICROBATCHES), Times())).idle
-        found[f"plan_{schedule.name}"] = {"bubble_slots": sum(idle)}
-    return found
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run inside, by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and go on."""
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))

@@ -1,0 +1,173 @@
+"""Exact figures of small pieces of work: a training step, a prompt, a token, two processes, plans, drops.
+
+    operators               torch operators that ran, by name
+    host_synchronisations   those among them that make the host wait for a value of the device
+    allocations, peak_bytes, live_bytes, saved_bytes, flops, parameters     as in the glossary
+    checkpoint_bytes        tensors of model and optimizer as a checkpoint writes them
+    collectives             calls and bytes that one of two processes hands to its neighbour, by operator
+
+Weights, tokens and scores are generated from seeds: trained ones and text differ between machines, and ties with them.
+One thread, the second call of each, so that what happens once only is not counted.
+"""
+
+import socket
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, multiprocessing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bench.meters.flops import flops
+from bench.meters.memory import peak_bytes
+from bench.meters.paired import threads
+from bench.meters.saved import saved_bytes
+from bench.variants import base, drawn_tokens, served, variants
+from dsv3.attention import KeyValueCache
+from dsv3.config import Config, MoE
+from dsv3.model import Transformer
+from dsv3.moe import expert_capacity
+from dsv3.moe.capacity import place_in_queue
+from dsv3.parallel import Ranks
+from dsv3.pipeline import SCHEDULES, Times, bubble, simulate
+from dsv3.precision import autocast
+from dsv3.train.state import TrainState
+from dsv3.train.step import train_step
+
+Figures = dict[str, Any]
+State = TypeVar("State")
+
+WAITS = ("aten._local_scalar_dense.default", "aten.nonzero.default")
+PIPELINE_RANKS, MICROBATCHES = 4, 8
+WORLD = 2
+ROUTED_TOKENS = 256
+FACTORS = (1.0, 1.2, 1.5, 2.0)
+
+
+def measure() -> dict[str, Figures]:
+    """Every figure that the gate holds, by case."""
+    steps = {name: measure_step(config) for name, config in variants().items()}
+    serving = {
+        f"{phase}_{name}": measure_serving(config, decode=phase == "decode")
+        for name, config in served().items()
+        for phase in ("prefill", "decode")
+    }
+    return steps | serving | measure_plans() | measure_drops() | measure_two_processes()
+
+
+def measure_step(config: Config) -> Figures:
+    """The second training step of this config."""
+
+    def build() -> tuple[TrainState, Tensor]:
+        return TrainState.create(config, seed=0), drawn_tokens()
+
+    def step(built: tuple[TrainState, Tensor]) -> None:
+        train_step(*built)
+
+    with threads(1):
+        found, (state, rows) = _work(build, step)
+        with autocast(config.train.precision, "cpu"):
+            saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
+    sizes = {
+        "saved_bytes": saved.value,
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "checkpoint_bytes": sum(leaf.nbytes for leaf in tree_leaves(state.state_dict()) if isinstance(leaf, Tensor)),
+    }
+    return found | sizes
+
+
+def measure_serving(config: Config, *, decode: bool) -> Figures:
+    """Reading a prompt into an empty cache, or one token after it."""
+    rows = drawn_tokens()
+    prompt, token = rows[:, :-1], rows[:, -1:]
+
+    def build() -> tuple[Transformer, KeyValueCache]:
+        model = Transformer(config.model, seed=0).eval()
+        cache = KeyValueCache.empty(config.model, len(rows), rows.shape[1])
+        with torch.inference_mode():
+            filled = model(prompt, cache=cache).cache if decode else cache
+        return model, filled
+
+    def serve(built: tuple[Transformer, KeyValueCache]) -> None:
+        model, cache = built
+        with torch.inference_mode():
+            model(token if decode else prompt, cache=cache)
+
+    with threads(1):
+        return _work(build, serve)[0]
+
+
+def _work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[Figures, State]:
+    """What any call costs, and the state after it."""
+    peak = peak_bytes(build, call)
+    state = build()
+    call(state)
+    work = flops(lambda: call(state))
+    with Operators() as ran:
+        call(state)
+    found: Figures = {figure.metric: figure.value for figure in (*peak, work)}
+    found["operators"] = dict(sorted(ran.counts.items()))
+    found["host_synchronisations"] = sum(ran.counts[name] for name in WAITS)
+    return found, state
+
+
+def measure_plans() -> dict[str, Figures]:
+    """Idle slots of each pipeline schedule at four ranks and eight microbatches, a forward taking one slot."""
+    found = {}
+    for schedule in SCHEDULES:
+        idle = bubble(simulate(schedule.plan(PIPELINE_RANKS, MICROBATCHES), Times())).idle
+        found[f"plan_{schedule.name}"] = {"bubble_slots": sum(idle)}
+    return found
+
+
+def measure_drops() -> dict[str, Figures]:
+    """Assignments that find no place, by capacity factor, when every expert is chosen with its own probability."""
+    moe = base().model.moe
+    assert isinstance(moe, MoE), "the base has experts"
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.arange(1.0, moe.n_routed_experts + 1).expand(ROUTED_TOKENS, -1)
+    indices = torch.multinomial(wanted, moe.num_experts_per_tok, generator=generator)
+    place = place_in_queue(indices, None)
+    return {"drops": {f"{c:g}": int((place >= expert_capacity(len(indices), moe, c)).sum()) for c in FACTORS}}
+
+
+def measure_two_processes() -> dict[str, Figures]:
+    """What the first of two data-parallel processes sends in a training step."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answer = context.SimpleQueue()
+    multiprocessing.spawn(_one_of_two, (port, answer), nprocs=WORLD)
+    return {"two_processes": {"collectives": answer.get()}}
+
+
+def _one_of_two(rank: int, port: int, answer: Any) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    ranks = Ranks(rank=rank, world=WORLD, group=distributed.group.WORLD)
+    state, rows = TrainState.create(base(), seed=0), drawn_tokens()
+    train_step(state, rows, ranks=ranks)
+    with Operators() as ran:
+        train_step(state, rows, ranks=ranks)
+    if ranks.first:
+        answer.put({name: {"calls": ran.counts[name], "bytes": count} for name, count in sorted(ran.sent.items())})
+    distributed.destroy_process_group()
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run inside, by name, and the bytes that those of torch.distributed are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        self.counts[str(func)] += 1
+        if func.namespace == "c10d":
+            self.sent[str(func)] += sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
