@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from bench.attention import Inputs
 
-LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 4096), "full": (1024, 2048, 4096, 8192, 16384)}
+FITTED = (1024, 2048, 4096, 8192, 16384)  # tokens over which an exponent is read
+LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 4096), "full": FITTED}
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 CLAIMED = 16384  # tokens at which the article gives its figures
 EAGER = 2048  # tokens up to which eager attention is timed: its share of a block would be most of the study
@@ -143,7 +144,7 @@ def _over_blocks(name: str, samples: Sequence[float]) -> Measurement:
 
 def grows_like_n_log_n(claim: Claim, records: Sequence[Record]) -> Verdict:
     """A1: the exponent of the article's own setting, per process; the words set the others beside it."""
-    time = {arm: exponent(records, arm, LENGTHS["full"]) for arm in ARMS if arm != "eager"}
+    time = {arm: exponent(records, arm, FITTED) for arm in ARMS if arm != "eager"}
     answer = (
         f"Keeping {KEEP} of the visible keys, time grows as n to the {time[SHARE]}: a fixed share of n^2 is n^2. With "
         f"{KEYS} keys per head it grows as n to the {time['per_head_number']}, with a window of as many to the "

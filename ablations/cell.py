@@ -40,7 +40,9 @@ def main() -> int:
     key = cell_key(study, cell, profile)
     started = time.perf_counter()
     readings = study.measure(cell)
-    records = [to_record(study, cell, reading, provenance(profile, reading.corpus)) for reading in readings]
+    labels = {corpus: provenance(profile, corpus) for corpus in {reading.corpus for reading in readings}}
+    rule = study.rule_digest()
+    records = [to_record(study, cell, reading, labels[reading.corpus], rule) for reading in readings]
     append(out / "records.jsonl", records)
     failed = [f"{reading.arm}: {reading.failed}" for reading in readings if reading.failed]
     if failed:
@@ -50,7 +52,7 @@ def main() -> int:
     return 0
 
 
-def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance) -> Record:
+def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance, rule: str | None) -> Record:
     """A reading with everything that identifies it.
 
     Raises:
@@ -63,7 +65,7 @@ def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance) -> 
         baseline=study.baseline,
         seed=cell.seed,
         config=reading.config or (None if arm.config is None else digest(arm.config)),
-        rule=study.rule_digest(),
+        rule=rule,
         axes={"device": cell.device} | dict(cell.axes) | dict(reading.axes),
     )
     name = reading.metric if reading.measurement is None else reading.measurement.metric

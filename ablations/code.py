@@ -43,14 +43,19 @@ def definitions_reached(function: Callable[..., Any]) -> list[ast.stmt]:
 
 
 def _defined(node: ast.stmt) -> set[str]:
+    """The names that a top-level statement binds; those of its comprehensions are its own."""
     match node:
         case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}
+        case ast.Import(names=names) | ast.ImportFrom(names=names):
+            return {(alias.asname or alias.name).split(".")[0] for alias in names}
+        case ast.Assign(targets=targets):
+            return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+        case ast.AnnAssign(target=ast.Name(id=name)):
+            return {name}
         case _:
-            parts = list(ast.walk(node))
-            imports = (alias for part in parts if isinstance(part, ast.Import | ast.ImportFrom) for alias in part.names)
-            stored = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
-            return stored | {(alias.asname or alias.name).split(".")[0] for alias in imports}
+            inside = (part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt))
+            return {name for part in inside for name in _defined(part)}
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

@@ -86,7 +86,7 @@ TIMED = tuple(name for name in CONFIGS if name not in BALANCES)
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """A cell per seed: every arm trained one after the other, then their steps timed in alternated blocks."""
-    steps, tokens, seconds = {"quick": (20, 640, 30), "full": (120, 2048, 240)}[profile]
+    steps, tokens, seconds = {"quick": (16, 512, 25), "full": (120, 2048, 240)}[profile]
     return grid(seeds=range(SEEDS[profile]), seconds=seconds, steps=(steps,), tokens=(tokens,))
 
 

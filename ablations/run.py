@@ -111,4 +111,5 @@ def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
 def _record_failure(study: Study, cell: Cell, profile: Profile, out: Path, reason: str) -> None:
     arms = [arm.name for arm in study.arms] if cell.arm is None else [cell.arm]
     readings = [Reading(arm=arm, metric=study.metrics[0], failed=reason) for arm in arms]
-    append(out / "records.jsonl", [to_record(study, cell, reading, provenance(profile)) for reading in readings])
+    where, rule = provenance(profile), study.rule_digest()
+    append(out / "records.jsonl", [to_record(study, cell, reading, where, rule) for reading in readings])

@@ -1,7 +1,9 @@
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from ablations import STUDIES
 from ablations.catalogue import load
-from ablations.code import ROOT, code_digest, files_reached
+from ablations.code import ROOT, code_digest, definitions_reached, files_reached
 from ablations.study import Arm, Cell, Figure, Reading, Rule, Study, grid
 from bench.measurement import Measurement
 
@@ -96,6 +98,17 @@ def test_changed_measuring_changes_the_digest_of_the_code(coin: Study, edited: C
         ('log.write(f"{what} ', 'log.write(f"'),
     ):
         assert code_digest(edited(old, new).measure) != code_digest(coin.measure)
+
+
+def test_a_comprehensions_variable_is_not_a_definition(tmp_path: Path) -> None:
+    path = tmp_path / "judging.py"
+    path.write_text("TABLE = {row: 1 for row in (1, 2)}\n\ndef judge():\n    row = 3\n    return row\n")
+    spec = spec_from_file_location("judging", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert [type(node) for node in definitions_reached(module.judge)] == [ast.FunctionDef]
 
 
 def test_the_code_reached_is_what_the_imports_import_in_turn() -> None:

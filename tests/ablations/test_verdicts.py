@@ -28,13 +28,13 @@ def tossed(study: Study, seeds: int, gap: float = -0.3, tosses: int = 1000, wher
             cell = Cell(arm=arm, seed=seed, axes={"tosses": tosses}, seconds=1)
             for name, value in (("loss", heads + 0.01 * seed * (arm == "bent")), ("peak_bytes", tosses)):
                 reading = Reading(arm=arm, measurement=Measurement(metric=name, value=value))
-                rows.append(to_record(study, cell, reading, where))
+                rows.append(to_record(study, cell, reading, where, study.rule_digest()))
     return rows
 
 
 def error(study: Study, arm: str, seed: int) -> Record:
     cell = Cell(arm=arm, seed=seed, axes={"tosses": 1000}, seconds=1)
-    return to_record(study, cell, Reading(arm=arm, metric="loss", failed="lost"), HERE)
+    return to_record(study, cell, Reading(arm=arm, metric="loss", failed="lost"), HERE, study.rule_digest())
 
 
 @pytest.mark.parametrize("gap, outcome", [(-0.3, Outcome.HOLDS), (0.0, Outcome.FAILS), (-0.12, Outcome.UNDECIDABLE)])

@@ -29,7 +29,10 @@ def run(coin: Study, tmp_path: Path) -> Callable[..., Path]:
         for cell in coin.cells(profile):
             lost = [Reading(arm=str(cell.arm), metric="loss", failed="it <rolled> away & under | the table")]
             readings = lost if cell.arm == failing else coin.measure(cell)
-            append(out / "records.jsonl", [to_record(coin, cell, reading, where) for reading in readings])
+            append(
+                out / "records.jsonl",
+                [to_record(coin, cell, reading, where, coin.rule_digest()) for reading in readings],
+            )
         save(out)
         return out
 
