@@ -34,9 +34,9 @@ CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
 job = nox.session(requires=["environment"], venv_backend="none")
 
 
-def module(session: nox.Session, *arguments: str, **environment: str) -> None:
+def module(session: nox.Session, *arguments: str, passing: tuple[int, ...] = (0,), **environment: str) -> None:
     """Run `python -m ...` in the shared environment."""
-    session.run(PYTHON, "-m", *arguments, env=PATIENT | environment)
+    session.run(PYTHON, "-m", *arguments, env=PATIENT | environment, success_codes=passing)
 
 
 def profile(posargs: list[str]) -> list[str]:
@@ -112,5 +112,5 @@ def report(session: nox.Session) -> None:
 
 @job
 def gate(session: nox.Session) -> None:
-    """Exact costs of a training step against the committed expectations."""
-    module(session, "bench.gate", *session.posargs)
+    """Exact costs of a training step against the committed expectations; a machine without any passes."""
+    module(session, "bench.gate", *session.posargs, passing=(0, 3))

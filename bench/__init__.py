@@ -14,7 +14,8 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, trai
                 and studies both measure
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
-gate.py         exact figures of a training step against expectations.json
+gate.py         exact figures (structure.py measures them, of variants.py) against expectations.json
+pytest_gate.py  the same for any step in anyone's repository, as a pytest fixture
 
 The first four do not import torch, and neither does this file.
 

@@ -67,7 +67,7 @@ def measure_step(config: Config) -> Figures:
         train_step(*built)
 
     with threads(1):
-        found, (state, rows) = _work(build, step)
+        found, (state, rows) = work(build, step)
         with autocast(config.train.precision, "cpu"):
             saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
     sizes = {
@@ -96,11 +96,11 @@ def measure_serving(config: Config, *, decode: bool) -> Figures:
             model(token if decode else prompt, cache=cache)
 
     with threads(1):
-        return _work(build, serve)[0]
+        return work(build, serve)[0]
 
 
-def _work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[Figures, State]:
-    """What any call costs, and the state after it."""
+def work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[Figures, State]:
+    """What `call(build())` costs from its second time on, and the state after five calls."""
     peak = peak_bytes(build, call)
     state = build()
     call(state)
