@@ -1,6 +1,9 @@
-"""`python -m reports build` turns records into a report; `readme` writes the generated parts of README.md."""
+"""`python -m reports build` turns records into a report; `diff A B` says what changed between two runs; `readme` writes
+the generated parts of README.md.
+"""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +15,8 @@ from rich.text import Text
 
 from ablations.catalogue import every
 from reports.build import Report, build, stale, write
+from reports.diff import diff
+from reports.numbers import place
 from reports.readme import README, generated
 
 _OUT = Path("reports", "out")
@@ -35,14 +40,33 @@ class Readme:
     """write nothing; fail where the README does not match the records"""
 
 
-Command = Annotated[Build, tyro.conf.subcommand(name="build")] | Annotated[Readme, tyro.conf.subcommand(name="readme")]
+@dataclass(frozen=True)
+class Compare:
+    """What changed between two runs, the machines first."""
+
+    before: tyro.conf.Positional[Path]
+    """folder with records.jsonl"""
+    after: tyro.conf.Positional[Path]
+    """folder with records.jsonl"""
+    all: bool = False
+    """also what did not change"""
+
+
+Command = (
+    Annotated[Build, tyro.conf.subcommand(name="build")]
+    | Annotated[Compare, tyro.conf.subcommand(name="diff")]
+    | Annotated[Readme, tyro.conf.subcommand(name="readme")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: written, or as it should be; 1: `--check` found something stale; 2: the command cannot be carried out."""
     command: Any = tyro.cli(Command, prog="python -m reports", args=arguments)
-    console = Console()
+    # A file or pipe has no width of its own; 80 columns would break every row.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     try:
+        if isinstance(command, Compare):
+            return _compare(command, console)
         return _build(command, console) if isinstance(command, Build) else _readme(command, console)
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
@@ -66,6 +90,27 @@ def _table(report: Report) -> Table:
     for page in report.pages:
         table.add_row(page.title, Text(" ".join(page.answers) or page.question))
     return table
+
+
+def _compare(command: Compare, console: Console) -> int:
+    found = diff(command.before, command.after)
+    machines = Table("fingerprint", "before", "after", title="the machines", title_justify="left", box=None)
+    for name, *runs in (("revision", *found.revisions), *found.machines):
+        machines.add_row(name, *(Text(str(value)) for value in runs))
+    console.print(machines)
+    head = ("study", "arm", "metric", "where", "before", "after", "")
+    points = Table(*head, title="the figures", title_justify="left", box=None)
+    for point in found.points:
+        if point.verdict != "same" or command.all:
+            where = " ".join(f"{name}={place(value)}" for name, value in point.axes.items())
+            values = ("-" if value is None else str(value) for value in (point.before, point.after))
+            points.add_row(point.study, point.arm, point.metric, where, *map(Text, values), point.verdict)
+    console.print(points)
+    count = Counter(point.verdict for point in found.points)
+    said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(count.items()))
+    apart = f"; {found.left_out} left out, as figures of two machines" if found.left_out else ""
+    console.print(f"{len(found.points)} points: {said}{apart}")
+    return 0
 
 
 def _readme(command: Readme, console: Console) -> int:

@@ -1,0 +1,78 @@
+"""Two runs side by side: what changed, what did not, and what cannot be compared."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.record import Record, append
+from reports.__main__ import main
+from reports.diff import Diff, diff
+
+
+def record(value: float | None, **more: object) -> Record:
+    known = {"study": "s", "arm": "a", "metric": "loss", "unit": "nat/token", "noise": "exact", "value": value, "n": 1}
+    known |= {"machine": "m", "revision": "r", "profile": "full", "time": "t", "seed": 0}
+    return Record(**known | more)  # type: ignore[arg-type]
+
+
+def runs(folder: Path, before: list[Record], after: list[Record]) -> tuple[Path, Path]:
+    for name, rows in (("before", before), ("after", after)):
+        append(folder / name / "records.jsonl", rows)
+        (folder / name / "machines").mkdir()
+        machine = rows[-1].machine
+        (folder / name / "machines" / f"{machine}.json").write_text(json.dumps({"machine": machine, "time": name}))
+    return folder / "before", folder / "after"
+
+
+def verdicts(found: Diff) -> list[str]:
+    return [point.verdict for point in found.points]
+
+
+@pytest.mark.parametrize("value, verdict", [(1.0, "same"), (1.0000001, "changed")])
+def test_an_exact_figure_has_changed_if_it_differs(tmp_path: Path, value: float, verdict: str) -> None:
+    assert verdicts(diff(*runs(tmp_path, [record(1.0)], [record(value)]))) == [verdict]
+
+
+@pytest.mark.parametrize("shift, verdict", [(0.1, "same"), (10.0, "changed")])
+def test_a_noisy_figure_has_changed_if_its_intervals_are_apart(tmp_path: Path, shift: float, verdict: str) -> None:
+    before = [record(value, seed=seed, noise="absolute") for seed, value in enumerate((1.0, 1.1, 0.9))]
+    after = [record(value + shift, seed=seed, noise="absolute") for seed, value in enumerate((1.0, 1.1, 0.9))]
+    assert verdicts(diff(*runs(tmp_path, before, after))) == [verdict]
+
+
+def test_a_figure_without_interval_has_no_verdict_and_points_come_and_go(tmp_path: Path) -> None:
+    before = [record(1.0, noise="absolute"), record(1.0, arm="gone")]
+    after = [record(2.0, noise="absolute"), record(1.0, arm="new")]
+    found = diff(*runs(tmp_path, before, after))
+    assert dict(zip([point.arm for point in found.points], verdicts(found), strict=True)) == {
+        "a": "no interval",
+        "gone": "gone",
+        "new": "new",
+    }
+
+
+def test_the_newest_record_of_a_seed_speaks_and_errors_do_not(tmp_path: Path) -> None:
+    before = [record(3.0), record(1.0), record(None, error="lost")]
+    assert verdicts(diff(*runs(tmp_path, before, [record(1.0)]))) == ["same"]
+
+
+def test_on_two_machines_times_are_left_out_and_the_machine_is_named(tmp_path: Path) -> None:
+    seconds = {"metric": "cpu_seconds", "unit": "s", "noise": "absolute"}
+    before, after = (
+        [record(1.0), record(1.0, **seconds)],
+        [record(1.0, machine="n"), record(9.0, machine="n", **seconds)],
+    )
+    found = diff(*runs(tmp_path, before, after))
+    assert found.machines == (("machine", "m", "n"),)
+    assert [point.metric for point in found.points] == ["loss"]
+    assert found.left_out == 1
+
+
+def test_the_command_prints_the_machines_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = runs(tmp_path, [record(1.0)], [record(2.0, machine="n")])
+    assert main(["diff", str(before), str(after)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("machine") < out.index("loss")
+    assert main(["diff", str(before), str(tmp_path / "nowhere")]) == 2
+    assert "holds no records" in " ".join(capsys.readouterr().out.split())
