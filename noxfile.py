@@ -6,7 +6,7 @@
     nox -s train            train a model                                           -- --preset tiny --steps 50
     nox -s ablate           the studies alone                                       -- run moe_capacity
     nox -s report           tables, figures, pages and claims from the records      -- --check
-    nox -s gate             exact costs of a training step against expectations     -- --accept --reason "..."
+    nox -s gate             exact costs of small pieces of work against expectations   -- --accept --reason "..."
 
 The jobs share the environment that the session `environment` makes, so that torch is installed once. nox's virtualenv
 backend is set because pip, unlike uv, looks for wheels where the machine's own pip configuration says.
@@ -112,5 +112,5 @@ def report(session: nox.Session) -> None:
 
 @job
 def gate(session: nox.Session) -> None:
-    """Exact costs of a training step against the committed expectations; a machine without any passes."""
+    """Exact costs of training, serving and plans against the committed expectations; a machine without any passes."""
     module(session, "bench.gate", *session.posargs, passing=(0, 3))

@@ -42,20 +42,19 @@ def definitions_reached(function: Callable[..., Any]) -> list[ast.stmt]:
         wanted |= {part.id for at in new for part in ast.walk(body[at]) if isinstance(part, ast.Name)}
 
 
-def _defined(node: ast.stmt) -> set[str]:
-    """The names that a top-level statement binds; those of its comprehensions are its own."""
+def _defined(node: ast.AST) -> set[str]:
+    """The names that a statement binds around it; those of functions, lambdas and comprehensions are their own."""
     match node:
-        case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
             return {name}
         case ast.Import(names=names) | ast.ImportFrom(names=names):
             return {(alias.asname or alias.name).split(".")[0] for alias in names}
-        case ast.Assign(targets=targets):
-            return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-        case ast.AnnAssign(target=ast.Name(id=name)):
+        case ast.Name(id=name, ctx=ast.Store()):
             return {name}
+        case ast.Lambda() | ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            return set()
         case _:
-            inside = (part for part in ast.iter_child_nodes(node) if isinstance(part, ast.stmt))
-            return {name for part in inside for name in _defined(part)}
+            return {name for part in ast.iter_child_nodes(node) for name in _defined(part)}
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

@@ -13,14 +13,13 @@ statsmodels'.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ablations.claims import Outcome, Verdict
+from bench.metrics import metric as metric_named
 from bench.record import Record
 
 Value = str | int | float
-
-_SIGNED = ("bit/byte", "nat/token", "dB", "exponent", "relative")  # units of figures that may be negative
 
 
 class NoEvidence(LookupError):
@@ -113,7 +112,9 @@ def summarise(rows: Sequence[Record]) -> Estimate:
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
     found = mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
-    return found if rows[0].unit in _SIGNED else found.map(lambda bound: max(bound, 0.0))
+    if found.low is None or metric_named(rows[0].metric).signed:
+        return found
+    return replace(found, low=max(found.low, 0.0))
 
 
 def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = False) -> Estimate:

@@ -62,7 +62,8 @@ def flops_ratio(depth: int) -> float:
 
 
 def _training(cell: Cell) -> list[Reading]:
-    from bench.meters.paired import threads
+    import torch
+
     from bench.training import sick_steps, train
     from dsv3.data.prepare import prepare
     from dsv3.train import TrainState
@@ -70,13 +71,12 @@ def _training(cell: Cell) -> list[Reading]:
 
     assert cell.arm is not None, "each arm trains in a cell of its own"
     assert cell.seed is not None, "every cell of this study has a seed"
+    torch.set_num_threads(1)  # sums have one order whatever the cores
     tokens = int(cell.axes["tokens"])
     config = configured(cell.arm, tokens=tokens, steps=int(cell.axes["steps"]))
     prepared = prepare(config.data, config.model.vocab_size)
     state = TrainState.create(config, seed=cell.seed, device=cell.device)
-    with threads(1):  # sums have one order whatever the cores
-        sick = sick_steps(train(state, prepared, cell.seed))
-    if sick:
+    if sick := sick_steps(train(state, prepared, cell.seed)):
         return [Reading(arm=cell.arm, metric="bits_per_byte", failed=sick)]
     heldout = HeldOut.of(prepared, prepared.test, length=LENGTH, count=config.train.eval_sequences)
     tested = evaluate(state.model, heldout, step=state.step, batch_size=16, precision=config.train.precision)

@@ -71,10 +71,13 @@ def measure(cell: Cell) -> list[Reading]:
 
 
 def _training(cell: Cell) -> list[Reading]:
+    import torch
+
     from dsv3.config import digest
     from dsv3.data.prepare import prepare
     from dsv3.train.evaluate import HeldOut
 
+    torch.set_num_threads(1)  # sums have one order whatever the cores
     base = vary(
         presets.tiny(),
         **{
@@ -108,7 +111,6 @@ def _training(cell: Cell) -> list[Reading]:
 
 def _train(name: str, config: Config, cell: Cell, prepared: "Prepared") -> "tuple[TrainState, float]":
     """The state after the last step, and the share of steps that were skipped."""
-    from bench.meters.paired import threads
     from bench.training import train
     from dsv3.train import TrainState
 
@@ -116,8 +118,7 @@ def _train(name: str, config: Config, cell: Cell, prepared: "Prepared") -> "tupl
     state = TrainState.create(config, seed=cell.seed, device=cell.device)
     if name == "fp32_nudged":
         _nudge(state, cell.seed)
-    with threads(1):  # sums have one order whatever the cores
-        skipped = [report.health != "ok" for report in train(state, prepared, cell.seed)]
+    skipped = [report.health != "ok" for report in train(state, prepared, cell.seed)]
     return state, sum(skipped) / len(skipped)
 
 

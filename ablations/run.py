@@ -10,10 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import compress
+from operator import not_
 from pathlib import Path
 
 from ablations.cache import cell_key, done
@@ -58,18 +62,27 @@ def run(
         name: the study as `catalogue.load` knows it, since the cell's process loads it anew.
     """
 
+    stopping = threading.Event()
+
     def run_one(cell: Cell) -> str:
         on_cell(cell)
-        status, said = _in_fresh_process(order(name, cell, profile, out), limit=_START + _PATIENCE * cell.seconds)
+        limit = _START + _PATIENCE * cell.seconds
+        status, said = _in_fresh_process(order(name, cell, profile, out), limit, stopping)
+        if status == -signal.SIGINT:
+            return ""  # the user's doing, and no failure of the cell
         if status not in (0, READINGS_FAILED):
             said = said or f"the process ended with status {status}"
             _record_failure(study, cell, profile, out, said.splitlines()[-1])
         return f"{label(cell)}: {said}" if status else ""
 
-    alone = [cell for cell in cells if cell.timed or cell.device != "cpu"]
+    alone = [cell.timed or cell.device != "cpu" for cell in cells]
     with ThreadPoolExecutor(min(cores(), _ABREAST)) as pool:
-        yield from pool.map(run_one, [cell for cell in cells if cell not in alone])
-    yield from map(run_one, alone)
+        try:
+            yield from pool.map(run_one, compress(cells, map(not_, alone)))
+        except BaseException:
+            stopping.set()
+            raise
+    yield from map(run_one, compress(cells, alone))
 
 
 def label(cell: Cell) -> str:
@@ -78,7 +91,7 @@ def label(cell: Cell) -> str:
     return " ".join([*([cell.arm] if cell.arm else []), *axes, *([] if cell.seed is None else [f"seed={cell.seed}"])])
 
 
-def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
+def _in_fresh_process(text: str, limit: float, stopping: threading.Event) -> tuple[int, str]:
     """The exit status of the cell's process, and what it printed; the last line says what ended it."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+") as said:
@@ -97,7 +110,7 @@ def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
                 with suppress(BrokenPipeError):  # it died before it could listen: its status and its last words say why
                     process.stdin.write(text + "\n")
                     process.stdin.flush()
-                status = process.wait(limit)
+                status = _wait(process, limit, stopping)
                 ended = f"killed by {signal.Signals(-status).name}; out of memory?" if status < 0 else ""
             except subprocess.TimeoutExpired:
                 ended = f"gave up after {limit:.0f} s; declare more seconds for this cell, or a smaller one"
@@ -106,6 +119,22 @@ def _in_fresh_process(text: str, limit: float) -> tuple[int, str]:
                 process.kill()
         said.seek(0)
         return status, f"{said.read()}\n{ended}".strip()
+
+
+def _wait(process: "subprocess.Popen[str]", limit: float, stopping: threading.Event) -> int:
+    """Its exit status; as if interrupted, when `stopping` is set first.
+
+    Raises:
+        subprocess.TimeoutExpired: it runs longer than `limit` seconds.
+    """
+    end = time.monotonic() + limit
+    while not stopping.is_set():
+        try:
+            return process.wait(min(1.0, limit))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= end:
+                raise
+    return -signal.SIGINT
 
 
 def _record_failure(study: Study, cell: Cell, profile: Profile, out: Path, reason: str) -> None:

@@ -80,7 +80,7 @@ class Cell:
     """What runs in one fresh process: one arm, or (arm None) all arms interleaved, at one seed and one point of the
     axes.
 
-    seconds     what it is expected to take on two cores; the runner gives up after many times that
+    seconds     what it is expected to take on an idle machine; the runner gives up after many times that
     timed       whether it measures time, which a neighbour would stand in: it then runs alone
     """
 
@@ -103,7 +103,7 @@ def grid(
     """Every combination of arms, axes and seeds as cells; without `arms` a cell runs them all, without `seeds` it has
     none.
 
-    The seed moves slowest, so that a run cut short has whole replicates. A grid with gaps is a sum of grids.
+    The seed moves slowest, so that a grid cut short has whole replicates. A grid with gaps is a sum of grids.
     """
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
     return tuple(

@@ -10,8 +10,8 @@ meters/         paired times, peak bytes, saved bytes, FLOPs, routing load, ceil
 interval.py     95% intervals of small samples; speed.py, peaks.py: rates, and peaks of cards by name
 cases.py        what a case does with its arms; conftest.py gives it to pytest as fixtures
 bench_*.py      the cases, one file per room
-attention.py    (its sizes without torch: attention_sizes.py), decoding.py, training.py, forced_balance.py: what cases
-                and studies both measure
+attention.py    (its sizes without torch: attention_sizes.py), decoding.py, training.py, forced_balance.py: what the
+                studies measure, and cases too
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
 gate.py         exact figures (structure.py measures them, of variants.py) against expectations.json

@@ -65,7 +65,7 @@ def fingerprint(corpus: str | None = None) -> dict[str, Any]:
         "packages": {name: _version(name) for name in ("numpy", "scipy", "transformers", "triton", "pytest-benchmark")},
         "kernel": platform.release(),
         "instruction_sets": instruction_sets(),
-        "affinity": cores(),
+        "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "memory_limit": _read("/sys/fs/cgroup/memory.max"),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "transparent_hugepages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),

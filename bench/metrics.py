@@ -27,6 +27,7 @@ class Metric:
     transfers: bool
     formula: str
     bias: str
+    signed: bool = False  # whether it can be negative
 
 
 _CPU_RATIO = "reads below a parallel speed-up; includes cache misses caused by the other arms of the block"
@@ -48,7 +49,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("bits_per_byte", "bit/byte", "lower", "absolute", transfers=True,
            formula="cross-entropy of the held-out text in bits / its length in UTF-8 bytes",
            bias=_ONE_RUN),
-    Metric("bits_per_byte_gap", "bit/byte", "lower", "paired", transfers=True,
+    Metric("bits_per_byte_gap", "bit/byte", "lower", "paired", transfers=True, signed=True,
            formula="bits per byte of the arm - of the baseline, same seed and text",
            bias="same seed does not mean same initial weights where shapes differ"),
     Metric("bubble_share", "share", "lower", "exact", transfers=True,
@@ -147,7 +148,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("loss", "nat/token", "lower", "absolute", transfers=True,
            formula="mean cross-entropy of the next token on held-out text",
            bias=_ONE_RUN),
-    Metric("loss_gap", "nat/token", "lower", "paired", transfers=True,
+    Metric("loss_gap", "nat/token", "lower", "paired", transfers=True, signed=True,
            formula="held-out loss of the arm - of the baseline, same seed and text",
            bias="same seed does not mean same initial weights where shapes differ"),
     Metric("max_vio", "ratio", "lower", "exact", transfers=True,
@@ -174,7 +175,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("saved_bytes", "B", "lower", "exact", transfers=True,
            formula="bytes of distinct storages kept for backward at the end of forward, parameters excluded",
            bias="a view keeps its whole storage, which is counted once"),
-    Metric("scaling_exponent", "exponent", "lower", "paired", transfers=True,
+    Metric("scaling_exponent", "exponent", "lower", "paired", transfers=True, signed=True,
            formula="slope of log(time or count) over log(length), least squares",
            bias="an exponent of a finite range of lengths; fixed costs at short lengths pull it down"),
     Metric("selection_cpu_share", "share", "lower", "paired", transfers=False,
@@ -192,7 +193,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("small_value_error", "relative", "lower", "exact", transfers=True,
            formula="mean of |x - quantised x| / |x| over the tenth of the non-zero elements that are smallest",
            bias="of the tensors looked at; 1 means that they are lost whole"),
-    Metric("sqnr", "dB", "higher", "exact", transfers=True,
+    Metric("sqnr", "dB", "higher", "exact", transfers=True, signed=True,
            formula="10 log10(sum x^2 / sum (x - quantised x)^2)",
            bias="outliers carry the energy: small values may be lost at a high figure; see underflow_share"),
     Metric("step_cpu_ratio", "ratio", "lower", "paired", transfers=False,

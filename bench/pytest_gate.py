@@ -10,7 +10,7 @@
 
 The step is called five times at one thread. Held are torch's operators by name, the waits of the host, FLOPs,
 allocations and peak bytes: what a CPU repeats exactly, so that one tensor more is seen whatever the load. They stand in
-`gate/<name of the test>.json` beside the test file, by versions of torch and Python and by processor.
+`gate/<file>-<test>.json` beside the test file, by versions of torch and Python and by processor.
 
     pytest --gate-accept "why"     write what is found as the new expectation
     pytest --gate-require          fail where this machine has no expectation yet, instead of skipping
@@ -22,6 +22,7 @@ more, 11 if things only cost less, 12 if there was no expectation for some step.
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def gate(request: pytest.FixtureRequest) -> Callable[[Step], None]:
     """Call it with a step; it fails the test unless the step costs exactly what is expected."""
-    path = request.path.parent / "gate" / f"{request.node.name}.json"
+    test = request.node.nodeid.partition("::")[2]  # with its class and its parameters
+    name = re.sub(r"[^\w.]+", "-", f"{request.path.stem}-{test}").strip("-")
+    path = request.path.parent / "gate" / f"{name}.json"
 
     def check(step: Step) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -52,6 +55,7 @@ def gate(request: pytest.FixtureRequest) -> Callable[[Step], None]:
         from bench.structure import work
 
         found, _ = work(lambda: None, lambda _: step())
+        del found["live_bytes"]  # what was built before the step is not seen, and depends on which tests ran
         verdict, said = judge(path, key(), found, request.config.getoption("--gate-accept"))
         request.config.stash.setdefault(_VERDICTS, set()).add(verdict)
         if verdict == UNKNOWN and not request.config.getoption("--gate-require"):
@@ -68,7 +72,7 @@ def judge(path: Path, here: str, found: dict[str, Any], reason: str) -> tuple[in
 
     stored = json.loads(path.read_text()) if path.exists() else {}
     if reason:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {**stored, here: {"reason": reason, "figures": found}})
         return 0, ""
     if here not in stored:
@@ -91,5 +95,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def _others_failed(session: pytest.Session) -> bool:
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
-    failed = reporter.stats.get("failed", []) + reporter.stats.get("error", []) if reporter else []
+    if reporter is None:
+        return True
+    failed = reporter.stats.get("failed", []) + reporter.stats.get("error", [])
     return any("pytest --gate-accept" not in str(report.longrepr) for report in failed)

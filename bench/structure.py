@@ -7,12 +7,12 @@
     collectives             calls and bytes that one of two processes hands to its neighbour, by operator
 
 Weights, tokens and scores are generated from seeds: trained ones and text differ between machines, and ties with them.
-One thread, the second call of each, so that what happens once only is not counted.
+One thread, and a call of each before, so that what happens once only is not counted.
 """
 
-import socket
 from collections import Counter
 from collections.abc import Callable
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +58,7 @@ def measure() -> dict[str, Figures]:
 
 
 def measure_step(config: Config) -> Figures:
-    """The second training step of this config."""
+    """A training step of this config, after the first."""
 
     def build() -> tuple[TrainState, Tensor]:
         return TrainState.create(config, seed=0), drawn_tokens()
@@ -66,10 +66,9 @@ def measure_step(config: Config) -> Figures:
     def step(built: tuple[TrainState, Tensor]) -> None:
         train_step(*built)
 
-    with threads(1):
-        found, (state, rows) = work(build, step)
-        with autocast(config.train.precision, "cpu"):
-            saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
+    found, (state, rows) = work(build, step)
+    with threads(1), autocast(config.train.precision, "cpu"):
+        saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
     sizes = {
         "saved_bytes": saved.value,
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
@@ -95,19 +94,19 @@ def measure_serving(config: Config, *, decode: bool) -> Figures:
         with torch.inference_mode():
             model(token if decode else prompt, cache=cache)
 
-    with threads(1):
-        return work(build, serve)[0]
+    return work(build, serve)[0]
 
 
 def work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[Figures, State]:
-    """What `call(build())` costs from its second time on, and the state after five calls."""
-    peak = peak_bytes(build, call)
-    state = build()
-    call(state)
-    work = flops(lambda: call(state))
-    with Operators() as ran:
+    """What `call(state)` costs once it has run before, and the state after three calls; `build` makes it, twice."""
+    with threads(1):
+        peak = peak_bytes(build, call)
+        state = build()
         call(state)
-    found: Figures = {figure.metric: figure.value for figure in (*peak, work)}
+        operations = flops(lambda: call(state))
+        with Operators() as ran:
+            call(state)
+    found: Figures = {figure.metric: figure.value for figure in (*peak, operations)}
     found["operators"] = dict(sorted(ran.counts.items()))
     found["host_synchronisations"] = sum(ran.counts[name] for name in WAITS)
     return found, state
@@ -126,27 +125,28 @@ def measure_drops() -> dict[str, Figures]:
     """Assignments that find no place, by capacity factor, when every expert is chosen with its own probability."""
     moe = base().model.moe
     assert isinstance(moe, MoE), "the base has experts"
-    generator = torch.Generator().manual_seed(0)
-    wanted = torch.arange(1.0, moe.n_routed_experts + 1).expand(ROUTED_TOKENS, -1)
-    indices = torch.multinomial(wanted, moe.num_experts_per_tok, generator=generator)
+    indices = drawn_routing(moe)
     place = place_in_queue(indices, None)
     return {"drops": {f"{c:g}": int((place >= expert_capacity(len(indices), moe, c)).sum()) for c in FACTORS}}
 
 
+def drawn_routing(moe: MoE) -> Tensor:
+    """Experts [N, K] of generated tokens, expert i wanted in proportion to i + 1."""
+    wanted = torch.arange(1.0, moe.n_routed_experts + 1).expand(ROUTED_TOKENS, -1)
+    return torch.multinomial(wanted, moe.num_experts_per_tok, generator=torch.Generator().manual_seed(0))
+
+
 def measure_two_processes() -> dict[str, Figures]:
     """What the first of two data-parallel processes sends in a training step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    answer = context.SimpleQueue()
-    multiprocessing.spawn(_one_of_two, (port, answer), nprocs=WORLD)
+    answer = multiprocessing.get_context("spawn").SimpleQueue()
+    with TemporaryDirectory() as folder:
+        multiprocessing.spawn(_one_of_two, (f"file://{folder}/meeting", answer), nprocs=WORLD)
     return {"two_processes": {"collectives": answer.get()}}
 
 
-def _one_of_two(rank: int, port: int, answer: Any) -> None:
+def _one_of_two(rank: int, meeting: str, answer: Any) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD)
     ranks = Ranks(rank=rank, world=WORLD, group=distributed.group.WORLD)
     state, rows = TrainState.create(base(), seed=0), drawn_tokens()
     train_step(state, rows, ranks=ranks)

@@ -26,7 +26,7 @@ def sick_steps(reports: list[StepReport]) -> str:
 def step_on_random_tokens(config: Config, seed: int, device: str) -> Callable[[], float]:
     """A whole training step of a fresh model, again and again on the same random tokens; returns its main loss."""
     state = TrainState.create(config, seed=seed, device=device)
-    train, generator = config.train, torch.Generator().manual_seed(seed)
-    shape = (train.batch_size, train.sequence_length + 1)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.train.batch_size, config.train.sequence_length + 1)
     rows = torch.randint(0, config.model.vocab_size, shape, generator=generator).to(state.device)
     return lambda: train_step(state, rows).losses["main"]

@@ -87,7 +87,8 @@ def multi_head(select: Select) -> MultiHead:
 
 def served() -> dict[str, Config]:
     """The variants that decode differently, by name."""
-    return {name: variants()[name] for name in ("base", "multi_head", "grouped", "window", "per_head")}
+    every = variants()
+    return {name: every[name] for name in ("base", "multi_head", "grouped", "window", "per_head")}
 
 
 def drawn_tokens() -> Tensor:

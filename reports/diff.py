@@ -1,8 +1,8 @@
 """What changed between two runs: the machines first, then every point that both measured, then what only one has.
 
-An exact figure has changed if it differs. A noisy one has changed if the two 95% intervals have nothing in common,
-which chance alone does to about 1 point in 150; where an interval is missing nothing can be said. On two machines only
-figures that transfer between machines are compared.
+An exact figure has changed if it differs at any seed that both have. A noisy one has changed if the two 95% intervals
+have nothing in common, which chance alone rarely does; where an interval is missing nothing can be said. Of each folder
+the machine of the newest record speaks; on two machines only figures that transfer between machines are compared.
 """
 
 import json
@@ -15,8 +15,9 @@ from ablations.evidence import Estimate, summarise
 from bench.metrics import metric
 from bench.record import Record, load
 
-Verdict = Literal["changed", "same", "no interval"]
-Key = tuple[str, str, str, tuple[tuple[str, Any], ...]]
+Verdict = Literal["changed", "same", "no interval", "gone", "new"]
+Key = tuple[str, str, str, str, tuple[tuple[str, Any], ...]]
+Seeds = dict[int | None, Record]
 
 _PASSING = ("time", "load", "steal_share", "revision", "corpus")  # of a fingerprint: not the machine's
 
@@ -31,17 +32,7 @@ class Change:
     axes: Mapping[str, Any]
     before: Estimate | None
     after: Estimate | None
-
-    @property
-    def verdict(self) -> Verdict | Literal["gone", "new"]:
-        """What happened to the point."""
-        if self.before is None or self.after is None:
-            return "new" if self.before is None else "gone"
-        ours, theirs = (self.before.low, self.before.high), (self.after.low, self.after.high)
-        if None in ours or None in theirs:
-            return "no interval"
-        apart = ours[1] < theirs[0] or theirs[1] < ours[0]  # type: ignore[operator]
-        return "changed" if apart else "same"
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ def diff(before: Path, after: Path) -> Diff:
     machines = tuple(_unequal(_fingerprint(before, old), _fingerprint(after, new)))
     elsewhere = old[-1].machine != new[-1].machine
     points, theirs = _points(old), _points(new)
-    changes = [_change(key, points.get(key), theirs.get(key)) for key in sorted(points.keys() | theirs.keys(), key=str)]
+    keys = sorted(points.keys() | theirs.keys(), key=str)
+    changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
     kept = tuple(change for change in changes if not elsewhere or metric(change.metric).transfers)
     return Diff(machines, (old[-1].revision, new[-1].revision), kept, len(changes) - len(kept))
 
@@ -73,7 +65,7 @@ def _records(folder: Path) -> tuple[Record, ...]:
     found = load(folder / "records.jsonl").records
     if not found:
         raise ValueError(f"folder={str(folder)!r}: holds no records.jsonl with records; give the --out of a run")
-    return found
+    return tuple(row for row in found if row.machine == found[-1].machine)
 
 
 def _fingerprint(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:
@@ -88,16 +80,28 @@ def _unequal(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tu
             yield name, before.get(name), after.get(name)
 
 
-def _points(records: Iterable[Record]) -> dict[Key, Estimate]:
-    """Each point's estimate over its seeds, of every seed the newest record."""
-    newest: dict[Key, dict[int | None, Record]] = {}
+def _points(records: Iterable[Record]) -> dict[Key, Seeds]:
+    """Each point's newest record by seed."""
+    newest: dict[Key, Seeds] = {}
     for row in records:
         if row.error is None:
-            key = (row.study, row.arm, row.metric, tuple(sorted(row.axes.items())))
+            key = (row.study, row.arm, row.metric, row.profile, tuple(sorted(row.axes.items())))
             newest.setdefault(key, {})[row.seed] = row
-    return {key: summarise(list(rows.values())) for key, rows in newest.items()}
+    return newest
 
 
-def _change(key: Key, before: Estimate | None, after: Estimate | None) -> Change:
-    study, arm, name, axes = key
-    return Change(study, arm, name, dict(axes), before, after)
+def _change(key: Key, before: Seeds, after: Seeds) -> Change:
+    study, arm, name, _, axes = key
+    old, new = (summarise(list(rows.values())) if rows else None for rows in (before, after))
+    return Change(study, arm, name, dict(axes), old, new, _verdict(before, after, old, new))
+
+
+def _verdict(before: Seeds, after: Seeds, old: Estimate | None, new: Estimate | None) -> Verdict:
+    if old is None or new is None:
+        return "new" if old is None else "gone"
+    shared = before.keys() & after.keys()
+    if shared and all(rows[seed].noise == "exact" for rows in (before, after) for seed in shared):
+        return "changed" if any(before[seed].value != after[seed].value for seed in shared) else "same"
+    if old.low is None or old.high is None or new.low is None or new.high is None:
+        return "no interval"
+    return "changed" if old.high < new.low or new.high < old.low else "same"

@@ -56,13 +56,13 @@ def test_a_paired_ratio_and_its_inverse_mirror_each_other(ratios: list[float]) -
     assert there.low * back.high == pytest.approx(1)
 
 
-def test_the_interval_of_a_share_stops_at_zero() -> None:
+def test_the_interval_of_what_cannot_be_negative_stops_at_zero() -> None:
     rows = [record(0.0, seed=0), record(0.1, seed=1)]
-    loss, share = summarise(rows), summarise([replace(row, unit="share") for row in rows])
-    assert share.low == 0.0
-    assert loss.low is not None
-    assert loss.low < 0.0
-    assert (share.value, share.high) == (loss.value, loss.high)
+    loss, gap = summarise(rows), summarise([replace(row, metric="loss_gap") for row in rows])
+    assert loss.low == 0.0
+    assert gap.low is not None
+    assert gap.low < 0.0
+    assert (loss.value, loss.high) == (gap.value, gap.high)
 
 
 def test_the_interval_covers_the_truth_in_about_95_of_100_studies() -> None:

@@ -135,6 +135,21 @@ def test_cells_that_measure_no_time_run_side_by_side(run: Run, log: Path, quiet:
     assert sorted(starts(log).values()) == [1] * CELLS
 
 
+@pytest.mark.parametrize("quiet", [{}, {"COIN_QUIET": "1"}])
+def test_an_interrupted_run_stops_at_once_and_blames_no_cell(
+    run: Run, out: Path, log: Path, quiet: dict[str, str]
+) -> None:
+    environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "60"} | quiet
+    line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
+    runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while not log.exists():
+        time.sleep(0.02)
+        assert runner.poll() is None, "the runner ended before it was interrupted"
+    os.kill(runner.pid, signal.SIGINT)
+    assert runner.wait(30) == 130
+    assert not (out / "records.jsonl").exists()
+
+
 def test_a_torn_last_line_costs_its_cell_and_no_other(run: Run, out: Path, log: Path) -> None:
     run()
     path = out / "records.jsonl"

@@ -1,6 +1,7 @@
 """The gate lets equal figures pass and nothing else, and sees one tensor more in a training step."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +125,8 @@ def test_a_step_measures_the_same_twice_and_agrees_with_the_analytic_count() -> 
     assert first["live_bytes"] > first["peak_bytes"] > first["saved_bytes"] > 0
     # AdamW keeps two more numbers per parameter, and a step count for each tensor.
     tensors = sum(1 for _ in Transformer(variants.base().model, seed=0).parameters())
-    buffers = sum(buffer.nbytes for buffer in Transformer(variants.base().model, seed=0).state_dict().values())
-    assert first["checkpoint_bytes"] == buffers + first["parameters"] * 8 + tensors * 4
+    model_bytes = sum(buffer.nbytes for buffer in Transformer(variants.base().model, seed=0).state_dict().values())
+    assert first["checkpoint_bytes"] == model_bytes + first["parameters"] * 8 + tensors * 4
 
 
 def test_one_tensor_more_in_a_training_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,10 +167,15 @@ def test_a_waiting_host_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert structure.measure_step(variants.base())["host_synchronisations"] == before + 1
 
 
-def test_drops_fall_with_the_factor_and_count_what_does_not_fit() -> None:
-    drops = list(structure.measure_drops()["drops"].values())
-    assert drops == sorted(drops, reverse=True)
-    assert drops[0] > 0
+def test_drops_are_the_loads_beyond_the_slots() -> None:
+    moe = variants.base().model.moe
+    assert moe is not None
+    indices = structure.drawn_routing(moe)
+    loads = indices.flatten().bincount(minlength=moe.n_routed_experts).tolist()
+    slots = {factor: math.ceil(indices.numel() / moe.n_routed_experts * factor) for factor in structure.FACTORS}
+    refused = {f"{factor:g}": sum(max(0, load - most) for load in loads) for factor, most in slots.items()}
+    assert structure.measure_drops() == {"drops": refused}
+    assert refused["1"] > 0
 
 
 def test_two_processes_send_every_gradient_once() -> None:

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-import bench.structure  # noqa: F401  with torch: imported inside the run, it would be forgotten at its end
+import bench.structure  # noqa: F401  imported inside the run, it would be forgotten at its end
 
 pytest_plugins = ["pytester"]
 
@@ -42,7 +43,7 @@ def test_a_step_is_accepted_once_and_then_held_both_ways(pytester: pytest.Pytest
     theirs(pytester, "--gate-require").assert_outcomes(failed=1, passed=1)
 
     assert theirs(pytester, "--gate-accept", "first", more="torch.empty(3)").ret == 0
-    (stored,) = json.loads((pytester.path / "gate" / "test_step.json").read_text()).values()
+    (stored,) = json.loads((pytester.path / "gate" / "test_theirs-test_step.json").read_text()).values()
     assert stored["reason"] == "first"
     assert stored["figures"]["operators"]["aten.empty.memory_format"] >= 1
 
@@ -54,4 +55,17 @@ def test_a_step_is_accepted_once_and_then_held_both_ways(pytester: pytest.Pytest
 
 
 def test_another_failure_keeps_its_exit_code(pytester: pytest.Pytester) -> None:
-    assert theirs(pytester, other="False").ret == pytest.ExitCode.TESTS_FAILED
+    assert theirs(pytester, "--gate-accept", "first", other="False").ret == pytest.ExitCode.TESTS_FAILED
+    dearer = theirs(pytester, more="torch.empty(0)", other="False")
+    assert dearer.ret == pytest.ExitCode.TESTS_FAILED
+    dearer.assert_outcomes(failed=2)
+
+
+def test_the_step_runs_at_one_thread(pytester: pytest.Pytester) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        more = "assert torch.get_num_threads() == 1"
+        theirs(pytester, "--gate-accept", "first", more=more).assert_outcomes(passed=2)
+    finally:
+        torch.set_num_threads(before)

@@ -34,6 +34,12 @@ def test_an_exact_figure_has_changed_if_it_differs(tmp_path: Path, value: float,
     assert verdicts(diff(*runs(tmp_path, [record(1.0)], [record(value)]))) == [verdict]
 
 
+def test_exact_figures_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    before = [record(value, seed=seed) for seed, value in enumerate((1.0, 5.0))]
+    after = [record(value, seed=seed) for seed, value in enumerate((1.0, 5.1, 7.0))]
+    assert verdicts(diff(*runs(tmp_path, before, after))) == ["changed"]
+
+
 @pytest.mark.parametrize("shift, verdict", [(0.1, "same"), (10.0, "changed")])
 def test_a_noisy_figure_has_changed_if_its_intervals_are_apart(tmp_path: Path, shift: float, verdict: str) -> None:
     before = [record(value, seed=seed, noise="absolute") for seed, value in enumerate((1.0, 1.1, 0.9))]
