@@ -20,7 +20,7 @@ selects = st.one_of(
 
 
 @given(seeds, selects, st.integers(1, 60), st.integers(0, 40), st.integers(1, 70))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_attention_over_any_selection_equals_the_reference(
     seed: int, select: Select, queries: int, before: int, block_q: int
 ) -> None:
@@ -35,7 +35,7 @@ def test_attention_over_any_selection_equals_the_reference(
 
 
 @given(seeds, selects, st.integers(2, 80), st.integers(1, 40), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_later_score_changes_what_a_query_sees(
     seed: int, select: Select, total: int, block_q: int, data: st.DataObject
 ) -> None:
@@ -58,7 +58,7 @@ def test_no_later_score_changes_what_a_query_sees(
 
 
 @given(seeds, selects, st.integers(1, 60), st.integers(1, 40), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_later_queries_alone_see_what_they_see_among_all(
     seed: int, select: Select, total: int, block_q: int, data: st.DataObject
 ) -> None:
@@ -75,7 +75,7 @@ def test_later_queries_alone_see_what_they_see_among_all(
 
 
 @given(seeds, st.integers(1, 70), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_kth_of_a_prefix_is_that_of_sorting_it(seed: int, total: int, data: st.DataObject) -> None:
     row = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     lengths = data.draw(st.lists(st.integers(1, total), min_size=1, max_size=9))
@@ -91,7 +91,7 @@ def test_a_clipped_sum_is_the_sum_of_clipped_numbers(first: int, more: int, most
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 50))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_adding_a_constant_to_the_scores_of_a_head_changes_nothing(seed: int, k: int, total: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, key, v = torch.randn(3, 1, 2, total, 4, generator=generator, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_adding_a_constant_to_the_scores_of_a_head_changes_nothing(seed: int, k:
 
 
 @given(seeds, st.integers(1, 40), st.integers(1, 40), st.integers(1, 70))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_block_sizes_change_only_rounding(seed: int, size: int, block: int, total: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, 1, 2, total, 4, generator=generator, dtype=torch.float64)

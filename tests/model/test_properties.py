@@ -27,7 +27,7 @@ checkpoints = st.builds(writable, models(), latent)
 
 
 @given(models())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_analytic_table_is_the_meta_model(config: Model) -> None:
     with torch.device("meta"):
         model = Transformer(config)
@@ -73,7 +73,7 @@ def test_config_json_says_the_whole_model(config: Model) -> None:
 
 
 @given(checkpoints)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_stored_tensors_cover_every_parameter_once(config: Model) -> None:
     with torch.device("meta"):
         ours = Transformer(config).state_dict()

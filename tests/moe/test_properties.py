@@ -10,7 +10,7 @@ from dsv3.moe import Routing, expert_capacity, load_statistics, route, sign_bias
 from dsv3.moe.capacity import drop
 from dsv3.moe.routing import count
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 WIDTH = 6
 
 

@@ -43,7 +43,7 @@ CLOSE = 1e-9
 part = st.floats(0.1, 3.0)
 any_times = st.builds(lambda f, b, w: Times(f=f, b=b, w=w), part, part, part)
 ranks_of = st.integers(2, 16)
-few = settings(deadline=None, max_examples=40)
+few = settings(max_examples=40)
 
 
 @st.composite

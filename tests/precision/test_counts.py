@@ -32,7 +32,7 @@ def test_nothing_lost_is_infinitely_good_and_an_empty_or_zero_tensor_has_no_shar
         assert (counts.overflow_share, counts.underflow_share, counts.small_value_error) == (0.0, 0.0, 0.0)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(0, 2**31), st.sampled_from([TENSOR, ROW, TILE, BLOCK]))
 def test_counts_are_those_of_a_plain_loop_over_elements(
     rows: int, columns: int, seed: int, tile: tuple[int | None, int | None]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.precision.formats import (
@@ -182,7 +182,6 @@ def test_powers_of_two_are_exact_over_the_normal_range_of_float64() -> None:
 
 
 @by_name
-@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_rounding_is_idempotent_odd_and_off_by_at_most_half_a_step(form: Format, x: float) -> None:
     point = torch.tensor([x], dtype=torch.float64)
@@ -196,7 +195,6 @@ def test_rounding_is_idempotent_odd_and_off_by_at_most_half_a_step(form: Format,
 
 
 @by_name
-@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
 def test_rounding_never_swaps_two_numbers(form: Format, values: list[float]) -> None:
     ascending = round_exact(torch.tensor(sorted(values), dtype=torch.float64).clamp(-form.max, form.max), form)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv3.config import BFloat16, Float8Block, Float16, Float32, Precision
@@ -24,7 +24,6 @@ def test_a_sequence_worked_by_hand() -> None:
     assert state.skipped == {"infinite gradient": 1, "NaN gradient": 1}
 
 
-@settings(deadline=None)
 @given(st.lists(GRADIENTS, min_size=1, max_size=25), st.integers(1, 4), st.sampled_from([1.0, 3.7, 65536.0]))
 def test_scale_steps_and_weights_are_those_of_torch_s_scaler(
     gradients: list[float], interval: int, init_scale: float
