@@ -1,5 +1,8 @@
 """A gate for any PyTorch step, as a pytest fixture: exact figures against expectations that your repository keeps.
 
+    pytest_plugins = ["bench.pytest_gate"]      # in your conftest.py, once; no entry point, which would have pytest
+                                                # rewrite the asserts of this whole project
+
     def test_step(gate):
         model, optimizer, batch = ...
         def step():

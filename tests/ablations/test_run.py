@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,9 @@ def test_an_interrupted_run_stops_at_once_and_blames_no_cell(
 ) -> None:
     environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "60"} | quiet
     line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
-    runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    # A shell that starts its jobs in the background has them ignore interrupts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, preexec_fn=heed)
     while not log.exists():
         time.sleep(0.02)
         assert runner.poll() is None, "the runner ended before it was interrupted"

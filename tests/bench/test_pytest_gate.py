@@ -33,7 +33,7 @@ def test_other():
 
 def theirs(pytester: pytest.Pytester, *options: str, more: str = "pass", other: str = "True") -> pytest.RunResult:
     pytester.makepyfile(test_theirs=STEP.format(more=more, other=other))
-    return pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
+    return pytester.runpytest_inprocess("-p", "bench.pytest_gate", "-p", "no:cacheprovider", *options)
 
 
 def test_a_step_is_accepted_once_and_then_held_both_ways(pytester: pytest.Pytester) -> None:
