@@ -242,6 +242,7 @@ STUDY = Study(
         ),
     ),
     answer=answer,
+    configs={arm: configured(arm, tokens=2048, steps=120) for arm in FORMS},
     limits=(
         "The tiny model is trained for minutes: an order among forms here need not be that of large models.",
         "Parameters are equal within 1%, FLOPs are not: MLA's low-rank products and a shared key cost different work.",

@@ -323,6 +323,7 @@ STUDY = Study(
     seeds=SEEDS,
     cells=cells,
     measure=measure,
+    configs={name: sized(name, cells("full")[0]) for name in CONFIGS},
     rules=(
         Rule("B1", seeds=6, judge=keeps_experts_from_overload),
         Rule("B2", seeds=6, judge=keeps_capacity_without_waste),

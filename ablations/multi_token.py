@@ -231,6 +231,7 @@ STUDY = Study(
         ),
     ),
     answer=answer,
+    configs={arm: configured(arm, tokens=2048, steps=120) for arm in DEPTHS},
     limits=(
         "A tiny model on at most a few hundred thousand tokens: the published gains are at 15.7 and 228.7 billion.",
         "The module is one of five layers and repeats the head, so its share of a step is far above that of a large "

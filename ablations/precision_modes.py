@@ -65,6 +65,12 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     return training + grid(seeds=seeds, seconds=15, look=("speed",), width=widths, tokens=(512,), threads=threads)
 
 
+def trained(precision: Precision) -> Config:
+    """The training run of the full profile in that precision."""
+    rows = {"train.batch_size": 512 // LENGTH, "train.sequence_length": LENGTH, "train.eval_sequences": HELD_OUT}
+    return vary(presets.tiny(), **rows, **{"train.steps": 100, "train.precision": precision})
+
+
 def measure(cell: Cell) -> list[Reading]:
     """The look that the cell asks for."""
     return _speed(cell) if cell.axes["look"] == "speed" else _training(cell)
@@ -347,6 +353,7 @@ STUDY = Study(
     seeds=SEEDS,
     cells=cells,
     measure=measure,
+    configs={name: trained(precision) for name, precision in TRAINED.items()},
     rules=(Rule("F1", seeds=6, judge=fastest_step), Rule("F2", seeds=6, judge=overflow_share)),
     figures=(
         Figure("loss_gap", "Held-out loss minus fp32's, same seed and text", metric="loss_gap", kind="interval"),

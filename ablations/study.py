@@ -59,6 +59,7 @@ from ablations.code import definitions_reached
 from bench.measurement import Measurement
 from bench.metrics import metric
 from bench.record import Profile, Record
+from dsv3.config import Config
 from dsv3.config.rules import require
 
 Value = str | int | float
@@ -195,6 +196,8 @@ class Figure:
 class Study:
     """A question and how it is answered; see the head of this file for an example.
 
+    configs   by arm, the whole run of the full profile, where it is more than the arm's own config says; shown as what
+              the arm changes, and no part of what names a cell
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
     seeds     replicates per profile; "full" has at least what the rules ask
     answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' answers
@@ -213,11 +216,14 @@ class Study:
     figures: tuple[Figure, ...] = ()
     answer: Callable[[Sequence[Record]], str] | None = None
     limits: tuple[str, ...] = ()
+    configs: Mapping[str, Config] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = tuple(arm.name for arm in self.arms)
         require(len(set(names)) == len(names), "arms", names, "must have distinct names", "rename one of each pair")
         require(self.baseline in names, "baseline", self.baseline, f"must be one of {', '.join(names)}", "name an arm")
+        strangers = sorted(set(self.configs) - set(names))
+        require(not strangers, "configs", strangers, f"must be of the arms {', '.join(names)}", "name arms")
         require(set(self.seeds) == {"quick", "full"}, "seeds", dict(self.seeds), "must have quick and full", "add it")
         for name in (*self.metrics, *(figure.metric for figure in self.figures if figure.draw is None)):
             metric(name)
@@ -241,6 +247,14 @@ class Study:
             if arm.name == name:
                 return arm
         raise ValueError(f"arm={name!r}: must be one of {', '.join(arm.name for arm in self.arms)}; in {self.name}")
+
+    def config(self, name: str) -> Config | None:
+        """What the arm of that name trains: the one in `configs`, or its own; None where no config defines it.
+
+        Raises:
+            ValueError: for a name that is no arm of this study.
+        """
+        return self.configs.get(name, self.arm(name).config)
 
     def rule_digest(self) -> str | None:
         """Twelve hexadecimal digits that name all rules of the study together; None without rules. Part of every

@@ -18,6 +18,7 @@ from ablations.verdicts import current, standing, verdicts
 from bench.metrics import METRICS, Metric, metric
 from bench.record import Profile, Record
 from reports import figures
+from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
 from reports.numbers import interval, number, place
 from reports.tables import Table, failures, results, title
@@ -91,7 +92,7 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         baseline=study.baseline,
         figures=tuple(_drawn(study, figure, rows) for figure in study.figures),
         rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
-        tables=tuple(results(rows, study.metrics, [arm.name for arm in study.arms])),
+        tables=(*against_baseline(study), *results(rows, study.metrics, [arm.name for arm in study.arms])),
         failures=failures(rows),
         limits=study.limits,
         metrics=tuple(row for row in METRICS if row.name in used),
