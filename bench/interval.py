@@ -16,22 +16,35 @@ LEVEL = 0.95
 
 
 def of_median(samples: Sequence[float], *, level: float = LEVEL) -> tuple[float, float] | None:
-    """The interval of the median of positive samples at `level`, or None for a single sample.
+    """The interval of the median of positive samples at `level`, the median itself always in it.
+
+    None where nothing bounds it: of a single sample, and of a few so far apart that a bound is beyond every float.
 
     Raises:
-        ValueError: samples that are not all positive (times and ratios are).
+        ValueError: samples that are not all positive and finite (times and ratios are), or a level outside (0, 1).
     """
-    if not samples or min(samples) <= 0.0:
+    if not samples or not all(0.0 < sample < math.inf for sample in samples):
         raise ValueError(
-            f"samples={list(samples)!r}: must be positive numbers, as times and ratios are; check the meter"
+            f"samples={list(samples)!r}: must be positive finite numbers, as times and ratios are; check the meter"
         )
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level={level!r}: must lie between 0 and 1; {LEVEL} is what records hold")
     if len(samples) == 1:
         return None
-    interval = stats.quantile_test(samples, q=median(samples), p=0.5).confidence_interval(level)
+    middle = median(samples)
+    interval = stats.quantile_test(samples, q=middle, p=0.5).confidence_interval(level)
     if not math.isnan(interval.low):
         return float(interval.low), float(interval.high)
+    bounds = _log_t(samples, level)
+    # Rounding of logarithms puts equal samples outside their own interval.
+    return None if bounds is None else (min(bounds[0], middle), max(bounds[1], middle))
+
+
+def _log_t(samples: Sequence[float], level: float) -> tuple[float, float] | None:
     logarithms = [math.log(sample) for sample in samples]
-    spread = stats.sem(logarithms)
-    middle = sum(logarithms) / len(logarithms)
-    half = float(stats.t.ppf((1 + level) / 2, len(samples) - 1) * spread)
-    return math.exp(middle - half), math.exp(middle + half)
+    half = float(stats.t.ppf((1 + level) / 2, len(samples) - 1) * stats.sem(logarithms))
+    center = math.fsum(logarithms) / len(logarithms)
+    try:
+        return math.exp(center - half), math.exp(center + half)
+    except OverflowError:
+        return None

@@ -2,15 +2,15 @@
 
 A figure without its arm, seed, config, machine and revision cannot be compared with another, so they travel together.
 Files only grow: a record is appended whole or not at all, and a run killed at any instant costs at most the line it was
-writing. Reading never fails on a bad line; it names it. A measurement that failed is a record too, with `error` in
-place of a value.
+writing. Reading never fails on a bad line, whatever its bytes; it names it, and `Loaded.left_out` counts them. A
+measurement that failed is a record too, with `error` in place of a value.
 
 Lines with equal `id` measure the same thing again; the later one stands (`latest`).
 """
 
 import json
-import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 SCHEMA = 1
+_REASON = 200  # characters of a reason, of both ends: a foreign line can be as long as a file
+_SHOWN = 5  # lines that are named one by one; a foreign file has as many bad lines as it has lines
 
 Noise = Literal["exact", "paired", "absolute"]
 Profile = Literal["quick", "full"]
@@ -136,6 +138,16 @@ class Loaded:
     records: tuple[Record, ...]
     skipped: tuple[Skipped, ...]
 
+    @property
+    def left_out(self) -> str:
+        """The lines that are no records as one sentence: how many, and of the first few which and why; "" for none."""
+        if not self.skipped:
+            return ""
+        lines = len(self.records) + len(self.skipped)
+        named = "; ".join(f"line {line.line} ({line.reason})" for line in self.skipped[:_SHOWN])
+        more = f"; and {len(self.skipped) - _SHOWN} more" if len(self.skipped) > _SHOWN else ""
+        return f"{len(self.skipped)} of {lines} lines are no records and were left out: {named}{more}."
+
 
 def to_line(record: Record) -> str:
     """The record as one line of JSON, keys sorted, without the line's end."""
@@ -188,7 +200,8 @@ def append(path: Path | str, records: Iterable[Record]) -> None:
         # One write: the system keeps concurrent appends of a local file apart, so that lines of two runs never mix.
         written = os.write(handle, data)
         if written != len(data):
-            raise OSError(f"{path}: only {written} of {len(data)} bytes written; is the disk full?")
+            _take_back(handle, written)
+            raise OSError(f"{path}: only {written} of {len(data)} bytes could be written; is the disk full?")
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -204,8 +217,10 @@ def load(path: Path | str) -> Loaded:
             continue
         try:
             records.append(from_line(line.decode()))
+        except RecursionError:  # brackets nested a thousand deep are JSON, but nobody's record
+            skipped.append(Skipped(line=number, reason="nested too deep to be a record"))
         except (ValueError, TypeError) as error:
-            skipped.append(Skipped(line=number, reason=str(error)))
+            skipped.append(Skipped(line=number, reason=_short(str(error))))
     return Loaded(records=tuple(records), skipped=tuple(skipped))
 
 
@@ -214,16 +229,41 @@ def latest(records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple({record.id: record for record in records}.values())
 
 
+def other_machines(records: Iterable[Record]) -> str:
+    """Which machine speaks, in one sentence, where several have left records: that of the last; "" where one has."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record.machine] = counts.pop(record.machine, 0) + 1
+    *others, speaks = counts or {"": 0}
+    if not others:
+        return ""
+    aside = ", ".join(f"{counts[machine]} of {machine}" for machine in others)
+    return f"Records of {len(counts)} machines: {speaks}, the newest, speaks; {aside} stand aside."
+
+
+def _take_back(handle: int, written: int) -> None:
+    """Cut off what a full disk let through, unless somebody has written behind it."""
+    end = os.lseek(handle, 0, os.SEEK_CUR)
+    if os.fstat(handle).st_size == end:
+        os.ftruncate(handle, end - written)
+
+
+def _short(reason: str) -> str:
+    half = _REASON // 2
+    return reason if len(reason) <= _REASON else f"{reason[:half]} ... {reason[-half:]}"
+
+
 def _close_torn_line(handle: int) -> str:
     size = os.fstat(handle).st_size
     return "\n" if size and os.pread(handle, 1, size - 1) != b"\n" else ""
 
 
 def _tuples(plain: dict[str, Any]) -> dict[str, Any]:
-    lists = {name: tuple(plain[name]) for name in ("interval", "samples") if plain[name] is not None}
-    if not isinstance(plain["axes"], dict):
-        raise ValueError(f"axes={plain['axes']!r}: must be an object")
-    return plain | lists
+    lists = [name for name in ("interval", "samples") if plain[name] is not None]
+    for name, kind, said in (*((name, list, "a list") for name in lists), ("axes", dict, "an object")):
+        if not isinstance(plain[name], kind):
+            raise ValueError(f"{name}={plain[name]!r}: must be {said}")
+    return plain | {name: tuple(plain[name]) for name in lists}
 
 
 def _refuse_constant(name: str) -> None:
@@ -231,7 +271,9 @@ def _refuse_constant(name: str) -> None:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # false of NaN, and of whole numbers that no float can hold
 
 
 def _require(holds: bool, record: Record, name: str, rule: str) -> None:

@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.record import SCHEMA, Record, append, from_line, latest, load, to_line
+from bench.record import SCHEMA, Record, append, from_line, latest, load, other_machines, to_line
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Record(
@@ -102,6 +103,10 @@ def test_a_line_has_sorted_keys_and_its_schema() -> None:
         ({"arm": ""}, "arm=''"),
         ({"seed": 0.5}, "seed=0.5"),
         ({"axes": {"length": None}}, "axes="),
+        ({"axes": {"length": float("nan")}}, "axes="),
+        ({"value": 10**400}, "value=1000"),
+        ({"samples": (0.1, float("nan"), 0.2)}, "samples="),
+        ({"seed": True}, "seed=True"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(change: dict[str, Any], named: str) -> None:
@@ -151,6 +156,12 @@ def test_bad_lines_are_named_and_counted_and_cost_no_good_one(tmp_path: Path) ->
         "Expecting": "{torn",
         "can't decode": "\udcff",
         "must be an object": json.dumps(plain | {"axes": [1]}),
+        "interval=5: must be a list": json.dumps(plain | {"interval": 5}),
+        "samples='012': must be a list": json.dumps(plain | {"samples": "012"}),
+        "must be a finite number": json.dumps(plain | {"value": 10**400}),
+        "Exceeds the limit": good.replace('"n": 3', '"n": ' + "3" * 5000),
+        "nested too deep": "[" * 100_000,
+        "char 0": "\0" * 4096,  # what a power cut leaves at the end of a file on some systems
     }
     lines = [good, *bad.values(), "", good]
     path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
@@ -159,6 +170,52 @@ def test_bad_lines_are_named_and_counted_and_cost_no_good_one(tmp_path: Path) ->
     assert [skipped.line for skipped in loaded.skipped] == list(range(2, 2 + len(bad)))
     for reason, skipped in zip(bad, loaded.skipped, strict=True):
         assert reason in skipped.reason
+        assert len(skipped.reason) < 300
+    said = loaded.left_out
+    assert said.startswith(f"{len(bad)} of {len(bad) + 2} lines are no records and were left out: line 2 (schema=99")
+    assert said.endswith(f"; and {len(bad) - 5} more.")
+    assert len(said) < 2000
+
+
+@given(st.lists(st.binary(max_size=40), max_size=6), st.integers(0, 5))
+def test_no_bytes_keep_a_record_from_being_read(
+    tmp_path_factory: pytest.TempPathFactory, foreign: Any, at: int
+) -> None:
+    lines = [line for junk in foreign for line in junk.split(b"\n")]
+    path = tmp_path_factory.mktemp("foreign") / "records.jsonl"
+    path.write_bytes(b"\n".join([*lines[:at], to_line(PLAIN).encode(), *lines[at:]]))
+    loaded = load(path)
+    assert loaded.records == (PLAIN,)
+    assert len(loaded.skipped) == sum(bool(line.strip()) for line in lines)
+
+
+@pytest.mark.parametrize("data", [b"", b"\n", b"\n\r\n  \n"])
+def test_a_file_without_a_line_holds_nothing_and_complains_of_nothing(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "records.jsonl").write_bytes(data)
+    loaded = load(tmp_path / "records.jsonl")
+    assert (loaded.records, loaded.skipped, loaded.left_out) == ((), (), "")
+
+
+def test_lines_that_end_as_on_windows_are_records(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_bytes((to_line(PLAIN) + "\r\n").encode() * 2)
+    assert load(tmp_path / "records.jsonl").records == (PLAIN, PLAIN)
+
+
+def test_a_line_cut_anywhere_is_one_bad_line_and_its_neighbours_stand(tmp_path: Path) -> None:
+    path, line = tmp_path / "records.jsonl", to_line(PLAIN)
+    for cut in range(1, len(line)):
+        path.write_bytes(f"{line}\n{line[:cut]}".encode())
+        append(path, [PLAIN])
+        loaded = load(path)
+        assert loaded.records == (PLAIN, PLAIN)
+        assert [skipped.line for skipped in loaded.skipped] == [2]
+
+
+def test_of_several_machines_the_newest_speaks_and_the_sentence_counts_the_others() -> None:
+    here, there = PLAIN, replace(PLAIN, machine="m2")
+    assert other_machines([]) == other_machines([here, here]) == ""
+    said = other_machines([here, there, here, there])
+    assert said == f"Records of 2 machines: m2, the newest, speaks; 2 of {PLAIN.machine} stand aside."
 
 
 def test_a_torn_last_line_is_closed_before_the_next_record(tmp_path: Path) -> None:
@@ -202,6 +259,79 @@ def test_a_writer_killed_at_any_instant_loses_nothing_that_it_confirmed(tmp_path
         assert len(loaded.skipped) <= round_number + 1
         assert before >= 3 * confirmed
     assert loaded.records[-1] == PLAIN
+
+
+LIMITED = """
+import resource, sys
+from dataclasses import replace
+from bench.record import append, load
+template = load(sys.argv[1]).records[0]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    append(sys.argv[2], [replace(template, seed=seed) for seed in range(1, 4)])
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("room", [0, 0.1, 1.2, 2.9])  # lines that still fit
+def test_a_full_disk_is_said_and_leaves_the_file_as_it_was(tmp_path: Path, room: float) -> None:
+    path = tmp_path / "records.jsonl"
+    append(path, [PLAIN])
+    before = path.read_bytes()
+    command = [sys.executable, "-c", LIMITED, str(path), str(path), str(int(len(before) * (1 + room)))]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "is the disk full?" in said or "File too large" in said
+    assert path.read_bytes() == before
+    append(path, [PLAIN])
+    assert load(path).records == (PLAIN, PLAIN)
+
+
+MANY = """
+import sys
+from dataclasses import replace
+from bench.record import append, load
+template = load(sys.argv[1]).records[0]
+print("ready", flush=True)
+input()
+for seed in range(500):
+    append(sys.argv[2], [replace(template, seed=seed, arm=sys.argv[3] * (1 + seed % 700))])
+"""
+
+
+def test_two_processes_append_500_records_each_and_none_is_lost_or_torn(tmp_path: Path) -> None:
+    template, path = tmp_path / "template.jsonl", tmp_path / "records.jsonl"
+    append(template, [PLAIN])
+    command = [sys.executable, "-c", MANY, str(template), str(path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    writers = [subprocess.Popen([*command, name], **pipes) for name in "ab"]
+    for writer in writers:
+        writer.stdout.readline()  # both have started before either writes
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+    assert [writer.returncode for writer in writers] == [0, 0]
+    loaded = load(path)
+    assert loaded.skipped == ()
+    for name in "ab":
+        assert [record.seed for record in loaded.records if record.arm[0] == name] == list(range(500))
+
+
+def test_a_hundred_thousand_lines_load_in_seconds_of_cpu_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lines = tmp_path / "records.jsonl", 100_000
+    line = to_line(PLAIN)
+    path.write_text((f"{line}\n" * 99 + line[:40] + "\n") * (lines // 100))
+    started = time.process_time()
+    loaded = load(path)
+    took = time.process_time() - started
+    print(f"{lines} lines of {len(line)} bytes: {took:.1f} s of CPU time")
+    assert (len(loaded.records), len(loaded.skipped)) == (99_000, 1000)
+    assert took < 60  # ten times what it takes on one slow core: a load that grows faster than the file does not pass
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_anything_is_written(tmp_path: Path) -> None:
