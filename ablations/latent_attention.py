@@ -12,6 +12,7 @@ and value anew for each token, and is what absorbing saves.
 from collections.abc import Callable, Mapping, Sequence
 
 from ablations.claims import Claim, Verdict
+from ablations.comparison import Compared
 from ablations.evidence import Estimate, NoEvidence, compare, decide, estimate
 from ablations.study import Arm, Cell, Figure, Reading, Rule, Study, grid
 from bench.measurement import Measurement
@@ -242,6 +243,14 @@ STUDY = Study(
         ),
     ),
     answer=answer,
+    compared=(
+        Compared(
+            "bits_per_byte",
+            margin=0.01,
+            why="the margin of claim DS1",
+            where={"look": "training"},
+        ),
+    ),
     configs={arm: configured(arm, tokens=2048, steps=120) for arm in FORMS},
     limits=(
         "The tiny model is trained for minutes: an order among forms here need not be that of large models.",

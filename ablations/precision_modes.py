@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ablations.claims import Claim, Verdict
+from ablations.comparison import Compared
 from ablations.evidence import Estimate, NoEvidence, decide, estimate
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, grid
 from bench.measurement import Measurement
@@ -353,6 +354,14 @@ STUDY = Study(
     seeds=SEEDS,
     cells=cells,
     measure=measure,
+    compared=(
+        Compared(
+            "loss",
+            margin=0.0125,
+            why="0.25% of 5 nat, the relative error that DeepSeek-V3 states for FP8 (arXiv:2412.19437, section 3.3)",
+            where={"look": "training"},
+        ),
+    ),
     configs={name: trained(precision) for name, precision in TRAINED.items()},
     rules=(Rule("F1", seeds=6, judge=fastest_step), Rule("F2", seeds=6, judge=overflow_share)),
     figures=(

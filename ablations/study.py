@@ -56,6 +56,7 @@ from typing import Any, Literal
 
 from ablations.claims import Claim, Verdict, ledger
 from ablations.code import definitions_reached
+from ablations.comparison import Compared
 from bench.measurement import Measurement
 from bench.metrics import metric
 from bench.record import Profile, Record
@@ -198,6 +199,7 @@ class Study:
 
     configs   by arm, the whole run of the full profile, where it is more than the arm's own config says; shown as what
               the arm changes, and no part of what names a cell
+    compared  metrics on which every arm is tested against the baseline, with the margin that would not matter
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
     seeds     replicates per profile; "full" has at least what the rules ask
     answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' answers
@@ -217,6 +219,7 @@ class Study:
     answer: Callable[[Sequence[Record]], str] | None = None
     limits: tuple[str, ...] = ()
     configs: Mapping[str, Config] = field(default_factory=dict)
+    compared: tuple[Compared, ...] = ()
 
     def __post_init__(self) -> None:
         names = tuple(arm.name for arm in self.arms)
@@ -227,6 +230,9 @@ class Study:
         require(set(self.seeds) == {"quick", "full"}, "seeds", dict(self.seeds), "must have quick and full", "add it")
         for name in (*self.metrics, *(figure.metric for figure in self.figures if figure.draw is None)):
             metric(name)
+        for compared in self.compared:
+            there = compared.metric in self.metrics
+            require(there, "compared", compared.metric, f"must be one of {', '.join(self.metrics)}", "declare it there")
         for rule in self.rules:
             known = ledger()
             require(

@@ -92,7 +92,7 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         baseline=study.baseline,
         figures=tuple(_drawn(study, figure, rows) for figure in study.figures),
         rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
-        tables=(*against_baseline(study), *results(rows, study.metrics, [arm.name for arm in study.arms])),
+        tables=(*against_baseline(study, rows), *results(rows, study.metrics, [arm.name for arm in study.arms])),
         failures=failures(rows),
         limits=study.limits,
         metrics=tuple(row for row in METRICS if row.name in used),
