@@ -75,7 +75,7 @@ def _method(family: Family) -> str:
     test = (
         "the exact sign-flip test's"
         if family.exact
-        else f"the paired t test's, since the sign-flip test finds nothing in a family of {m} below {family.needed} seeds"
+        else f"the paired t test's, as the sign-flip test of {m} arms finds nothing below {family.needed} seeds"
     )
     return (
         f"p Holm: {test}, for a family of {m}; p TOST: that the difference is beyond +-{declared.margin:g} "
