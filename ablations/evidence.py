@@ -9,6 +9,8 @@ and one across the border decides nothing.
 The exact sign-flip test assumes only that an effect's sign is arbitrary when there is none: with n pairs its least p is
 2 / 2^n, hence 6 pairs for one comparison at 0.05, and 1 + log2(m / 0.05) for m of them under Holm. Both are scipy's and
 statsmodels'.
+
+Of traced records (`ablations.traced`) every estimate knows the records that it comes from.
 """
 
 import math
@@ -16,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ablations.claims import Outcome, Verdict
+from ablations.traced import Sources, Traced, carry, claim_reads, mark, note_read, sources_of
 from bench.metrics import metric as metric_named
 from bench.record import Record
 
@@ -37,17 +40,27 @@ class Estimate:
 
     def map(self, function: Callable[[float], float]) -> "Estimate":
         """The estimate of a monotone function of the value: `saved = ratio.map(lambda r: 1 - r)`."""
+        sources = sources_of(self.value)
         if self.low is None or self.high is None:
-            return Estimate(function(self.value), None, None, self.n)
+            return Estimate(function(self.value), None, None, self.n).traced(sources)
         low, high = sorted((function(self.low), function(self.high)))
-        return Estimate(function(self.value), low, high, self.n)
+        return Estimate(function(self.value), low, high, self.n).traced(sources)
+
+    def traced(self, sources: Sources) -> "Estimate":
+        """The same estimate, known to come from these sources too."""
+        if not sources:
+            return self
+        return Estimate(*(carry(part, sources) for part in (self.value, self.low, self.high, self.n)))
 
     def __str__(self) -> str:
+        return mark(self._text(float(self.value)), sources_of(self.value))
+
+    def _text(self, value: float) -> str:
         if self.low is None or self.high is None:
-            return f"{self.value:.3g} (n={self.n}, no interval)"
+            return f"{value:.3g} (n={int(self.n)}, no interval)"
         if self.low == self.high:
-            return f"{self.value:.4g}"
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+            return f"{value:.4g}"
+        return f"{value:.3g} [{float(self.low):.3g}, {float(self.high):.3g}]"
 
 
 def estimate(records: Sequence[Record], *, arm: str, metric: str, **where: Value) -> Estimate:
@@ -57,7 +70,7 @@ def estimate(records: Sequence[Record], *, arm: str, metric: str, **where: Value
         NoEvidence: no record of that arm and metric at that point.
         ValueError: the axes in `where` leave more than one point.
     """
-    rows = replicates(records, arm=arm, metric=metric, **where)
+    rows = _point(records, arm, metric, where)
     return summarise(list(rows.values()))
 
 
@@ -70,12 +83,11 @@ def compare(
         NoEvidence: no seed has both.
         ValueError: the axes in `where` leave more than one point.
     """
-    ours = replicates(records, arm=arm, metric=metric, **where)
-    theirs = replicates(records, arm=baseline, metric=metric, **where)
+    ours, theirs = (_point(records, name, metric, where) for name in (arm, baseline))
     shared = [seed for seed in ours if seed in theirs]
     if not shared:
         raise NoEvidence(f"no seed has {metric} of both {arm} and {baseline}{_at(where)}")
-    pairs = [(float(_value(ours[seed])), float(_value(theirs[seed]))) for seed in shared]
+    pairs = [(_value(ours[seed]), _value(theirs[seed])) for seed in shared]
     exact = all(ours[seed].noise == theirs[seed].noise == "exact" for seed in shared)
     if ratio:
         return mean([a / b for a, b in pairs], exact=exact, geometric=True)
@@ -89,6 +101,12 @@ def replicates(records: Sequence[Record], *, arm: str, metric: str, **where: Val
         NoEvidence: there is none.
         ValueError: the axes in `where` leave more than one point.
     """
+    rows = _point(records, arm, metric, where)
+    note_read(rows.values())
+    return rows
+
+
+def _point(records: Sequence[Record], arm: str, metric: str, where: Mapping[str, Value]) -> dict[int | None, Record]:
     rows = [row for row in records if row.error is None and (row.arm, row.metric) == (arm, metric)]
     rows = [row for row in rows if all(row.axes.get(name) == value for name, value in where.items())]
     if not rows:
@@ -108,24 +126,28 @@ def summarise(rows: Sequence[Record]) -> Estimate:
         low, high = rows[0].interval or (None, None)
         # Blocks of one process share its luck in memory layout: they are not replicates.
         n = rows[0].n if rows[0].over in ("processes", "seeds") else 1
-        return Estimate(float(_value(rows[0])), low, high, n)
+        return Estimate(_value(rows[0]), low, high, n).traced(sources_of(rows[0].value))
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
-    found = mean([float(_value(row)) for row in rows], exact=exact, geometric=ratios)
+    found = mean([_value(row) for row in rows], exact=exact, geometric=ratios)
     if found.low is None or metric_named(rows[0].metric).signed:
         return found
-    return replace(found, low=max(found.low, 0.0))
+    return replace(found, low=max(found.low, 0.0)).traced(sources_of(found.value))
 
 
 def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = False) -> Estimate:
     """The mean with its 95% t interval, of the logarithms where `geometric`; equal exact values have the interval [v,
     v].
     """
+    return _mean([float(value) for value in values], exact, geometric).traced(sources_of(*values) or claim_reads())
+
+
+def _mean(values: Sequence[float], exact: bool, geometric: bool) -> Estimate:
     n = len(values)
     if exact and len(set(values)) == 1:
         return Estimate(values[0], values[0], values[0], n)
     if geometric and min(values) > 0:
-        return mean([math.log(value) for value in values]).map(_exp)
+        return _mean([math.log(value) for value in values], exact=False, geometric=False).map(_exp)
     if n == 1:
         return Estimate(values[0], None, None, 1)
     from scipy.stats import t
@@ -180,9 +202,9 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 709 else math.inf  # where doubles end: two wild replicates bound nothing
 
 
-def _value(row: Record) -> int | float:
+def _value(row: Record) -> float:
     assert row.value is not None, f"a record without error has a value: {row!r}"
-    return row.value
+    return row.value if isinstance(row.value, Traced) else float(row.value)
 
 
 def _at(where: Mapping[str, Value]) -> str:

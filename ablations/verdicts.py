@@ -3,6 +3,8 @@
 What may speak: the records of one machine (that of the study's newest record), each point once (the newest), measured
 under the rules as they stand now; those of an older rule are exploratory. There is no verdict with fewer replicates
 than the rule declares.
+
+An answer is plain text that knows which records each of its numbers comes from (`ablations.traced.Prose`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +13,7 @@ from dataclasses import replace
 from ablations.claims import Claim, Outcome, Verdict, ledger
 from ablations.evidence import NoEvidence
 from ablations.study import Rule, Study
+from ablations.traced import Count, Prose, tracing
 from bench.record import Record
 
 
@@ -23,7 +26,7 @@ def verdicts(studies: Iterable[Study], records: Sequence[Record]) -> dict[str, V
 def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record]) -> Verdict:
     """What the records let one say of a claim."""
     if claim.ruled is not None:
-        return Verdict(outcome=Outcome(claim.ruled), answer=f"{claim.why}.")
+        return Verdict(outcome=Outcome(claim.ruled), answer=Prose.of(f"{claim.why}."))
     if claim.study is None:
         return _pending(str(claim.pending))
     if claim.study not in studies:
@@ -68,17 +71,25 @@ def _judge(claim: Claim, study: Study, rule: Rule, records: Sequence[Record]) ->
     if not rows:
         why = "its records are of an older rule, exploratory" if records else "not run yet"
         return _pending(f"{why}: python -m ablations run {study.name} --profile full")
-    seeds = len({record.seed for record in rows})
+    by_seed = {record.seed: record.id for record in rows}
+    seeds = Count(len(by_seed), by_seed.values())
     if seeds < rule.seeds:
         return _pending(f"needs the full profile ({seeds} of {rule.seeds} seeds)")
     try:
-        found = rule.judge(claim, rows)
+        with tracing(rows) as traced:
+            found = rule.judge(claim, traced)
     except NoEvidence as error:
         return _pending(f"needs the full profile ({error})")
     if found.outcome is not Outcome.PENDING and found.n < rule.seeds:
-        return replace(_pending(f"needs the full profile ({found.n} of {rule.seeds} seeds)"), n=found.n)
-    return found
+        return replace(_pending(f"needs the full profile ({found.n} of {rule.seeds} seeds)"), n=int(found.n))
+    return _plain(found)
+
+
+def _plain(found: Verdict) -> Verdict:
+    """The verdict in plain numbers; what traced them stays with the answer."""
+    value, low, high = (None if part is None else float(part) for part in (found.value, found.low, found.high))
+    return replace(found, answer=Prose.of(found.answer), value=value, low=low, high=high, n=int(found.n))
 
 
 def _pending(why: str) -> Verdict:
-    return Verdict(outcome=Outcome.PENDING, answer=why)
+    return Verdict(outcome=Outcome.PENDING, answer=Prose.of(why))
