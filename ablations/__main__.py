@@ -1,4 +1,6 @@
-"""`python -m ablations list` shows the studies; `run NAME...` or `run --all` runs what is left of them."""
+"""`python -m ablations list` shows the studies; `run NAME...` or `run --all` runs what is left of them; `diff NAME` says
+what each arm changes.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -9,9 +11,11 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ablations import STUDIES
 from ablations.catalogue import load
+from ablations.difference import Difference, differences
 from ablations.run import label, remaining, run
 from ablations.study import Study
 from bench.fingerprint import save
@@ -49,18 +53,35 @@ class Run:
     """cpu or cuda"""
 
 
-Command = Annotated[List, tyro.conf.subcommand(name="list")] | Annotated[Run, tyro.conf.subcommand(name="run")]
+@dataclass(frozen=True)
+class Diff:
+    """What each arm of a study changes against its baseline, and what is then not matched."""
+
+    name: tyro.conf.Positional[str]
+    """a study by name, or the path of a study file"""
+
+
+Command = (
+    Annotated[List, tyro.conf.subcommand(name="list")]
+    | Annotated[Run, tyro.conf.subcommand(name="run")]
+    | Annotated[Diff, tyro.conf.subcommand(name="diff")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: everything asked for is done; 1: a cell failed; 2: the command cannot be carried out."""
     command: Any = tyro.cli(Command, prog="python -m ablations", args=arguments)
-    console = Console(stderr=isinstance(command, Run))
+    # A file or pipe has no width of its own; 80 columns would break every row.
+    console = Console(stderr=isinstance(command, Run), width=None if sys.stdout.isatty() else 160)
     try:
-        if isinstance(command, List):
-            console.print(_table(command))
-            return 0
-        return _run(command, console)
+        match command:
+            case List():
+                console.print(_table(command))
+            case Diff():
+                console.print(_arms(load(command.name)))
+            case _:
+                return _run(command, console)
+        return 0
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         return 2
@@ -81,6 +102,21 @@ def _table(command: List) -> Table:
         numbers = (todo.cells, todo.cells - len(todo.left), len(todo.left))
         table.add_row(name, study.question, *map(str, numbers), f"{todo.hours:.2f}")
     return table
+
+
+def _arms(study: Study) -> Table:
+    table = Table("arm", "field: old -> new", "not matched", title_justify="left", show_lines=True)
+    table.title = f"{study.name}: against {study.baseline}, {study.arm(study.baseline).changes}"
+    for found in differences(study):
+        unmatched = [f"{row.name} {row.ratio:.3g}x ({row.old:,.0f} -> {row.new:,.0f})" for row in found.unmatched]
+        table.add_row(*map(Text, (found.arm, _factors(found), "\n".join(unmatched))))
+    return table
+
+
+def _factors(found: Difference) -> str:
+    if not found.configured:
+        return f"no config: {found.words}"
+    return "\n".join(map(str, found.factors)) or f"nothing in the config: {found.words}"
 
 
 def _run(command: Run, console: Console) -> int:

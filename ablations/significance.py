@@ -71,13 +71,25 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
 
 
 def detectable(differences: Sequence[float], alpha: float = ALPHA, power: float = POWER) -> float:
-    """The smallest mean difference that a paired t test at `alpha` finds with that power, at the spread seen here."""
+    """The smallest mean difference that a two-sided paired t test at `alpha` finds with that power, at the spread seen
+    here; findings of the wrong sign are not counted.
+    """
     from statistics import stdev
 
-    from statsmodels.stats.power import TTestPower
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t
 
-    effect = TTestPower().solve_power(nobs=len(differences), alpha=alpha, power=power, alternative="two-sided")
-    return float(effect) * stdev(differences)
+    n = len(differences)
+    edge = float(t.ppf(1 - alpha / 2, n - 1))
+
+    # statsmodels' TTestPower adds the far tail, for which scipy's noncentral t is often nan with 2 or 3 pairs.
+    def lacking(effect: float) -> float:
+        return power - float(nct.sf(edge, n - 1, effect * math.sqrt(n)))
+
+    most = 1.0
+    while lacking(most) > 0:
+        most *= 2
+    return float(brentq(lacking, 0.0, most)) * stdev(differences)
 
 
 def holm_adjusted(p_values: Mapping[str, float]) -> dict[str, float]:
