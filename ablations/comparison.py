@@ -123,14 +123,15 @@ def _family(
     needed = seeds_needed(max(1, len(pairs)))
     tested = {arm: values for arm, values in pairs.items() if len(values) > 1}
     exact = all(needed <= len(values) <= MOST for values in tested.values())
-    adjusted = holm_adjusted({arm: (sign_flip if exact else paired_t)(values) for arm, values in tested.items()})
+    flipped = {arm: sign_flip(values) for arm, values in tested.items() if len(values) <= MOST}
+    adjusted = holm_adjusted(flipped if exact else {arm: paired_t(values) for arm, values in tested.items()})
     equivalent = holm_adjusted({arm: equivalence(values, declared.margin) for arm, values in tested.items()})
     rows = tuple(
         Comparison(
             arm=arm,
             difference=compare(there, arm=arm, baseline=baseline, metric=declared.metric),
             interval=sign_flip_interval(values) if len(values) <= MOST else None,
-            flipped=sign_flip(values) if 1 < len(values) <= MOST else None,
+            flipped=flipped.get(arm),
             adjusted=adjusted.get(arm),
             equivalent=equivalent.get(arm),
             detectable=detectable(values, ALPHA / len(pairs)) if arm in tested else None,

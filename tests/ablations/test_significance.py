@@ -40,7 +40,12 @@ def test_five_pairs_or_fewer_have_no_exact_interval() -> None:
 def test_the_interval_is_where_scipys_test_lets_a_value_stand(differences: list[float]) -> None:
     low, high = sign_flip_interval(differences) or (math.nan, math.nan)
     step = 1e-3  # means of subsets of nine whole numbers are at least 1/72 apart
-    for value, stands in ((low + step, low < high), (high - step, low < high), (low - step, False), (high + step, False)):
+    for value, stands in (
+        (low + step, low < high),
+        (high - step, low < high),
+        (low - step, False),
+        (high + step, False),
+    ):
         p = sign_flip([difference - value for difference in differences])
         assert (p > 0.05) is stands
 
