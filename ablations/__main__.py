@@ -1,5 +1,5 @@
-"""`python -m ablations list` shows the studies; `run NAME...` or `run --all` runs what is left of them; `diff NAME` says
-what each arm changes.
+"""`python -m ablations list` shows the studies; `diff NAME` says what each arm changes; `run NAME...` or `run --all` runs
+what is left.
 """
 
 import sys

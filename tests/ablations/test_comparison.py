@@ -93,7 +93,7 @@ def test_an_arm_with_one_seed_does_not_stop_the_others() -> None:
 
 
 def test_only_seeds_that_both_have_are_paired_and_errors_are_none() -> None:
-    records = rows({"arm": 1.0}, seeds=7)[1:] + [row("arm", 9, None)]
+    records = [*rows({"arm": 1.0}, seeds=7)[1:], row("arm", 9, None)]
     (found,) = only(records).rows
     assert found.difference.n == 6
 

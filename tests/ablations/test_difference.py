@@ -100,7 +100,7 @@ def test_the_command_shows_every_arm_and_loads_no_torch(capsys: pytest.CaptureFi
     said = " ".join(capsys.readouterr().out.split())
     assert "train.steps: 120 -> 174" in said
     assert "tokens 1.45x (245,760 -> 356,352)" in said
-    code = "import sys; from ablations.__main__ import main; main(['diff', 'moe_capacity']); assert 'torch' not in sys.modules"
+    code = "import sys, ablations.__main__ as m; m.main(['diff', 'moe_capacity']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

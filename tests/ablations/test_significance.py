@@ -98,7 +98,7 @@ def test_differences_without_spread_are_what_they_are() -> None:
 
 @pytest.mark.parametrize("margin", [0.0, -1.0])
 def test_a_margin_that_is_not_positive_is_refused(margin: float) -> None:
-    with pytest.raises(ValueError, match="margin=.*must be above 0"):
+    with pytest.raises(ValueError, match=r"margin=.*must be above 0"):
         equivalence([1.0, 2.0], margin)
 
 

@@ -20,11 +20,6 @@ COIN = Path(__file__).with_name("coin_study.py")
 
 
 @pytest.fixture
-def coin() -> Study:
-    return load(str(COIN))
-
-
-@pytest.fixture
 def edited(tmp_path: Path) -> Callable[..., Study]:
     """The coin study with some of its text replaced, loaded anew."""
 

@@ -1,9 +1,7 @@
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from ablations.catalogue import load
 from ablations.cell import to_record
 from ablations.claims import Outcome, ledger
 from ablations.study import Cell, Reading, Study
@@ -14,11 +12,6 @@ from bench.record import Record
 
 HERE = Provenance(machine="m", revision="r", profile="full")
 CLAIMS = ledger()
-
-
-@pytest.fixture
-def coin() -> Study:
-    return load(str(Path(__file__).with_name("coin_study.py")))
 
 
 def tossed(study: Study, seeds: int, gap: float = -0.3, tosses: int = 1000, where: Provenance = HERE) -> list[Record]:
