@@ -110,6 +110,8 @@ def _compare(command: Compare, console: Console) -> int:
     said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(count.items()))
     apart = f"; {found.left_out} left out, as figures of two machines" if found.left_out else ""
     console.print(f"{len(found.points)} points: {said}{apart}")
+    for note in found.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     return 0
 
 

@@ -1,8 +1,9 @@
 """What changed between two runs: the machines first, then every point that both measured, then what only one has.
 
 An exact figure has changed if it differs at any seed that both have. A noisy one has changed if the two 95% intervals
-have nothing in common, which chance alone rarely does; where an interval is missing nothing can be said. Of each folder
-the machine of the newest record speaks; on two machines only figures that transfer between machines are compared.
+have nothing in common, which chance alone does to one figure in 200; where an interval is missing nothing can be said,
+nor where it is that of one process, since another process of the same code often lies outside it. Of each folder the
+machine of the newest record speaks; on two machines only figures that transfer between machines are compared.
 """
 
 import json
@@ -13,9 +14,9 @@ from typing import Any, Literal
 
 from ablations.evidence import Estimate, summarise
 from bench.metrics import metric
-from bench.record import Record, load
+from bench.record import Loaded, Record, load, other_machines
 
-Verdict = Literal["changed", "same", "no interval", "gone", "new"]
+Verdict = Literal["changed", "same", "no interval", "one process", "gone", "new"]
 Key = tuple[str, str, str, str, tuple[tuple[str, Any], ...]]
 Seeds = dict[int | None, Record]
 
@@ -37,12 +38,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Diff:
-    """Two runs side by side. `machines`: what differs in their fingerprints, (name, before, after)."""
+    """Two runs side by side. `machines`: what differs in their fingerprints, (name, before, after); `notes`: what
+    of the folders was left out, and why.
+    """
 
     machines: tuple[tuple[str, Any, Any], ...]
     revisions: tuple[str, str]
     points: tuple[Change, ...]
     left_out: int
+    notes: tuple[str, ...] = ()
 
 
 def diff(before: Path, after: Path) -> Diff:
@@ -51,21 +55,34 @@ def diff(before: Path, after: Path) -> Diff:
     Raises:
         ValueError: a folder without records.
     """
-    old, new = (_records(folder) for folder in (before, after))
+    loaded = {folder: _loaded(folder) for folder in (before, after)}
+    old, new = (_speaking(loaded[folder].records) for folder in (before, after))
     machines = tuple(_unequal(_fingerprint(before, old), _fingerprint(after, new)))
     elsewhere = old[-1].machine != new[-1].machine
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
     changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
     kept = tuple(change for change in changes if not elsewhere or metric(change.metric).transfers)
-    return Diff(machines, (old[-1].revision, new[-1].revision), kept, len(changes) - len(kept))
+    notes = tuple(
+        f"{folder}: {note}"
+        for folder, found in loaded.items()
+        for note in (found.left_out, other_machines(found.records))
+        if note
+    )
+    return Diff(machines, (old[-1].revision, new[-1].revision), kept, len(changes) - len(kept), notes)
 
 
-def _records(folder: Path) -> tuple[Record, ...]:
-    found = load(folder / "records.jsonl").records
-    if not found:
-        raise ValueError(f"folder={str(folder)!r}: holds no records.jsonl with records; give the --out of a run")
-    return tuple(row for row in found if row.machine == found[-1].machine)
+def _loaded(folder: Path) -> Loaded:
+    found = load(folder / "records.jsonl")
+    if not found.records:
+        raise ValueError(
+            f"folder={str(folder)!r}: holds no records.jsonl with records; give the --out of a run. {found.left_out}"
+        )
+    return found
+
+
+def _speaking(records: tuple[Record, ...]) -> tuple[Record, ...]:
+    return tuple(row for row in records if row.machine == records[-1].machine)
 
 
 def _fingerprint(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:
@@ -104,4 +121,6 @@ def _verdict(before: Seeds, after: Seeds, old: Estimate | None, new: Estimate | 
         return "changed" if any(before[seed].value != after[seed].value for seed in shared) else "same"
     if old.low is None or old.high is None or new.low is None or new.high is None:
         return "no interval"
+    if 1 in (old.n, new.n):
+        return "one process"
     return "changed" if old.high < new.low or new.high < old.low else "same"

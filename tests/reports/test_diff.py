@@ -58,6 +58,40 @@ def test_a_figure_without_interval_has_no_verdict_and_points_come_and_go(tmp_pat
     }
 
 
+def test_a_noisy_figure_of_one_process_decides_nothing(tmp_path: Path) -> None:
+    blocks = {"noise": "paired", "metric": "forward_cpu_ratio", "unit": "ratio", "seed": None, "n": 7, "over": "blocks"}
+    before = [record(1.0, interval=(0.99, 1.01), **blocks)]
+    after = [record(1.1, interval=(1.09, 1.11), **blocks)]
+    assert verdicts(diff(*runs(tmp_path / "one", before, after))) == ["one process"]
+    five = blocks | {"n": 5, "over": "processes"}
+    before = [record(1.0, interval=(0.99, 1.01), **five)]
+    assert verdicts(diff(*runs(tmp_path / "mixed", before, after))) == ["one process"]
+    after = [record(1.1, interval=(1.09, 1.11), **five)]
+    assert verdicts(diff(*runs(tmp_path / "five", before, after))) == ["changed"]
+
+
+def test_what_of_a_folder_does_not_speak_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = runs(tmp_path, [record(1.0, machine="old"), record(1.0)], [record(1.0)])
+    (after / "records.jsonl").write_text((after / "records.jsonl").read_text() + "{torn")
+    found = diff(before, after)
+    assert found.notes == (
+        f"{before}: Records of 2 machines: m, the newest, speaks; 1 of old stand aside.",
+        f"{after}: 1 of 2 lines are no records and were left out: line 2 (Expecting property name enclosed in double "
+        "quotes: line 1 column 2 (char 1)).",
+    )
+    assert main(["diff", str(before), str(after)]) == 0
+    out = capsys.readouterr().out
+    assert all(note in out for note in found.notes)
+
+
+def test_a_folder_of_foreign_lines_says_why_it_holds_no_record(tmp_path: Path) -> None:
+    for name in ("before", "after"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text('{"schema": 99}\n')
+    with pytest.raises(ValueError, match=r"holds no records.jsonl.* 1 of 1 lines .*newer than 1.*update dsv3"):
+        diff(tmp_path / "before", tmp_path / "after")
+
+
 def test_the_newest_record_of_a_seed_speaks_and_errors_do_not(tmp_path: Path) -> None:
     before = [record(3.0), record(1.0), record(None, error="lost")]
     assert verdicts(diff(*runs(tmp_path, before, [record(1.0)]))) == ["same"]
