@@ -1,4 +1,4 @@
-"""The project's 95% intervals for many trials at once, a row each; test_coverage.py holds them against the project's own."""
+"""The 95% intervals of many trials at once, a row each; test_coverage.py holds them against the project's own."""
 
 import math
 
