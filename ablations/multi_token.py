@@ -12,6 +12,7 @@ from ablations.claims import Claim, Verdict
 from ablations.comparison import Compared
 from ablations.evidence import Estimate, NoEvidence, compare, decide, estimate
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, grid
+from ablations.traced import Count, Traced
 from bench.measurement import Measurement
 from bench.record import Record
 from dsv3.config import MTP, Config, digest, presets, vary
@@ -149,11 +150,15 @@ def answer(records: Sequence[Record]) -> str:
     """Cost, quality at equal tokens and at equal FLOPs, agreement."""
     ratio = _time_ratio(records, "one")
     v3 = presets.deepseek_v3().model
-    there = flops_per_token(v3, 4096) / flops_per_token(v3, 4096, mtp=False)
+    work = Traced(flops_ratio(1), ("ablations.multi_token.flops_ratio",))
+    there = Traced(
+        flops_per_token(v3, 4096) / flops_per_token(v3, 4096, mtp=False), ("dsv3.model.cost.flops_per_token",)
+    )
+    layers = Count(v3.num_hidden_layers, ("dsv3.config.presets.deepseek_v3",))
     agreed = estimate(records, arm="one", metric="mtp_acceptance", depth=1, steps=_steps(records))
     return (
-        f"One module makes a step of the tiny model take {ratio} times as long ({flops_ratio(1):.2f} times the FLOPs; "
-        f"by the same arithmetic {there:.2f} times for DeepSeek-V3, whose {v3.num_hidden_layers} layers dilute it). "
+        f"One module makes a step of the tiny model take {ratio} times as long ({work:.2f} times the FLOPs; by the "
+        f"same arithmetic {there:.2f} times for DeepSeek-V3, whose {layers} layers dilute it). "
         f"After {_steps(records)} steps the main head's bits per byte differ by "
         f"{_signed(_gap(records, 'one', 'none'))} at equal tokens and by "
         f"{_signed(_gap(records, 'one', 'none_longer'))} at equal FLOPs; lower is better. The module's first guess is "

@@ -79,8 +79,9 @@ def _build(command: Build, console: Console) -> int:
         return _say_stale(stale(command.out, report.files), f"python -m reports build --out {command.out}", console)
     write(command.out, report.files)
     console.print(_table(report))
-    for line in report.skipped:
-        console.print(f"left out line {line.line} of records.jsonl: {line.reason}", style="yellow", markup=False)
+    for said in report.left_out:
+        console.print(f"records.jsonl: {said}", style="yellow", markup=False)
+    console.print(f"{report.references} numbers in the prose refer to their records", markup=False)
     console.print(f"report: {command.out / 'index.html'}", markup=False, soft_wrap=True)
     return 0
 

@@ -1,7 +1,8 @@
 """From a folder of records to a report: `index.html` (one file, nothing fetched), `report.md` and `figures/`.
 
 The report is a function of the records, the studies and the machines' fingerprints: no date of building, no random
-id. So it can be checked by building it again.
+id. So it can be checked by building it again. Every number in its prose is a reference or was declared beforehand
+(`reports.references`): there is no report with any other.
 """
 
 import json
@@ -15,8 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ablations.claims import Outcome
 from ablations.study import Study
+from ablations.traced import Prose
 from bench.metrics import METRICS
-from bench.record import Loaded, Record, Skipped, load
+from bench.record import Record, load
+from reports import references
 from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
 from reports.training import training_page
 
@@ -25,28 +28,45 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The files of a report by their path below its folder, the pages they show, and the lines that were no records."""
+    """The files of a report by their path below its folder, the pages they show, how many references their prose has,
+    and in a sentence each what was left out of it.
+    """
 
     files: Mapping[str, bytes]
     pages: Sequence[Page]
-    skipped: Sequence[Skipped]
+    references: int
+    left_out: Sequence[str]
 
 
 def build(out: Path, studies: Sequence[Study]) -> Report:
-    """The report on the records in `out`; nothing is written."""
+    """The report on the records in `out`; nothing is written.
+
+    Raises:
+        ValueError: a number in the prose of a page that is neither a reference nor declared.
+    """
     loaded = load(out / "records.jsonl")
-    ruled = rulings(studies, loaded.records)
+    records, strangers = _known(loaded.records, studies)
+    left_out = tuple(filter(None, (loaded.left_out, strangers)))
+    ruled = rulings(studies, records)
     training = training_page(out / "train" / "log.jsonl")
-    pages = [*([training] if training else []), *_pages(loaded.records, studies, ruled)]
-    content = _content(loaded, pages, ruled, _machines(out / "machines", loaded.records))
+    pages = [*([training] if training else []), *_pages(records, studies, ruled)]
+    prose = _checked(pages, ruled)
+    numbers = references.numbered(prose)
+    content = _content(pages, ruled) | {
+        "left_out": left_out,
+        "machines": _machines(out / "machines", records),
+        "references": references.entries(numbers, records, out),
+    }
     environment = _environment()
+    environment.filters["cited"] = lambda text: references.cited(text, numbers)
     files = {
         name: environment.get_template(f"{name}.jinja").render(content).encode() for name in ("index.html", "report.md")
     }
     for page in pages:
         for figure in page.figures:
             files |= {f"figures/{figure.name}.{kind}": data for kind, data in figure.files.items()}
-    return Report(files=files, pages=pages, skipped=loaded.skipped)
+    count = sum(len(text.references) for text in prose)
+    return Report(files=files, pages=pages, references=count, left_out=left_out)
 
 
 def write(out: Path, files: Mapping[str, bytes]) -> None:
@@ -85,7 +105,47 @@ def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[
     return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
 
 
-def _content(loaded: Loaded, pages: Sequence[Page], ruled: Sequence[Ruling], machines: Sequence[Any]) -> dict[str, Any]:
+def _known(records: Sequence[Record], studies: Sequence[Study]) -> tuple[list[Record], str]:
+    """The records whose metric and arm this version knows, and which others there are in a sentence."""
+    arms = {study.name: {arm.name for arm in study.arms} for study in studies}
+    metrics = {row.name for row in METRICS}
+    strange: dict[str, int] = {}
+    kept = []
+    for record in records:
+        if record.metric not in metrics:
+            why = f"metric {record.metric!r}"
+        elif record.arm not in arms.get(record.study, {record.arm}):
+            why = f"arm {record.arm!r} of {record.study}"
+        else:
+            kept.append(record)
+            continue
+        strange[why] = strange.get(why, 0) + 1
+    named = ", ".join(f"{why} ({count})" for why, count in strange.items())
+    said = f"{sum(strange.values())} records are of what this version does not know and were left out: {named}."
+    return kept, said if strange else ""
+
+
+def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:
+    """The generated prose in the order of the page, every number of it referenced or declared.
+
+    Raises:
+        ValueError: a number that is neither.
+    """
+    prose = []
+    for page in pages:
+        words = [*page.words, *(word for row in page.rulings for word in row.words)]
+        for text in (*page.answers, page.warning, *(row.verdict.answer for row in page.rulings)):
+            references.check(page.name, text, words, page.declared)
+            prose.append(text)
+    shown = {row.claim.id for page in pages for row in page.rulings}
+    for row in ruled:
+        if row.claim.id not in shown:
+            references.check("claims", row.verdict.answer, row.words, ())
+            prose.append(row.verdict.answer)
+    return [text for text in prose if isinstance(text, Prose)]
+
+
+def _content(pages: Sequence[Page], ruled: Sequence[Ruling]) -> dict[str, Any]:
     counts = Counter(row.verdict.outcome for row in ruled)
     return {
         "style": (_TEMPLATES / "style.css").read_text(),
@@ -93,8 +153,6 @@ def _content(loaded: Loaded, pages: Sequence[Page], ruled: Sequence[Ruling], mac
         "answered": [page for page in pages if page.answers],
         "rulings": ruled,
         "tally": [(outcome, MARKS[outcome], counts[outcome]) for outcome in Outcome if counts[outcome]],
-        "machines": machines,
-        "skipped": loaded.skipped,
         "glossary": [row for row in METRICS if row.name in {metric.name for page in pages for metric in page.metrics}],
     }
 
@@ -126,5 +184,6 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         keep_trailing_newline=True,
     )
+    environment.filters["records"] = references.attribute
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment

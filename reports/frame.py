@@ -10,10 +10,11 @@ from typing import Any
 import pandas as pd
 
 from ablations.evidence import Estimate, NoEvidence, compare, summarise
+from ablations.traced import sources_of, tracing
 from bench.metrics import metric as metric_named
 from bench.record import Record
 
-POINT = ("arm", "metric", "value", "low", "high", "n", "behind")
+POINT = ("arm", "metric", "value", "low", "high", "n", "behind", "records")
 
 
 def axes_of(table: pd.DataFrame) -> list[str]:
@@ -22,16 +23,18 @@ def axes_of(table: pd.DataFrame) -> list[str]:
 
 
 def summary(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point: the mean over replicates, the 95% interval, n replicates, and what they are; errors left out.
+    """One row per point: the mean over replicates, the 95% interval, n replicates, what they are, and the ids of their
+    records; errors left out.
 
     An axis that has the name of a fixed column gets the prefix "axis_".
     """
     points: dict[tuple[Any, ...], list[Record]] = {}
-    for record in records:
-        if record.error is None:
-            key = (record.arm, record.metric, tuple(sorted(record.axes.items())))
-            points.setdefault(key, []).append(record)
-    return _table([_row(found[0], summarise(found), _behind(found)) for found in points.values()])
+    with tracing(records) as traced:
+        for record in traced:
+            if record.error is None:
+                key = (record.arm, record.metric, tuple(sorted(record.axes.items())))
+                points.setdefault(key, []).append(record)
+        return _table([_row(found[0], summarise(found), _behind(found)) for found in points.values()])
 
 
 def differences(records: Sequence[Record], metric: str, baseline: str) -> pd.DataFrame:
@@ -42,19 +45,21 @@ def differences(records: Sequence[Record], metric: str, baseline: str) -> pd.Dat
         if record.metric == metric and record.error is None and record.arm != baseline
     }
     rows = []
-    for record in points.values():
-        where: dict[str, Any] = dict(record.axes)
-        try:
-            found = compare(records, arm=record.arm, baseline=baseline, metric=metric, **where)
-        except NoEvidence:
-            continue
-        rows.append(_row(record, found, f"{found.n} pairs"))
+    with tracing(records) as traced:
+        for record in points.values():
+            where: dict[str, Any] = dict(record.axes)
+            try:
+                found = compare(traced, arm=record.arm, baseline=baseline, metric=metric, **where)
+            except NoEvidence:
+                continue
+            rows.append(_row(record, found, f"{int(found.n)} pairs"))
     return _table(rows)
 
 
 def _row(point: Record, found: Estimate, behind: str) -> dict[str, Any]:
-    known = {"arm": point.arm, "metric": point.metric, "behind": behind}
-    return _columns(point.axes) | known | {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
+    known = {"arm": point.arm, "metric": point.metric, "behind": behind, "records": sources_of(found.value)}
+    low, high = (None if end is None else float(end) for end in (found.low, found.high))
+    return _columns(point.axes) | known | {"value": float(found.value), "low": low, "high": high, "n": int(found.n)}
 
 
 def _behind(records: Sequence[Record]) -> str:

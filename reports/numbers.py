@@ -1,9 +1,11 @@
 """How numbers and intervals are written: three figures that matter, the unit's own scale, and what is not known left
-out.
+out. A traced number keeps its sources in what is written.
 """
 
 import math
 from numbers import Real
+
+from ablations.traced import mark, sources_of
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _COUNTS = ("", "K", "M", "G", "T", "P", "E")
@@ -45,6 +47,10 @@ def place(value: object) -> str:
 
 def plain(value: float) -> str:
     """Three figures that matter, without an exponent where it can be avoided."""
+    return mark(_plain(float(value)), sources_of(value))
+
+
+def _plain(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         rounded = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return rounded.replace("-0", "0") if float(rounded) == 0 else rounded

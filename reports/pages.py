@@ -14,13 +14,15 @@ from ablations.claims import Claim, Outcome, Verdict, ledger
 from ablations.code import ROOT
 from ablations.evidence import NoEvidence
 from ablations.study import Study
+from ablations.traced import Prose, mark, tracing
 from ablations.verdicts import current, standing, verdicts
 from bench.metrics import METRICS, Metric, metric
-from bench.record import Profile, Record
+from bench.record import Profile, Record, other_machines
 from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
 from reports.numbers import interval, number, place
+from reports.references import declared
 from reports.tables import Table, failures, results, title
 
 MARKS = {
@@ -55,10 +57,22 @@ class Ruling:
     claimed: str
     margin: str
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the ledger says, written before any measurement."""
+        claim = self.claim
+        said = (claim.words, claim.estimand, claim.scope, claim.why, claim.pending, self.claimed, self.margin)
+        return tuple(filter(None, said))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """One study or benchmark file. `origin` are facts about where the figures come from, name by name."""
+    """One study or benchmark file.
+
+    answers   sentences whose numbers are references or declared; `declared` are the numbers set before measuring
+    aside     what the file holds that does not speak here
+    origin    facts about where the figures come from, name by name
+    """
 
     name: str
     title: str
@@ -75,6 +89,14 @@ class Page:
     metrics: tuple[Metric, ...]
     commands: tuple[str, ...]
     origin: tuple[tuple[str, str], ...]
+    aside: str = ""
+    declared: frozenset[float] = frozenset()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What the page says before any measurement, written by hand."""
+        arms = (word for arm in self.arms for word in arm)
+        return (self.question, *arms, *self.limits, *(figure.caption for figure in self.figures))
 
 
 def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verdict]) -> Page:
@@ -98,6 +120,8 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         metrics=tuple(row for row in METRICS if row.name in used),
         commands=(f"python -m ablations run {study.name} --profile {_profile(rows)}", "python -m reports build"),
         origin=_origin(rows, study.rule_digest()),
+        aside=other_machines(record for record in records if record.study == study.name),
+        declared=declared(study, rows),
     )
 
 
@@ -124,6 +148,7 @@ def bench_page(name: str, records: Sequence[Record]) -> Page:
         metrics=tuple(row for row in METRICS if row.name in used),
         commands=(f"python -m bench --profile {_profile(rows)}", "python -m reports build"),
         origin=_origin(rows, None),
+        aside=other_machines(records),
     )
 
 
@@ -152,14 +177,15 @@ def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> 
         return ("Pending: the rule of verdict was changed after these records; run again.", _headline(study, rows))
     if study.answer is not None:
         try:
-            return (study.answer(current(study, rows)),)
+            with tracing(current(study, rows)) as traced:
+                return (Prose.of(study.answer(traced)),)
         except NoEvidence as missing:
             return (f"Pending: {missing}.", _headline(study, rows))
     said = tuple(verdict.answer for verdict in found if verdict.outcome is not Outcome.PENDING)
     return said if said and len(said) == len(found) else (*said, _headline(study, rows))
 
 
-def _headline(study: Study, rows: Sequence[Record]) -> str:
+def _headline(study: Study, rows: Sequence[Record]) -> Prose:
     points = summary(rows)
     name = next(name for name in study.metrics if name in set(points["metric"]))
     points = points[points["metric"] == name]
@@ -167,9 +193,10 @@ def _headline(study: Study, rows: Sequence[Record]) -> str:
     last = points.sort_values(varying, kind="stable").iloc[-1] if varying else points.iloc[-1]
     there = points[(points[varying] == last[varying]).all(axis=1)]
     unit = metric(name).unit
-    told = [f"{row['arm']} {interval(row['value'], row['low'], row['high'], unit)}" for _, row in there.iterrows()]
+    said = [(row, interval(row["value"], row["low"], row["high"], unit)) for _, row in there.iterrows()]
+    told = ", ".join(f"{row['arm']} {mark(text, row['records'])}" for row, text in said)
     where = "".join(f" at {axis} {place(last[axis])}" for axis in varying)
-    return f"{title(name).capitalize()}{where}: {', '.join(told)}."
+    return Prose.of(f"{title(name).capitalize()}{where}: {told}.")
 
 
 def _warning(study: Study, rows: Sequence[Record]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from ablations.traced import Prose, mark
 from bench.metrics import metric
 from bench.record import Record
 from reports.frame import axes_of, summary
@@ -21,7 +22,10 @@ MISSING = "-"
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table as text; `note` says what stands behind its cells, the first `texts` columns are words."""
+    """A table as text; `note` says what stands behind its cells, the first `texts` columns are words.
+
+    A cell that is `Prose` knows its records, and so does its place in the page.
+    """
 
     caption: str
     note: str
@@ -104,8 +108,8 @@ def title(name: str) -> str:
 
 
 def _cell(row: Any, common: str | None) -> str:
-    text = interval(row["value"], row["low"], row["high"], metric(row["metric"]).unit)
-    return text if row["behind"] == common or _exact(row) else f"{text} ({row['behind']})"
+    text = mark(interval(row["value"], row["low"], row["high"], metric(row["metric"]).unit), row["records"])
+    return Prose.of(text if row["behind"] == common or _exact(row) else f"{text} ({row['behind']})")
 
 
 def _exact(row: Any) -> bool:

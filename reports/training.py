@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
+from ablations.traced import Prose, mark
 from reports import figures
 from reports.numbers import plain
 from reports.pages import Drawn, Page
@@ -33,13 +34,13 @@ def training_page(log: Path) -> Page | None:
         name="training",
         title="training",
         question="Does a small model of this kind learn: does held-out text cost fewer bits than a bigram needs?",
-        answers=(_answer(run["baselines"], held_out, tests),),
+        answers=(_answer(run, held_out, tests),),
         warning="One run at one seed: a seed's spread is not known from it.",
         arms=(),
         baseline="",
         figures=(_drawn(run, steps, held_out),),
         rulings=(),
-        tables=(_held_out_table(run["baselines"], held_out, tests), _step_table(steps)),
+        tables=(_held_out_table(run, held_out, tests), _step_table(steps)),
         failures=None,
         limits=("The text is small and the model smaller: nothing here says how a large one ranks.",),
         metrics=(),
@@ -49,26 +50,33 @@ def training_page(log: Path) -> Page | None:
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that a kill cut in two is left out."""
+    """The lines of a log, each with its `source`; a last line that a kill cut in two is left out."""
     lines = []
-    for line in log.read_text().splitlines() if log.is_file() else ():
+    for number, line in enumerate(log.read_text().splitlines() if log.is_file() else (), start=1):
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(line) | {"source": f"{log.parent.name}/{log.name}:{number}"})
         except json.JSONDecodeError:
             continue
     return lines
 
 
-def _answer(baselines: Mapping[str, float], held_out: Sequence[Any], tests: Sequence[Any]) -> str:
-    last, bigram = held_out[-1], baselines["bigram"]
-    better = next((line["step"] for line in held_out if line["bits_per_byte"] < bigram), None)
+def _answer(run: Mapping[str, Any], held_out: Sequence[Any], tests: Sequence[Any]) -> Prose:
+    last, bigram = held_out[-1], run["baselines"]["bigram"]
+    counted = _from(run, plain(bigram))
+    better = next((line for line in held_out if line["bits_per_byte"] < bigram), None)
     when = (
-        f"below the bigram's {plain(bigram)} from step {better} on"
+        f"below the bigram's {counted} from step {_from(better, better['step'])} on"
         if better
-        else f"not below a bigram's {plain(bigram)}"
+        else f"not below a bigram's {counted}"
     )
-    test = f" ({plain(tests[-1]['bits_per_byte'])} on the test split)" if tests else ""
-    return f"After {last['step']} steps held-out text costs {plain(last['bits_per_byte'])} bits per byte{test}, {when}."
+    test = f" ({_from(tests[-1], plain(tests[-1]['bits_per_byte']))} on the test split)" if tests else ""
+    cost = _from(last, plain(last["bits_per_byte"]))
+    return Prose.of(f"After {_from(last, last['step'])} steps held-out text costs {cost} bits per byte{test}, {when}.")
+
+
+def _from(line: Mapping[str, Any], number: object) -> str:
+    """A number of a line of the log, with the line as its source."""
+    return mark(str(number), (line["source"],))
 
 
 def _drawn(run: Any, steps: Sequence[Any], held_out: Sequence[Any]) -> Drawn:
@@ -107,14 +115,14 @@ def _draw_balance(axes: Axes, steps: Sequence[Any]) -> None:
         axes.legend(fontsize=7.5)
 
 
-def _held_out_table(baselines: Mapping[str, float], held_out: Sequence[Any], tests: Sequence[Any]) -> Table:
-    domains = list(held_out[-1]["by_domain"])
+def _held_out_table(run: Mapping[str, Any], held_out: Sequence[Any], tests: Sequence[Any]) -> Table:
+    domains, baselines = list(held_out[-1]["by_domain"]), run["baselines"]
     named = [("validation", held_out[-1]), *(("test", line) for line in tests[-1:])]
     rows = [
-        (f"model, {split}", plain(line["bits_per_byte"]), *(plain(line["by_domain"][name]) for name in domains))
+        (f"model, {split}", *_cells(line, line["bits_per_byte"], *(line["by_domain"][name] for name in domains)))
         for split, line in named
     ]
-    rows += [(f"{name}, validation", plain(bits), *("-" for _ in domains)) for name, bits in baselines.items()]
+    rows += [(f"{name}, validation", *_cells(run, bits), *("-" for _ in domains)) for name, bits in baselines.items()]
     return Table(caption="Bits per byte", note="one run", head=("", "all text", *domains), rows=tuple(rows))
 
 
@@ -122,13 +130,12 @@ def _step_table(steps: Sequence[Any]) -> Table:
     names = list(steps[-1]["losses"])
     shown = [steps[at] for at in sorted({0, len(steps) // 2, len(steps) - 1})]
     rows = tuple(
-        (
-            str(line["step"]),
-            *(plain(line["losses"][name]) for name in names),
-            plain(line["grad_norm"]),
-            plain(line["lr"]),
-        )
+        (str(line["step"]), *_cells(line, *(line["losses"][name] for name in names), line["grad_norm"], line["lr"]))
         for line in shown
     )
     head = ("step", *(name.replace("_", " ") for name in names), "gradient norm", "learning rate")
     return Table(caption="Parts of the loss", note="first, middle and last step", head=head, rows=rows)
+
+
+def _cells(line: Mapping[str, Any], *values: float) -> tuple[Prose, ...]:
+    return tuple(Prose.of(_from(line, plain(value))) for value in values)

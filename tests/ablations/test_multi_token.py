@@ -7,6 +7,7 @@ from ablations import multi_token
 from ablations.claims import Outcome, ledger
 from ablations.evidence import NoEvidence
 from ablations.multi_token import STUDY, acceptance, answer, configured, flops_ratio, main_head_gains
+from ablations.traced import Prose
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record
@@ -93,7 +94,7 @@ def test_the_verdict_asks_whether_the_interval_lies_at_or_below_zero(gain: float
 
 
 def test_the_answer_says_cost_and_quality_at_equal_tokens_and_at_equal_flops() -> None:
-    text = answer(records(0.05))
+    text = Prose.of(answer(records(0.05)))
     for words in ("1.5 [", "-0.0490 [", "+0.1510 [", "50%", "1.04 times for DeepSeek-V3"):
         assert words in text, text
 

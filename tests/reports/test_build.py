@@ -31,7 +31,11 @@ class Page(HTMLParser):
         self.references: list[str] = []
         self.ids: list[str] = []
         self.open: list[str] = []
+        self.text = ""
         self.feed(text)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.ids += [str(value) for name, value in attrs if name == "id"]
@@ -50,6 +54,11 @@ class Page(HTMLParser):
 
 def html(report: Report) -> str:
     return report.files["index.html"].decode()
+
+
+def words(report: Report) -> str:
+    """What a reader sees."""
+    return Page(html(report)).text
 
 
 def test_the_page_refers_to_nothing_outside_itself(coin: Study, run: Run) -> None:
@@ -106,14 +115,14 @@ def test_a_figure_without_data_says_what_is_missing(coin: Study, run: Run) -> No
 
 
 def test_a_quick_run_says_that_its_seeds_are_few_and_gives_no_verdict(coin: Study, run: Run) -> None:
-    text = html(build(run("quick"), [coin]))
+    text = words(build(run("quick"), [coin]))
     assert "2 of the 6 seeds that the full profile takes" in text
     assert "needs the full profile (2 of 6 seeds)" in text
 
 
 def test_a_full_run_answers_with_numbers_and_a_verdict(coin: Study, run: Run) -> None:
     report = build(run("full"), [coin])
-    text = html(report)
+    text = words(report)
     assert "Quick profile" not in text
     assert re.search(r"Bent coins show -0\.\d+ \[-0\.\d+, -0\.\d+\] more heads\.", text)
     assert "holds here" in text
@@ -148,7 +157,7 @@ def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path:
 def test_records_of_an_older_rule_are_shown_and_said_to_be(coin: Study, run: Run) -> None:
     out = run("full")
     changed = replace(coin, rules=coin.rules[:1])
-    text = html(build(out, [changed]))
+    text = words(build(out, [changed]))
     assert "Pending: the rule of verdict was changed after these records; run again." in text
     assert "exploratory" in text
     assert re.search(r"Loss \(nat/token\) at tosses 1000: fair 0\.\d+ .*, bent 0\.\d+ ", text)
@@ -158,9 +167,10 @@ def test_bad_lines_are_named_and_the_rest_is_shown(coin: Study, run: Run) -> Non
     out = run()
     with (out / "records.jsonl").open("a") as file:
         file.write("not a record\n")
-    text = html(build(out, [coin]))
-    assert "Left out of records.jsonl" in text
-    assert "line 9 (Expecting value" in text
+    report = build(out, [coin])
+    assert report.left_out[0].startswith("1 of 9 lines are no records and were left out: line 9 (Expecting value")
+    assert f"records.jsonl: {report.left_out[0]}" in words(report)
+    assert f"records.jsonl: {report.left_out[0]}" in report.files["report.md"].decode()
 
 
 def test_a_report_is_stale_when_records_or_files_change(coin: Study, run: Run) -> None:

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,4 +52,6 @@ def test_a_report_shows_the_run_that_lies_beside_its_records(tmp_path: Path) -> 
     report = build(tmp_path, [])
     assert [page.name for page in report.pages] == ["training"]
     assert "figures/training-curve.svg" in report.files
-    assert "1.9 bits per byte" in report.files["index.html"].decode()
+    text = report.files["index.html"].decode()
+    assert '">1.9</a> bits per byte' in text
+    assert re.findall(r'<li id="ref-\d">(.*?)</li>', text) == [f"train/log.jsonl, line {at}" for at in (23, 24, 1)]
