@@ -1,5 +1,7 @@
-"""`python -m ablations list` shows the studies; `diff NAME` says what each arm changes; `run NAME...` or `run --all` runs
-what is left.
+"""The commands on studies.
+
+`list` shows them; `diff NAME` says what each arm changes; `run NAME...` or `run --all` runs what is left of them;
+`adopt NAME --reason "..."` keeps finished cells over a change of code that changes no figure.
 """
 
 import sys
@@ -14,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ablations import STUDIES
+from ablations.adopt import Differs, adopt
 from ablations.catalogue import load
 from ablations.difference import Difference, differences
 from ablations.run import label, remaining, run
@@ -61,15 +64,36 @@ class Diff:
     """a study by name, or the path of a study file"""
 
 
+@dataclass(frozen=True)
+class Adopt:
+    """Keep the records of finished cells over a change of code: one cell of each group is measured again, and every
+    count and loss must come out bit for bit.
+    """
+
+    name: tyro.conf.Positional[str]
+    """a study by name, or the path of a study file"""
+    reason: str
+    """why the change leaves the figures alone; goes into adoptions.jsonl"""
+    times: bool = False
+    """also cells that hold times, which nothing shows to be unchanged"""
+    profile: Literal["quick", "full"] = "quick"
+    """whose cells"""
+    out: Path = _OUT
+    """folder of the records"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+
 Command = (
     Annotated[List, tyro.conf.subcommand(name="list")]
     | Annotated[Run, tyro.conf.subcommand(name="run")]
     | Annotated[Diff, tyro.conf.subcommand(name="diff")]
+    | Annotated[Adopt, tyro.conf.subcommand(name="adopt")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: everything asked for is done; 1: a cell failed; 2: the command cannot be carried out."""
+    """0: done; 1: a cell failed, or a figure differs from the recorded one; 2: the command cannot be carried out."""
     command: Any = tyro.cli(Command, prog="python -m ablations", args=arguments)
     # A file or pipe has no width of its own; 80 columns would break every row.
     console = Console(stderr=isinstance(command, Run), width=None if sys.stdout.isatty() else 160)
@@ -79,6 +103,8 @@ def main(arguments: list[str] | None = None) -> int:
                 console.print(_table(command))
             case Diff():
                 console.print(_arms(load(command.name)))
+            case Adopt():
+                return _adopt(command, console)
             case _:
                 return _run(command, console)
         return 0
@@ -117,6 +143,21 @@ def _factors(found: Difference) -> str:
     if not found.configured:
         return f"no config: {found.words}"
     return "\n".join(map(str, found.factors)) or f"nothing in the config: {found.words}"
+
+
+def _adopt(command: Adopt, console: Console) -> int:
+    known = vars(command) | {"name": _located(command.name), "study": load(command.name)}
+    try:
+        found = adopt(**known, on_cell=lambda cell: console.print(f"again: {label(cell)}", markup=False))
+    except Differs as difference:
+        console.print(f"nothing adopted: {difference}", style="red", markup=False)
+        return 1
+    console.print(f"{len(found.carried)} cells carried over, {len(found.measured)} of them measured again and equal")
+    if found.timed:
+        console.print(f"{found.timed} cells hold times and are left to be run; --times adopts them unshown")
+    if found.missing:
+        console.print(f"{found.missing} cells have no records to carry, or others than the one measured again")
+    return 0
 
 
 def _run(command: Run, console: Console) -> int:
