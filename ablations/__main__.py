@@ -135,14 +135,14 @@ def _arms(study: Study) -> Table:
     table.title = f"{study.name}: against {study.baseline}, {study.arm(study.baseline).changes}"
     for found in differences(study):
         unmatched = [f"{row.name} {row.ratio:.3g}x ({row.old:,.0f} -> {row.new:,.0f})" for row in found.unmatched]
-        table.add_row(*map(Text, (found.arm, _factors(found), "\n".join(unmatched))))
+        table.add_row(*map(Text, (found.arm, _changed(found), "\n".join(unmatched))))
     return table
 
 
-def _factors(found: Difference) -> str:
+def _changed(found: Difference) -> str:
     if not found.configured:
         return f"no config: {found.words}"
-    return "\n".join(map(str, found.factors)) or f"nothing in the config: {found.words}"
+    return "\n".join(map(str, found.changes)) or f"nothing in the config: {found.words}"
 
 
 def _adopt(command: Adopt, console: Console) -> int:

@@ -18,7 +18,7 @@ TOLERANCE = 0.01  # beyond it a quantity is not matched: head widths are whole n
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factor:
+class Change:
     """One field that differs: its dotted path, its value in the baseline and in the arm, as text."""
 
     field: str
@@ -51,12 +51,12 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm against its baseline; `factors` and `quantities` are empty where no config defines both."""
+    """An arm against its baseline; `changes` and `quantities` are empty where no config defines both."""
 
     arm: str
     words: str
     configured: bool
-    factors: tuple[Factor, ...] = ()
+    changes: tuple[Change, ...] = ()
     quantities: tuple[Quantity, ...] = ()
 
     @property
@@ -75,7 +75,7 @@ def differences(study: Study) -> tuple[Difference, ...]:
     )
 
 
-def factors(old: Any, new: Any, path: str = "") -> Iterator[Factor]:
+def changes(old: Any, new: Any, path: str = "") -> Iterator[Change]:
     """The fields in which two configs differ, in the order of their declaration.
 
     A union's variant that is exchanged for another is one factor, whatever fields either has.
@@ -85,9 +85,9 @@ def factors(old: Any, new: Any, path: str = "") -> Iterator[Factor]:
     if type(old) is type(new) and is_dataclass(old):
         for field in fields(old):
             below = f"{path}.{field.name}" if path else field.name
-            yield from factors(getattr(old, field.name), getattr(new, field.name), below)
+            yield from changes(getattr(old, field.name), getattr(new, field.name), below)
     else:
-        yield Factor(field=path, old=told(old), new=told(new))
+        yield Change(field=path, old=told(old), new=told(new))
 
 
 def quantities(old: Config, new: Config) -> tuple[Quantity, ...]:
@@ -119,7 +119,7 @@ def _difference(arm: str, words: str, base: Config | None, config: Config | None
         arm=arm,
         words=words,
         configured=True,
-        factors=tuple(factors(base, config)),
+        changes=tuple(changes(base, config)),
         quantities=quantities(base, config),
     )
 

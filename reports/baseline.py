@@ -28,7 +28,7 @@ def against_baseline(study: Study, records: Sequence[Record]) -> list[Table]:
 
 
 def _changes(baseline: str, found: tuple[Difference, ...]) -> Table:
-    rows = tuple((row.arm, _factors(row), ", ".join(map(_ratio, row.unmatched)) or MISSING) for row in found)
+    rows = tuple((row.arm, _changed(row), ", ".join(map(_ratio, row.unmatched)) or MISSING) for row in found)
     return Table(
         caption=f"What each arm changes against {baseline}",
         note="by the configs of the full profile; not matched: off by more than 1%",
@@ -38,10 +38,10 @@ def _changes(baseline: str, found: tuple[Difference, ...]) -> Table:
     )
 
 
-def _factors(row: Difference) -> str:
+def _changed(row: Difference) -> str:
     if not row.configured:
         return f"no config: {row.words}"
-    return "; ".join(map(str, row.factors)) or "nothing in the config"
+    return "; ".join(map(str, row.changes)) or "nothing in the config"
 
 
 def _ratio(quantity: Quantity) -> str:

@@ -147,6 +147,6 @@ def test_records_of_another_rule_machine_or_profile_are_not_adopted(
 def test_a_cell_that_no_longer_runs_adopts_nothing(out: Path, edited: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COIN_RAISES", "bent")
     name, study = edited(SAME)
-    with pytest.raises(ValueError, match="cells=.*the coin rolled away.*must run as they did before"):
+    with pytest.raises(ValueError, match=r"cells=.*the coin rolled away.*must run as they did before"):
         adopt(name, study, "quick", out, reason="an annotation")
     assert not (out / "adoptions.jsonl").exists()

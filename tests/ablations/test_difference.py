@@ -11,7 +11,7 @@ from ablations import STUDIES
 from ablations import __main__ as command
 from ablations.catalogue import load
 from ablations.code import ROOT
-from ablations.difference import Difference, Quantity, differences, factors, told
+from ablations.difference import Difference, Quantity, changes, differences, told
 from dsv3.config import MTP, Dropless, Fixed, Float16, SignBias, SwitchLoss, digest, presets, vary
 
 BASE = presets.tiny()
@@ -22,12 +22,12 @@ def of(study: str, arm: str) -> Difference:
 
 
 def test_a_config_does_not_differ_from_itself() -> None:
-    assert list(factors(BASE, presets.tiny())) == []
+    assert list(changes(BASE, presets.tiny())) == []
 
 
 def test_every_field_that_vary_changes_is_found_by_its_path() -> None:
-    changes = {"model.moe.capacity": Fixed(factor=1.2), "train.optimizer.lr": 1e-4, "train.steps": 7}
-    found = {factor.field: (factor.old, factor.new) for factor in factors(BASE, vary(BASE, **changes))}
+    varied = {"model.moe.capacity": Fixed(factor=1.2), "train.optimizer.lr": 1e-4, "train.steps": 7}
+    found = {factor.field: (factor.old, factor.new) for factor in changes(BASE, vary(BASE, **varied))}
     assert found == {
         "model.moe.capacity": ("Dropless()", "Fixed(factor=1.2)"),
         "train.optimizer.lr": ("0.003", "0.0001"),
@@ -36,7 +36,7 @@ def test_every_field_that_vary_changes_is_found_by_its_path() -> None:
 
 
 def test_an_exchanged_variant_is_one_factor() -> None:
-    found = list(factors(BASE, vary(BASE, **{"train.precision": Float16(), "model.mtp": None})))
+    found = list(changes(BASE, vary(BASE, **{"train.precision": Float16(), "model.mtp": None})))
     assert [str(factor) for factor in found] == ["model.mtp: MTP() -> None", "train.precision: Float32() -> Float16()"]
 
 
@@ -76,9 +76,9 @@ def test_forms_of_attention_are_matched_in_parameters_and_not_in_cache() -> None
 
 def test_an_arm_without_a_config_says_so() -> None:
     found = of("precision_modes", "fp8_tensor")
-    assert (found.configured, found.factors, found.quantities) == (False, (), ())
+    assert (found.configured, found.changes, found.quantities) == (False, (), ())
     nudged = of("precision_modes", "fp32_nudged")
-    assert (nudged.configured, nudged.factors) == (True, ())
+    assert (nudged.configured, nudged.changes) == (True, ())
 
 
 @pytest.mark.parametrize("name", ["moe_capacity", "precision_modes", "latent_attention", "multi_token"])
