@@ -64,6 +64,20 @@ def law(name: str, n: int, trials: int = TRIALS) -> Numbers:
     return LAWS[name].draw(random, (trials, n))
 
 
+def pairs(name: str, n: int) -> tuple[Numbers, Numbers]:
+    """An arm and its baseline, both of that law around the luck of their seed, which is larger than the noise."""
+    luck = np.exp(np.random.default_rng(n).standard_normal((TRIALS, n)))
+    arm, baseline = np.hsplit(law(name, 2 * n), 2)
+    return luck + arm, luck + baseline
+
+
+def quotients(name: str, n: int) -> tuple[Numbers, Numbers]:
+    """The same with luck as a factor."""
+    luck = np.exp(np.random.default_rng(n).standard_normal((TRIALS, n)))
+    arm, baseline = np.hsplit(law(name, 2 * n), 2)
+    return luck * arm, luck * baseline
+
+
 def chance(share: float, trials: int) -> float:
     """What Monte Carlo may be off: 4 standard errors of a share, which one comparison in 16,000 exceeds by chance."""
     return 4 * math.sqrt(max(share * (1 - share), 1 / trials) / trials)

@@ -20,7 +20,7 @@ from ablations.evidence import compare, summarise
 from ablations.evidence import mean as mean_of
 from bench.interval import of_median
 from tests.statistics.bounds import Bounds, geometric_bounds, median_bounds, t_bounds
-from tests.statistics.draws import LAWS, NS, TRIALS, Numbers, chance, law, record
+from tests.statistics.draws import LAWS, NS, TRIALS, Numbers, chance, law, pairs, quotients, record
 
 TABLES = {
     "median": """
@@ -84,20 +84,6 @@ SHORT = {
     ("difference", "ticks"): "two equal differences of a coarse clock claim to know the mean",
     ("ratio", "slowed"): "as the difference",
 }
-
-
-def pairs(name: str, n: int) -> tuple[Numbers, Numbers]:
-    """An arm and its baseline, both of that law around the luck of their seed, which is larger than the noise."""
-    luck = np.exp(np.random.default_rng(n).standard_normal((TRIALS, n)))
-    arm, baseline = np.hsplit(law(name, 2 * n), 2)
-    return luck + arm, luck + baseline
-
-
-def quotients(name: str, n: int) -> tuple[Numbers, Numbers]:
-    """The same with luck as a factor."""
-    luck = np.exp(np.random.default_rng(n).standard_normal((TRIALS, n)))
-    arm, baseline = np.hsplit(law(name, 2 * n), 2)
-    return luck * arm, luck * baseline
 
 
 def simulated(kind: str, name: str, n: int) -> tuple[Bounds, float]:
