@@ -1,5 +1,5 @@
-"""`python -m reports build` turns records into a report; `diff A B` says what changed between two runs; `readme` writes
-the generated parts of README.md.
+"""`python -m reports build` turns records into a report; `verify` derives a written one anew; `diff A B` says what
+changed between two runs; `readme` writes the generated parts of README.md.
 """
 
 import sys
@@ -18,6 +18,7 @@ from reports.build import Report, build, stale, write
 from reports.diff import diff
 from reports.numbers import place
 from reports.readme import README, generated
+from reports.verify import summary, verify
 
 _OUT = Path("reports", "out")
 
@@ -30,6 +31,14 @@ class Build:
     """folder with records.jsonl; the report goes there too"""
     check: bool = False
     """write nothing; fail where the report does not match the records"""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Derive a written report anew: every file, the provenance in every figure, every id that it mentions."""
+
+    out: Path = _OUT
+    """folder with records.jsonl and the report on them"""
 
 
 @dataclass(frozen=True)
@@ -54,19 +63,22 @@ class Compare:
 
 Command = (
     Annotated[Build, tyro.conf.subcommand(name="build")]
+    | Annotated[Verify, tyro.conf.subcommand(name="verify")]
     | Annotated[Compare, tyro.conf.subcommand(name="diff")]
     | Annotated[Readme, tyro.conf.subcommand(name="readme")]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0: written, or as it should be; 1: `--check` found something stale; 2: the command cannot be carried out."""
+    """0: written, or as it should be; 1: `--check` or `verify` found what is not; 2: it cannot be carried out."""
     command: Any = tyro.cli(Command, prog="python -m reports", args=arguments)
     # A file or pipe has no width of its own; 80 columns would break every row.
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         if isinstance(command, Compare):
             return _compare(command, console)
+        if isinstance(command, Verify):
+            return _verify(command, console)
         return _build(command, console) if isinstance(command, Build) else _readme(command, console)
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
@@ -84,6 +96,14 @@ def _build(command: Build, console: Console) -> int:
     console.print(f"{report.references} numbers in the prose refer to their records", markup=False)
     console.print(f"report: {command.out / 'index.html'}", markup=False, soft_wrap=True)
     return 0
+
+
+def _verify(command: Verify, console: Console) -> int:
+    found = verify(command.out, every())
+    for line in found.wrong:
+        console.print(line, style="red", markup=False, soft_wrap=True)
+    console.print(summary(found, command.out), markup=False, soft_wrap=True)
+    return 1 if found.wrong else 0
 
 
 def _table(report: Report) -> Table:

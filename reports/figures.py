@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
-from html import escape
+from html import escape, unescape
 from typing import Any
 
 import matplotlib
@@ -25,9 +25,10 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from ablations.study import Figure, Study
 from bench.metrics import metric
 from bench.record import Record
+from reports import twins
 from reports.frame import axes_of, differences, summary
 from reports.numbers import interval, number, place
-from reports.tables import title
+from reports.tables import Table, title
 
 INK = "#1f2328"  # the page swaps it for its own text colour
 PAPER = "#ffffff"
@@ -70,15 +71,20 @@ def styled() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-def draw(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
-    """The picture of a figure; one that says "pending" and why, where no record has what it shows."""
+def draw(study: Study, figure: Figure, records: Sequence[Record]) -> tuple[Picture, list[Table]]:
+    """The picture of a figure and its twin, the same numbers as tables; where no record has what it shows, a picture
+    that says "pending" and why, and no table.
+    """
     with styled():
         try:
             if figure.draw is not None:
-                return _own(figure, records)
-            return {"line": _line, "interval": _interval}[figure.kind](study, figure, records)
+                picture = _own(figure, records)
+                return picture, twins.of_picture(picture, figure.caption)
+            points = _points(study, figure, records)
+            picture = {"line": _line, "interval": _interval}[figure.kind](study, figure, points)
+            return picture, twins.of_points(figure, points)
         except LookupError as missing:
-            return pending(figure.caption, str(missing.args[0]))
+            return pending(figure.caption, str(missing.args[0])), []
 
 
 def render(picture: Picture, name: str, provenance: dict[str, Any]) -> dict[str, bytes]:
@@ -114,9 +120,32 @@ def provenance(study: str, figure: str, records: Sequence[Record]) -> dict[str, 
     }
 
 
-def inline(svg: bytes, name: str, description: str) -> str:
+def provenance_in(data: bytes) -> dict[str, Any]:
+    """What `render` wrote into the metadata of an .svg or a .png file.
+
+    Raises:
+        ValueError: a file that carries no provenance.
+    """
+    if data.startswith(b"\x89PNG"):
+        at, found = 8, b""
+        while at < len(data):
+            length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+            body, at = data[at + 8 : at + 8 + length], at + length + 12
+            found = body.split(b"\0", 1)[1] if kind == b"tEXt" and body.startswith(b"Description\0") else found
+        said = found.decode("latin-1")
+    else:
+        inside = re.search(r"<dc:description>(.*?)</dc:description>", data.decode(), flags=re.DOTALL)
+        said = unescape(inside[1]) if inside else ""
+    try:
+        read: dict[str, Any] = json.loads(said)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"description={said[:60]!r}: must be the JSON that says what the figure shows") from error
+    return read
+
+
+def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
     """The SVG as it stands in a page: no prolog, metadata or outside names, ids of its own, in the page's text
-    colour.
+    colour, described by its caption and, where it has a twin, by that.
     """
     text = svg.decode()
     text = text[text.index("<svg") :]
@@ -127,7 +156,9 @@ def inline(svg: bytes, name: str, description: str) -> str:
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = text.replace(INK, "currentColor")
     text = text.replace(f"fill: {PAPER}", "fill: none", 1)  # the picture's own paper comes first
-    return text.replace("<svg", f'<svg role="img" aria-label="{escape(description)}"', 1)
+    described = f'aria-label="{escape(description)}" aria-describedby="{name}-caption"'
+    details = f' aria-details="{name}-table"' if twin else ""
+    return text.replace("<svg", f'<svg role="img" {described}{details}', 1)
 
 
 def pending(caption: str, why: str) -> Picture:
@@ -164,12 +195,14 @@ def _points(study: Study, figure: Figure, records: Sequence[Record]) -> pd.DataF
         where = "".join(f", {name}={place(value)}" for name, value in figure.where.items())
         raise NothingToDraw(f"no record of {figure.metric}{where} yet")
     order = {arm.name: at for at, arm in enumerate(study.arms)}
-    return table.sort_values("arm", key=lambda names: names.map(order), kind="stable")
-
-
-def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
+    table = table.sort_values("arm", key=lambda names: names.map(order), kind="stable")
+    if figure.kind == "interval":
+        return table
     assert figure.x is not None, f"{figure.name}: a line needs the axis x"
-    table = _points(study, figure, records).sort_values(figure.x, kind="stable")
+    return table.sort_values(figure.x, kind="stable")
+
+
+def _line(study: Study, figure: Figure, table: pd.DataFrame) -> Picture:
     picture, axes = _paper(3.4)
     there = [arm for arm in study.arms if arm.name in set(table["arm"])]
     for at, arm in enumerate(there):
@@ -188,8 +221,7 @@ def _line(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
     return picture
 
 
-def _interval(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
-    table = _points(study, figure, records)
+def _interval(study: Study, figure: Figure, table: pd.DataFrame) -> Picture:
     varying = [name for name in axes_of(table) if table[name].nunique(dropna=False) > 1]
     picture, axes = _paper(0.9 + 0.32 * len(table))
     unit = metric(figure.metric).unit

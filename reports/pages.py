@@ -36,13 +36,16 @@ MARKS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A figure of a page: its files, and the picture as it stands there; `titled` when it says its caption."""
+    """A figure of a page: its files, the picture as it stands there (`titled` when it says its caption) and its twin,
+    the same numbers as tables.
+    """
 
     name: str
     caption: str
     titled: bool
     files: Mapping[str, bytes]
     inline: str
+    twin: tuple[Table, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,10 +221,11 @@ def _warning(study: Study, rows: Sequence[Record]) -> str:
 
 def _drawn(study: Study, figure: Any, rows: Sequence[Record]) -> Drawn:
     name = f"{study.name}-{figure.name}"
-    picture = figures.draw(study, figure, rows)
+    picture, twin = figures.draw(study, figure, rows)
     files = figures.render(picture, name, figures.provenance(study.name, figure.name, rows))
-    inline = figures.inline(files["svg"], name, figure.caption)
-    return Drawn(name=name, caption=figure.caption, titled=figure.draw is None, files=files, inline=inline)
+    inline = figures.inline(files["svg"], name, figure.caption, twin=bool(twin))
+    titled = figure.draw is None
+    return Drawn(name=name, caption=figure.caption, titled=titled, files=files, inline=inline, twin=tuple(twin))
 
 
 def _profile(rows: Sequence[Record]) -> Profile:

@@ -6,6 +6,7 @@ does?
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from ablations.traced import Prose, mark
-from reports import figures
+from reports import figures, twins
 from reports.numbers import plain
 from reports.pages import Drawn, Page
 from reports.tables import Table
@@ -87,17 +88,19 @@ def _drawn(run: Any, steps: Sequence[Any], held_out: Sequence[Any]) -> Drawn:
         _draw_balance(right, steps)
     name = "training-curve"
     said = {"study": "training", "seed": run["seed"], "corpus": run["corpus"], "steps": steps[-1]["step"]}
+    said["digest"] = sha256(json.dumps([run, *steps, *held_out], sort_keys=True).encode()).hexdigest()[:12]
     files = figures.render(picture, name, said)
-    return Drawn(
-        name=name, caption=_CAPTION, titled=False, files=files, inline=figures.inline(files["svg"], name, _CAPTION)
-    )
+    twin = tuple(twins.of_picture(picture, _CAPTION))
+    inline = figures.inline(files["svg"], name, _CAPTION, twin=bool(twin))
+    return Drawn(name=name, caption=_CAPTION, titled=False, files=files, inline=inline, twin=twin)
 
 
 def _draw_held_out(axes: Axes, baselines: Mapping[str, float], held_out: Sequence[Any]) -> None:
     at = [line["step"] for line in held_out]
-    axes.plot(at, [line["bits_per_byte"] for line in held_out], color=figures.COLOURS[0], marker="o", markersize=3)
+    found = [line["bits_per_byte"] for line in held_out]
+    axes.plot(at, found, color=figures.COLOURS[0], marker="o", markersize=3, label="model")
     for name, bits in baselines.items():
-        axes.axhline(bits, color=figures.INK, linewidth=0.8, linestyle=":")
+        axes.axhline(bits, color=figures.INK, linewidth=0.8, linestyle=":", label=name)
         axes.annotate(name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5)
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
     axes.grid(True)

@@ -101,12 +101,12 @@ def _draw_span(axes: Axes, plan: Plan, rank: int, span: Span, size: float | None
     for place, action in enumerate(actions):
         low = rank - BAR / 2 + place * height
         lap = _lap(plan, rank, action)
-        bar = Rectangle((span.start, low), length, height, fc=_tint(COLOURS[action.kind], lap), ec="white", lw=0.4)
-        axes.add_patch(bar)
+        colour, name = _tint(COLOURS[action.kind], lap), f"{MEANING[action.kind]} {action.microbatch}"
+        axes.add_patch(Rectangle((span.start, low), length, height, fc=colour, ec="white", lw=0.4, label=name))
         if size is not None:
-            colour = "white" if lap == 0 and action.kind != "B" else "black"
+            ink = "white" if lap == 0 and action.kind != "B" else "black"
             middle = (span.start + length / 2, low + height / 2)
-            axes.text(*middle, str(action.microbatch), size=size, color=colour, ha="center", va="center_baseline")
+            axes.text(*middle, str(action.microbatch), size=size, color=ink, ha="center", va="center_baseline")
     if len(actions) > 1:
         axes.add_patch(Rectangle((span.start, rank - BAR / 2), length, BAR, fc="none", ec="black", lw=0.7))
 

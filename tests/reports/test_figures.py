@@ -22,13 +22,17 @@ def labels(picture: Picture, axis: str) -> list[str]:
     return [label.get_text() for label in (axes.get_xticklabels() if axis == "x" else axes.get_yticklabels())]
 
 
+def picture(study: Study, figure: Figure, rows: list[Record]) -> Picture:
+    return draw(study, figure, rows)[0]
+
+
 def texts(picture: Picture) -> str:
     return render(picture, "name", {})["svg"].decode()
 
 
 def test_arms_at_one_place_stand_a_little_apart_around_it(coin: Study) -> None:
     rows = [row(arm, 1.0, tosses=n) for arm in ("fair", "bent") for n in (0, 100)]
-    axes = draw(coin, Figure("f", "c", metric="loss", x="tosses"), rows).axes[0]
+    axes = picture(coin, Figure("f", "c", metric="loss", x="tosses"), rows).axes[0]
     drawn = [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
     assert [-0.5, 99.5] in drawn
     assert [0.5, 100.5] in drawn
@@ -36,49 +40,50 @@ def test_arms_at_one_place_stand_a_little_apart_around_it(coin: Study) -> None:
 
 def test_an_axis_of_words_is_drawn_in_their_words(coin: Study) -> None:
     rows = [row("fair", 1.0, when=when) for when in ("early", "late")]
-    assert labels(draw(coin, Figure("f", "c", metric="loss", x="when"), rows), "x") == ["early", "late"]
+    assert labels(picture(coin, Figure("f", "c", metric="loss", x="when"), rows), "x") == ["early", "late"]
 
 
 def test_bytes_are_ticked_in_powers_of_two_and_shares_in_percent(coin: Study) -> None:
     rows = [row("fair", 2.0**n, "peak_bytes", length=2**n) for n in range(20, 25)]
-    shown = labels(draw(coin, Figure("f", "c", metric="peak_bytes", x="length", log="xy"), rows), "y")
+    shown = labels(picture(coin, Figure("f", "c", metric="peak_bytes", x="length", log="xy"), rows), "y")
     assert {"1 MiB", "4 MiB", "16 MiB"} <= set(shown)
     rows = [row("fair", share, "drop_share", length=share) for share in (0.1, 0.2)]
-    assert "10%" in labels(draw(coin, Figure("f", "c", metric="drop_share", x="length"), rows), "y")
+    assert "10%" in labels(picture(coin, Figure("f", "c", metric="drop_share", x="length"), rows), "y")
 
 
 def test_labels_that_would_touch_are_left_out(coin: Study) -> None:
     rows = [row("fair", 1.0, tosses=n) for n in (1, 100, 101, 200)]
-    assert labels(draw(coin, Figure("f", "c", metric="loss", x="tosses"), rows), "x") == ["1", "100", "", "200"]
+    assert labels(picture(coin, Figure("f", "c", metric="loss", x="tosses"), rows), "x") == ["1", "100", "", "200"]
 
 
 def test_a_wild_interval_does_not_dwarf_the_points(coin: Study) -> None:
     rows = [row("fair", value, seed=seed, tosses=n) for n in (1, 2) for seed, value in enumerate((1.0, 1.0 + n * 100))]
-    low, high = draw(coin, Figure("f", "c", metric="loss", x="tosses"), rows).axes[0].get_ylim()
+    low, high = picture(coin, Figure("f", "c", metric="loss", x="tosses"), rows).axes[0].get_ylim()
     assert high - low <= 3 * 50
 
 
 def test_a_reference_is_always_in_view(coin: Study) -> None:
     rows = [row("fair", 1.0, tosses=n) for n in (1, 2)]
     figure = Figure("f", "c", metric="loss", x="tosses", reference=(9.0, "claimed"))
-    axes = draw(coin, figure, rows).axes[0]
+    axes = picture(coin, figure, rows).axes[0]
     assert axes.get_ylim()[0] <= 9.0 <= axes.get_ylim()[1]
-    assert "claimed" in texts(draw(coin, replace(figure, kind="interval", where={"tosses": 1}), rows))
+    assert "claimed" in texts(picture(coin, replace(figure, kind="interval", where={"tosses": 1}), rows))
 
 
 def test_a_figure_that_draws_itself_is_pending_without_its_records(coin: Study) -> None:
     def own(table: Any) -> Picture:
         raise NoEvidence("no record of wear")
 
-    assert "pending: no record of wear" in texts(draw(coin, Figure("f", "c", draw=own), []))
+    assert "pending: no record of wear" in texts(picture(coin, Figure("f", "c", draw=own), []))
 
 
 @pytest.mark.parametrize("name", ["a", "b-c"])
 def test_an_inlined_picture_has_ids_of_its_own_and_no_outside_name(coin: Study, name: str) -> None:
     rows = [row("fair", 1.0, tosses=n) for n in (1, 2)]
-    files = render(draw(coin, Figure("f", "c", metric="loss", x="tosses"), rows), name, {"records": 2})
-    text = inline(files["svg"], name, 'what "it" shows')
+    files = render(picture(coin, Figure("f", "c", metric="loss", x="tosses"), rows), name, {"records": 2})
+    text = inline(files["svg"], name, 'what "it" shows', twin=True)
     assert text.startswith('<svg role="img" aria-label="what &quot;it&quot; shows"')
+    assert f'aria-describedby="{name}-caption" aria-details="{name}-table"' in text
     assert "http" not in text
     assert text.count('id="') == text.count(f'id="{name}-')
     assert "currentColor" in text

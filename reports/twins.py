@@ -1,0 +1,96 @@
+"""A figure's twin: the numbers that it shows, whole, as tables for readers who cannot see it or want to compute.
+
+A figure that a study declares is drawn from points, and so is its twin. Of one that draws itself the twin is read back
+from the picture: each line with a label by its data, each labelled bar by where it starts and ends. What has no label
+is decoration.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from ablations.study import Figure
+from ablations.traced import Prose, mark
+from bench.metrics import metric
+from reports.frame import axes_of
+from reports.numbers import place
+from reports.tables import MISSING, Table
+
+
+def of_points(figure: Figure, points: pd.DataFrame) -> list[Table]:
+    """The twin of a declared figure: a row per point, with the interval's ends."""
+    varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
+    unit = metric(figure.metric).unit
+    rows = [
+        (
+            str(row["arm"]),
+            *(MISSING if pd.isna(row[axis]) else place(row[axis]) for axis in varying),
+            *(_cell(row[end], row["records"]) for end in ("value", "low", "high")),
+        )
+        for _, row in points.iterrows()
+    ]
+    head = ("arm", *varying, f"{_change(figure)}{figure.metric} ({unit})" if unit else figure.metric, "low", "high")
+    return [_table(figure.caption, "low and high: 95% interval", head, rows, texts=1 + len(varying))]
+
+
+def of_picture(picture: Picture, caption: str) -> list[Table]:
+    """The twin of a picture that drew itself: a table of each of its axes' labelled lines, and one of its bars."""
+    return [table for axes in picture.axes for table in (*_lines(axes, caption), *_bars(axes, caption))]
+
+
+def _lines(axes: Axes, caption: str) -> list[Table]:
+    drawn = [line for line in axes.lines if _labelled(line)]
+    across = [line for line in drawn if line.get_transform() != axes.transData]  # axhline spans the axes, not the data
+    lines = [line for line in drawn if line not in across]
+    if not lines:
+        return []
+    values = [dict(line.get_xydata().tolist()) for line in lines]  # type: ignore[union-attr]
+    places = sorted({at for line in values for at in line})
+    rows = [(exact(at), *(exact(line[at]) if at in line else MISSING for line in values)) for at in places]
+    head = (axes.get_xlabel(), *(str(line.get_label()) for line in lines))
+    levels = ", ".join(f"{line.get_label()} {exact(line.get_ydata()[0])}" for line in across)  # type: ignore[index]
+    note = ", ".join(filter(None, (axes.get_ylabel(), f"levels: {levels}" if levels else "")))
+    return [_table(axes.get_title(loc="left") or axes.get_title() or caption, note, head, rows)]
+
+
+def _bars(axes: Axes, caption: str) -> list[Table]:
+    bars = [patch for patch in axes.patches if isinstance(patch, Rectangle) and _labelled(patch)]
+    names = {float(at): label.get_text() for at, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
+    rows: dict[str, list[str]] = {}
+    for bar in sorted(bars, key=lambda bar: (bar.get_y() // 1, bar.get_x(), bar.get_y())):
+        middle = bar.get_y() + bar.get_height() / 2
+        name = names[min(names, key=lambda at: abs(at - middle))]
+        start, end = exact(bar.get_x()), exact(bar.get_x() + bar.get_width())
+        rows.setdefault(name, []).append(f"{bar.get_label()} ({start} to {end})")
+    told = [(name, ", ".join(said)) for name, said in rows.items()]
+    title = axes.get_title(loc="left") or axes.get_title() or caption
+    return [_table(title, "each bar with its start and end", ("row", "bars"), told, texts=2)] if rows else []
+
+
+def exact(value: Any) -> str:
+    """A number as it is drawn, to six figures that matter; whole numbers whole."""
+    number = float(value)
+    if number.is_integer() or abs(number) >= 1e6:
+        return f"{number:.0f}"
+    return f"{number:.6g}"
+
+
+def _cell(value: float, records: Sequence[str]) -> str:
+    return MISSING if pd.isna(value) else Prose.of(mark(exact(value), records))
+
+
+def _change(figure: Figure) -> str:
+    return "change in " if figure.against_baseline else ""
+
+
+def _labelled(artist: Line2D | Rectangle) -> bool:
+    return not str(artist.get_label()).startswith("_") and str(artist.get_label()) != ""
+
+
+def _table(caption: str, note: str, head: tuple[str, ...], rows: Sequence[tuple[str, ...]], texts: int = 1) -> Table:
+    return Table(caption=caption, note=note, head=head, rows=tuple(rows), texts=texts)
