@@ -19,10 +19,10 @@ from ablations import STUDIES
 from ablations.adopt import Differs, adopt
 from ablations.catalogue import load
 from ablations.difference import Difference, differences
+from ablations.ray_cluster import run_on_ray
 from ablations.run import label, remaining, run
 from ablations.study import Study
 from bench.fingerprint import save
-from bench.record import Profile
 from dsv3.config.rules import require
 
 _OUT = Path("reports", "out")
@@ -48,6 +48,8 @@ class Run:
     """studies by name, or paths of study files"""
     all: bool = False
     """every study"""
+    on: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: a Ray cluster, that of RAY_ADDRESS or one started here"""
     profile: Literal["quick", "full"] = "quick"
     """quick: two seeds, small sizes; full: what the rules of verdict ask"""
     out: Path = _OUT
@@ -173,15 +175,14 @@ def _run(command: Run, console: Console) -> int:
     out = command.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     save(out)
-    failures = sum(
-        _run_study(name, study, command.profile, out, command.device, console) for name, study in studies.items()
-    )
+    failures = sum(_run_study(name, study, command, out, console) for name, study in studies.items())
     console.print(f"records in {command.out / 'records.jsonl'}; `python -m reports build` makes the report of them")
     return 1 if failures else 0
 
 
-def _run_study(name: str, study: Study, profile: Profile, out: Path, device: str, console: Console) -> int:
-    todo = remaining(study, profile, out, device)
+def _run_study(name: str, study: Study, command: Run, out: Path, console: Console) -> int:
+    profile, on = command.profile, {"local": run, "ray": run_on_ray}[command.on]
+    todo = remaining(study, profile, out, command.device)
     failures = 0
     columns = (
         TextColumn("{task.description}"),
@@ -192,7 +193,7 @@ def _run_study(name: str, study: Study, profile: Profile, out: Path, device: str
     )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task(study.name, total=todo.cells, completed=todo.cells - len(todo.left), cell="")
-        for wrong in run(name, study, todo.left, profile, out, lambda cell: progress.update(bar, cell=label(cell))):
+        for wrong in on(name, study, todo.left, profile, out, lambda cell: progress.update(bar, cell=label(cell))):
             progress.advance(bar)
             if wrong:
                 failures += 1

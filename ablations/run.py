@@ -66,14 +66,9 @@ def run(
 
     def run_one(cell: Cell) -> str:
         on_cell(cell)
-        limit = _START + _PATIENCE * cell.seconds
-        status, said = _in_fresh_process(order(name, cell, profile, out), limit, stopping)
-        if status == -signal.SIGINT:
-            return ""  # the user's doing, and no failure of the cell
-        if status not in (0, READINGS_FAILED):
-            said = said or f"the process ended with status {status}"
-            _record_failure(study, cell, profile, out, said.splitlines()[-1])
-        return f"{label(cell)}: {said}" if status else ""
+        limit = patience(cell)
+        status, said = in_fresh_process(order(name, cell, profile, out), limit, stopping)
+        return settle(study, cell, profile, out, status, said)
 
     alone = [cell.timed or cell.device != "cpu" for cell in cells]
     with ThreadPoolExecutor(min(cores(), _ABREAST)) as pool:
@@ -85,14 +80,31 @@ def run(
     yield from map(run_one, compress(cells, alone))
 
 
+def patience(cell: Cell) -> float:
+    """Seconds after which the cell's process is given up."""
+    return _START + _PATIENCE * cell.seconds
+
+
+def settle(study: Study, cell: Cell, profile: Profile, out: Path, status: int, said: str) -> str:
+    """What went wrong with a cell whose process ended so; error records where it could not leave any itself."""
+    if status == -signal.SIGINT:
+        return ""  # the user's doing, and no failure of the cell
+    if status not in (0, READINGS_FAILED):
+        said = said or f"the process ended with status {status}"
+        _record_failure(study, cell, profile, out, said.splitlines()[-1])
+    return f"{label(cell)}: {said}" if status else ""
+
+
 def label(cell: Cell) -> str:
     """A cell in a few words: its arm, axes and seed."""
     axes = [f"{name}={value}" for name, value in cell.axes.items()]
     return " ".join([*([cell.arm] if cell.arm else []), *axes, *([] if cell.seed is None else [f"seed={cell.seed}"])])
 
 
-def _in_fresh_process(text: str, limit: float, stopping: threading.Event) -> tuple[int, str]:
-    """The exit status of the cell's process, and what it printed; the last line says what ended it."""
+def in_fresh_process(text: str, limit: float, stopping: threading.Event) -> tuple[int, str]:
+    """The exit status of the process of the cell in the order `text`, and what it printed; the last line says what
+    ended it.
+    """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
