@@ -182,16 +182,20 @@ def from_line(line: str) -> Record:
 
 
 def append(path: Path | str, records: Iterable[Record]) -> None:
-    """Add records at the end of the file, all or none, on disk when this returns; the folder is made.
+    """Add records at the end of the file, as `append_lines` does."""
+    lines = "".join(to_line(record) + "\n" for record in records)
+    if lines:
+        append_lines(path, lines)
 
-    An unfinished last line, left by a crash of an earlier writer, is closed first so that it cannot swallow a record.
+
+def append_lines(path: Path | str, lines: str) -> None:
+    """Add whole lines at the end of the file, all or none, on disk when this returns; the folder is made.
+
+    An unfinished last line, left by a crash of an earlier writer, is closed first so that it cannot swallow one of these.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    lines = "".join(to_line(record) + "\n" for record in records)
-    if not lines:
-        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
