@@ -219,6 +219,7 @@ def _saved(records: Sequence[Record], dense: str, length: int) -> Estimate:
 def growth(table: Any) -> "Picture":
     """Forward seconds against length on logarithmic scales, each line with its slope."""
     import numpy as np
+    from matplotlib import rcParams
     from matplotlib.figure import Figure as Picture
 
     rows = table[(table["metric"] == "cpu_seconds") & (table["phase"] == "forward") & (table["threads"] == 1)]
@@ -231,8 +232,8 @@ def growth(table: Any) -> "Picture":
         if len(line) > 1:
             slope = np.polyfit(np.log(line["length"].astype(float)), np.log(line["value"]), 1)[0]
             # The baseline is drawn as in the other figures, which leaves each arm the colour that it has there.
-            dashed: dict[str, Any] = {"color": "black", "linestyle": "--"} if arm == STUDY.baseline else {}
-            axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}", **dashed)
+            ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
+            axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}", **ink)
     ticks = sorted({int(length) for length in rows["length"]})
     axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one thread")
     axes.set_title("How forward time grows with length")

@@ -23,9 +23,17 @@ from reports.tables import MISSING, Table
 
 
 def of_points(figure: Figure, points: pd.DataFrame) -> list[Table]:
-    """The twin of a declared figure: a row per point, with the interval's ends."""
-    varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
+    """The twin of a declared figure: places down and arms across for a line, else a row per point."""
     unit = metric(figure.metric).unit
+    shown = f"{'change in ' if figure.against_baseline else ''}{figure.metric}{f' ({unit})' if unit else ''}"
+    if figure.kind == "line":
+        across = str(figure.x)
+        arms = tuple(dict.fromkeys(points["arm"]))
+        cells = {(row[across], row["arm"]): _with_interval(row) for _, row in points.iterrows()}
+        places = dict.fromkeys(points[across])
+        rows = [(place(at), *(cells.get((at, arm), MISSING) for arm in arms)) for at in places]
+        return [_table(figure.caption, f"{shown} [95% interval]", (across, *arms), rows)]
+    varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
     rows = [
         (
             str(row["arm"]),
@@ -34,7 +42,7 @@ def of_points(figure: Figure, points: pd.DataFrame) -> list[Table]:
         )
         for _, row in points.iterrows()
     ]
-    head = ("arm", *varying, f"{_change(figure)}{figure.metric} ({unit})" if unit else figure.metric, "low", "high")
+    head = ("arm", *varying, shown, "low", "high")
     return [_table(figure.caption, "low and high: 95% interval", head, rows, texts=1 + len(varying))]
 
 
@@ -84,8 +92,10 @@ def _cell(value: float, records: Sequence[str]) -> str:
     return MISSING if pd.isna(value) else Prose.of(mark(exact(value), records))
 
 
-def _change(figure: Figure) -> str:
-    return "change in " if figure.against_baseline else ""
+def _with_interval(row: Any) -> Prose:
+    known = pd.notna(row["low"]) and row["low"] != row["high"]
+    ends = f" [{exact(row['low'])}, {exact(row['high'])}]" if known else ""
+    return Prose.of(mark(exact(row["value"]) + ends, row["records"]))
 
 
 def _labelled(artist: Line2D | Rectangle) -> bool:
