@@ -22,7 +22,7 @@ from ablations.difference import Difference, differences
 from ablations.ray_cluster import run_on_ray
 from ablations.run import label, remaining, run
 from ablations.study import Study
-from bench.fingerprint import save
+from bench.fingerprint import machine_id, save
 from dsv3.config.rules import require
 
 _OUT = Path("reports", "out")
@@ -174,7 +174,9 @@ def _run(command: Run, console: Console) -> int:
     studies = {_located(name): load(name) for name in names}
     out = command.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    save(out)
+    left = any(remaining(study, command.profile, out, command.device).left for study in studies.values())
+    if left or not (out / "machines" / f"{machine_id()}.json").exists():
+        save(out)  # not of a finished study: a new time and load would make another report of the same records
     failures = sum(_run_study(name, study, command, out, console) for name, study in studies.items())
     console.print(f"records in {command.out / 'records.jsonl'}; `python -m reports build` makes the report of them")
     return 1 if failures else 0

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ablations.cache import cell_key, mark
+from ablations.cell import PENDING
 from ablations.run import label, remaining, run
 from ablations.study import Cell, Study
 from bench.fingerprint import machine_id, revision, utc_now
@@ -90,7 +91,7 @@ def _by_cell(study: Study, profile: Profile, cells: Sequence[Cell], records: Seq
     rule, machine = study.rule_digest(), machine_id()
     for row in records:
         ours = (row.study, row.profile, row.rule, row.machine) == (study.name, profile, rule, machine)
-        if ours and (row.error is None or row.error.startswith("pending: ")):
+        if ours and (row.error is None or row.error.startswith(PENDING)):
             owners = [at for at, cell in enumerate(cells) if _owns(cell, row)]
             if owners:  # the axes of one cell may be a part of another's: the record is that of the fuller one
                 at = max(owners, key=lambda at: len(cells[at].axes))

@@ -7,6 +7,7 @@ would disturb the next run's timings.
 """
 
 import json
+import math
 import os
 import sys
 import threading
@@ -23,6 +24,7 @@ from bench.measurement import Point, failure, record
 from bench.record import Profile, Record, append
 from dsv3.config import digest
 
+PENDING = "pending: "  # how the error of a reading begins that this machine cannot measure: no failure
 READINGS_FAILED = 3  # the exit status when records say what failed; any other than 0 means that there are no records
 
 
@@ -44,7 +46,7 @@ def main() -> int:
     rule = study.rule_digest()
     records = [to_record(study, cell, reading, labels[reading.corpus], rule) for reading in readings]
     append(out / "records.jsonl", records)
-    failed = [f"{reading.arm}: {reading.failed}" for reading in readings if reading.failed]
+    failed = [f"{row.arm}: {row.error}" for row in records if row.error and not row.error.startswith(PENDING)]
     if failed:
         print("\n".join(failed))
         return READINGS_FAILED
@@ -53,7 +55,7 @@ def main() -> int:
 
 
 def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance, rule: str | None) -> Record:
-    """A reading with everything that identifies it.
+    """A reading with everything that identifies it; one that is no finite number becomes an error that names it.
 
     Raises:
         ValueError: a reading of an arm or a metric that the study does not declare.
@@ -71,9 +73,11 @@ def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance, rul
     name = reading.metric if reading.measurement is None else reading.measurement.metric
     if name not in study.metrics:
         raise ValueError(f"metric={name!r}: must be one of {', '.join(study.metrics)}; declare it in {study.name}")
-    if reading.measurement is not None:
-        return record(point, where, reading.measurement)
-    return failure(point, where, name, reading.failed or f"pending: {reading.pending}")
+    if reading.measurement is None:
+        return failure(point, where, name, reading.failed or f"{PENDING}{reading.pending}")
+    if not math.isfinite(reading.measurement.value):
+        return failure(point, where, name, f"{name} is {reading.measurement.value}, which is no finite number")
+    return record(point, where, reading.measurement)
 
 
 def _leave_with_parent() -> None:

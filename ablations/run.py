@@ -90,6 +90,8 @@ def settle(study: Study, cell: Cell, profile: Profile, out: Path, status: int, s
     if status == -signal.SIGINT:
         return ""  # the user's doing, and no failure of the cell
     if status not in (0, READINGS_FAILED):
+        if cell_key(study, cell, profile) in done(out):
+            return ""  # it had written everything when it was killed
         said = said or f"the process ended with status {status}"
         _record_failure(study, cell, profile, out, said.splitlines()[-1])
     return f"{label(cell)}: {said}" if status else ""

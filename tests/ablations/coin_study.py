@@ -1,5 +1,6 @@
 """A study for tests: it tosses coins instead of training models; its environment says what to break."""
 
+import math
 import os
 import random
 import signal
@@ -39,6 +40,8 @@ def measure(cell: Cell) -> list[Reading]:
     tosses = int(cell.axes["tosses"])
     chance = random.Random(f"{cell.arm} {cell.seed} {tosses}")
     heads = sum(chance.random() < FACES[cell.arm] for _ in range(tosses)) / tosses
+    if os.environ.get("COIN_NAN") == cell.arm:
+        heads = math.nan
     note("end", cell)
     return [
         Reading(arm=cell.arm, measurement=Measurement(metric="loss", value=heads)),

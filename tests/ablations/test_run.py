@@ -1,26 +1,35 @@
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ablations import __main__ as command
 from ablations.catalogue import load as load_study
-from ablations.run import label, remaining
+from ablations.comparison import Compared
+from ablations.run import label, remaining, settle
+from ablations.run import run as run_cells
 from ablations.study import Cell
+from ablations.verdicts import standing
 from bench.fingerprint import cores
-from bench.record import Record, load
+from bench.record import Record, append, load
+from reports.frame import summary
 
 COIN = Path(__file__).with_name("coin_study.py")
 ROOT = COIN.parents[2]
 CELLS = 4
+CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -50,6 +59,17 @@ def records(out: Path) -> tuple[Record, ...]:
     loaded = load(out / "records.jsonl")
     assert not loaded.skipped
     return loaded.records
+
+
+def unrevised(out: Path) -> list[Record]:
+    """The records as of one revision, whatever is edited while the test runs: the revision is part of an id."""
+    return [replace(row, revision="r") for row in records(out)]
+
+
+def in_order(rows: Sequence[Record]) -> pd.DataFrame:
+    """What the report shows of records, whatever the order in which they came."""
+    table = summary(sorted(rows, key=lambda row: row.id))
+    return table[["arm", "metric", "tosses", "value", "low", "high", "n"]]
 
 
 def starts(log: Path) -> Counter[str]:
@@ -127,6 +147,85 @@ def test_a_runner_killed_at_any_moment_loses_at_most_the_cell_in_work(run: Run, 
     assert len(kept) == 2 * CELLS
 
 
+@pytest.mark.skipif(not CHILDREN.exists(), reason="needs /proc to find the process of a cell")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_moments_leave_the_records_of_an_undisturbed_run(
+    run: Run, out: Path, log: Path, tmp_path: Path, seed: int
+) -> None:
+    chance, kills = random.Random(seed), 4
+    line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
+    for _ in range(kills):
+        environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "0.3"}
+        runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.5, 3.5))
+        children = Path(f"/proc/{runner.pid}/task").glob("*/children")
+        cells = [int(pid) for path in children for pid in path.read_text().split()]
+        for pid in chance.choice([[runner.pid], cells, [runner.pid, *cells]]):
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(pid, signal.SIGKILL)
+        runner.wait(60)
+    assert run().returncode == 0
+    assert sum(starts(log).values()) <= CELLS + kills, "a kill costs at most the cell in work"
+
+    quiet = tmp_path / "undisturbed"
+    assert run("run", str(COIN), "--out", str(quiet), COIN_LOG=os.devnull).returncode == 0
+    study, ours, theirs = load_study(str(COIN)), unrevised(out), unrevised(quiet)
+    values = {row.id: row.value for row in theirs}
+    assert {row.id: row.value for row in standing(study, ours)} == values, "what was killed was measured later"
+    assert all(row.error or row.value == values[row.id] for row in ours), "no copy says otherwise"
+    pd.testing.assert_frame_equal(*(in_order(standing(study, rows)) for rows in (ours, theirs)))
+
+
+def test_a_cell_that_is_killed_when_it_has_written_everything_has_not_failed(out: Path) -> None:
+    study = load_study(str(COIN))
+    cell, other = study.cells("quick")[:2]
+    assert list(run_cells(str(COIN), study, (cell,), "quick", out, print)) == [""]
+    assert settle(study, cell, "quick", out, -signal.SIGKILL, "killed") == ""
+    assert len(records(out)) == 2
+    assert "killed" in settle(study, other, "quick", out, -signal.SIGKILL, "killed")
+    assert [row.error for row in records(out)] == [None, None, "killed"]
+
+
+def test_a_finished_study_takes_no_step_and_gives_the_same_report_to_the_byte(run: Run, out: Path, log: Path) -> None:
+    from reports.build import build
+
+    study = load_study(str(COIN))
+    assert run().returncode == 0
+    before, started = build(out, [study]).files, log.read_text()
+    assert run().returncode == 0
+    assert log.read_text() == started, "no process of a cell was started"
+    assert build(out, [study]).files == before
+
+
+def test_a_figure_that_is_no_number_is_refused_by_name_and_the_others_are_kept(run: Run, out: Path) -> None:
+    done = run(COIN_NAN="bent")
+    assert done.returncode == 1
+    assert "bent: loss is nan, which is no finite number" in done.stderr
+    told = {(row.arm, row.metric): row.error for row in records(out)}
+    assert told == {
+        ("fair", "loss"): None,
+        ("fair", "peak_bytes"): None,
+        ("bent", "loss"): "loss is nan, which is no finite number",
+        ("bent", "peak_bytes"): None,
+    }
+    assert run().returncode == 0, "it is tried again"
+    assert not [row for row in standing(load_study(str(COIN)), records(out)) if row.error]
+
+
+def test_a_study_of_one_seed_has_neither_interval_nor_verdict_and_still_has_a_page(run: Run, out: Path) -> None:
+    from reports.build import build
+
+    coin = load_study(str(COIN))
+    study = replace(coin, compared=(Compared("loss", margin=0.01, why="a coin in a hundred"),))
+    assert run().returncode == 0
+    only = [row for row in records(out) if row.seed == 0]
+    (out / "records.jsonl").unlink()
+    append(out / "records.jsonl", only)
+    report = build(out, [study]).files["report.md"].decode()
+    assert "one seed: no verdict" in report
+    assert "needs the full profile (1 of 6 seeds)" in report
+
+
 @pytest.mark.skipif(cores() < 2, reason="needs two cores")
 @pytest.mark.parametrize("quiet, abreast", [({}, False), ({"COIN_QUIET": "1"}, True)])
 def test_cells_that_measure_no_time_run_side_by_side(run: Run, log: Path, quiet: dict[str, str], abreast: bool) -> None:
@@ -167,8 +266,6 @@ def test_a_hung_cell_is_given_up(monkeypatch: pytest.MonkeyPatch, out: Path, log
     monkeypatch.setattr("ablations.run._PATIENCE", 0)
     monkeypatch.setenv("COIN_SLEEP", "60")
     study = load_study(str(COIN))
-    from ablations.run import run as run_cells
-
     wrong = list(run_cells(str(COIN), study, study.cells("quick")[:1], "quick", out, lambda cell: None))
     assert "gave up after" in wrong[0]
     assert "declare more seconds" in str(records(out)[0].error)
