@@ -57,6 +57,7 @@ class Comparison:
     adjusted      p of the family's test after Holm
     equivalent    p of TOST after Holm
     detectable    smallest difference that a t test at alpha / m finds with 80% power
+    records       ids of what was compared, in pairs
     """
 
     arm: str
@@ -66,6 +67,7 @@ class Comparison:
     adjusted: float | None = None
     equivalent: float | None = None
     detectable: float | None = None
+    records: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -119,7 +121,8 @@ def _family(
     records: Sequence[Record], declared: Compared, axes: Mapping[str, Value], arms: Sequence[str], baseline: str
 ) -> Family:
     there = [row for row in records if row.error is None and row.metric == declared.metric and row.axes == axes]
-    pairs = {arm: values for arm in arms if arm != baseline and (values := _differences(there, arm, baseline))}
+    paired = {arm: found for arm in arms if arm != baseline and (found := _paired(there, arm, baseline))}
+    pairs = {arm: [float(a.value or 0.0) - float(b.value or 0.0) for a, b in found] for arm, found in paired.items()}
     needed = seeds_needed(max(1, len(pairs)))
     tested = {arm: values for arm, values in pairs.items() if len(values) > 1}
     exact = all(needed <= len(values) <= MOST for values in tested.values())
@@ -135,16 +138,14 @@ def _family(
             adjusted=adjusted.get(arm),
             equivalent=equivalent.get(arm),
             detectable=detectable(values, ALPHA / len(pairs)) if arm in tested else None,
+            records=tuple(row.id for pair in paired[arm] for row in pair),
         )
         for arm, values in pairs.items()
     )
     return Family(compared=declared, axes=axes, exact=exact, needed=needed, rows=rows)
 
 
-def _differences(records: Sequence[Record], arm: str, baseline: str) -> list[float]:
-    """The arm minus the baseline at every seed that has both."""
-    values: dict[str, dict[int | None, float]] = {arm: {}, baseline: {}}
-    for row in records:
-        if row.arm in values and row.value is not None:
-            values[row.arm][row.seed] = float(row.value)
-    return [value - values[baseline][seed] for seed, value in values[arm].items() if seed in values[baseline]]
+def _paired(records: Sequence[Record], arm: str, baseline: str) -> list[tuple[Record, Record]]:
+    """The arm's record and the baseline's at every seed that has both."""
+    ours, theirs = ({row.seed: row for row in records if row.arm == name} for name in (arm, baseline))
+    return [(row, theirs[seed]) for seed, row in ours.items() if seed in theirs]

@@ -6,6 +6,7 @@ from ablations.comparison import Comparison, Family, families
 from ablations.difference import Difference, Quantity, differences
 from ablations.significance import ALPHA, POWER
 from ablations.study import Study
+from ablations.traced import Prose, mark
 from ablations.verdicts import current
 from bench.metrics import metric
 from bench.record import Record
@@ -67,7 +68,7 @@ def _tested(row: Comparison, unit: str) -> tuple[str, ...]:
     chances = (MISSING if p is None else f"{p:.2g}" for p in (row.flipped, row.adjusted, row.equivalent))
     seen = MISSING if row.detectable is None else number(row.detectable, unit)
     counted = f"{interval(found.value, low, high, unit)} (n={found.n})"
-    return row.arm, counted, exact, *chances, seen, row.verdict
+    return row.arm, *(Prose.of(mark(text, row.records)) for text in (counted, exact, *chances, seen)), row.verdict
 
 
 def _method(family: Family) -> str:
