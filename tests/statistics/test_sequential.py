@@ -27,7 +27,7 @@ FOUND = {
     1.05: (1, 2, 9),
     1.1: (9, 29, 97),
     1.2: (78, 100, 100),
-}  # percent of cases found different, after 20, 40, 120 blocks
+}  # percent found, after 20, 40, 120 blocks
 NOISE = {  # of the logarithm of a block's ratio, its median 0; 13% is what blocks of a loaded machine scatter by
     "normal": lambda random, shape: 0.13 * random.standard_normal(shape),
     "heavy": lambda random, shape: 0.08 * random.standard_t(2, shape),
