@@ -35,19 +35,29 @@ class Allocated:
     scratch: Mapping[str, int]
 
 
-def allocated(config: Config, recipe: Recipe, *, sequences: int = 1, policy: Policy = "none") -> Allocated:
+def allocated(
+    config: Config, recipe: Recipe, *, sequences: int = 1, policy: Policy = "none", accumulating: bool = False
+) -> Allocated:
     """Run the step twice on real memory, at one thread, and read the second."""
-    make = partial(build, config, recipe, sequences=sequences, policy=policy)
+
+    def make() -> Step:
+        step = build(config, recipe, sequences=sequences, policy=policy)
+        if accumulating:
+            step.zeroed_gradients()
+        return step
+
+    call = partial(whole, accumulating=accumulating)
     with threads(1):
-        _, live, _ = peak_bytes(make, whole)
+        _, live, _ = peak_bytes(make, call)
         return Allocated(peak=int(live.value), scratch=scratch(make()))
 
 
-def whole(step: Step) -> None:
-    """Forward, backward and update, with gradients dropped at the end."""
+def whole(step: Step, *, accumulating: bool = False) -> None:
+    """Forward, backward and update; gradients are dropped at the end, unless they accumulate."""
     step.loss().backward()
     step.update()
-    step.forget()
+    if not accumulating:
+        step.forget()
 
 
 def scratch(step: Step) -> dict[str, int]:

@@ -1,57 +1,38 @@
 """A training step of the real model on fake tensors: shapes and types without memory, so that 671 billion parameters
 fit anywhere. Every layer is traced, on one device, forward, backward and update.
 
-What is traced is `dsv3.model.Transformer` with the losses of `dsv3.train`, and three stand-ins for what hangs on data:
-
-    a number that the host asks for      (is any score NaN? which is the largest token?) is answered with 0 or True
-    experts in bf16                      `dsv3.moe.dispatch.grouped`, as on a GPU: its shapes are static
-    experts in fp32                      `dsv3.moe.looped` as one operator, as in a compiled step
-
-A capacity drops nothing here. A selection of keys cannot be traced, since the sizes of its lists are data; the caller
-asks for the same model without. Fake tensors are of the CPU, whose fused attention pads values to the width of keys.
-
-FLOPs are the model's: a causal query counts the keys that it sees, values count at their own width, and scores that a
-backward kernel computes again do not count (conventions of `dsv3.model.cost`). A forward that a recomputation policy
-runs again does count, beside it.
+What is traced is `dsv3.model.Transformer` with the losses of `dsv3.train`, and the stand-ins of `stand_ins.py` for what
+hangs on data. A selection of keys cannot be traced, since the sizes of its lists are data; the caller asks for the same
+model without. Fake tensors are of the CPU, whose fused attention pads values to the width of keys.
 
 Data parallelism is traced through `dsv3.parallel` on torch's fake process group: the bytes that are handed to it, and
 what its flat buffer adds to the peak.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from bench.budget.activations import Policy
+from bench.budget.counted import Counted, attention_formulas
 from bench.budget.live import Live
+from bench.budget.stand_ins import Answers, built, recompute
 from bench.budget.states import Recipe
-from bench.meters.flops import formulas
-from dsv3.config import Config, Everything, Grouped, Latent, Model, MultiHead, vary
+from dsv3.config import Config, Everything, vary
 from dsv3.model import Transformer
 from dsv3.model.block import Block
-from dsv3.model.cost import BACKWARD_OVER_FORWARD
-from dsv3.moe import Routing
 from dsv3.moe.balance import alone
-from dsv3.moe.dispatch import grouped, sort_rows
-from dsv3.moe.experts import Experts
-from dsv3.moe.looped import compiled_forward
 from dsv3.parallel import ALONE, Ranks
 from dsv3.train.loss import loss_parts
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-AGAIN = ("q_b_proj", "kv_b_proj", "down_proj", "down")  # products that a selective policy does not keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,139 +212,8 @@ def build(config: Config, recipe: Recipe, *, sequences: int, policy: Policy) -> 
     return Step(config=config, model=model, optimizer=optimizer, masters=masters, moments=moments, sequences=sequences)
 
 
-def built(model: Model, dtype: torch.dtype) -> Transformer:
-    """The model with weights of this type, and experts of static shapes."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a cast afterwards would swap fake tensors, which torch refuses
-    try:
-        made = Transformer(model)
-    finally:
-        torch.set_default_dtype(default)
-    for name, module in list(made.named_modules()):
-        if isinstance(module, Experts):
-            made.set_submodule(name, StaticExperts(module))
-    return made
-
-
-class StaticExperts(nn.Module):
-    """Experts whose shapes do not hang on the routing: nothing is dropped. They share the layer's parameters."""
-
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
-        self.gate_up, self.down = experts.gate_up, experts.down
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """The weighted sum of each token's experts."""
-        routing = replace(routing, kept=None)
-        if x.dtype == torch.bfloat16:
-            return grouped(x, routing, self.gate_up, self.down)
-        token, weight, counts = sort_rows(routing)
-        return compiled_forward(x, weight.to(x.dtype), self.gate_up, self.down, token, counts)[0].to(x.dtype)
-
-
-class Answers(TorchDispatchMode):
-    """Answers what the host asks of a fake tensor: True for a truth, 0 for a number."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the operator, unless it is a question."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            asked = args[0].dtype
-            return True if asked == torch.bool else 0.0 if asked.is_floating_point else 0
-        return func(*args, **(kwargs or {}))
-
-
-class Counted(TorchDispatchMode):
-    """Adds up FLOPs by formula, and bytes handed to collectives.
-
-    torch's own counter also follows modules, and keeps tensors of a recomputed block alive while it does: the peak of
-    the step would not be the step's.
-    """
-
-    def __init__(self, more: Mapping[Any, Callable[..., int]]) -> None:
-        super().__init__()
-        self.flops = self.handed = 0
-        self._formulas = flop_registry | {
-            name: shape_wrapper(given) for name, given in (formulas() | dict(more)).items()
-        }
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run the operator and count it."""
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            self.handed += sum(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        if func._overloadpacket in self._formulas:
-            self.flops += int(self._formulas[func._overloadpacket](*args, **(kwargs or {}), out_val=result))
-        return result
-
-
-def recompute(block: Block, policy: Policy) -> None:
-    """Let the block keep only what the policy says, from outside."""
-    forward = partial(type(block).forward, block)
-    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if policy == "selective":
-        again = [weight for name, weight in block.named_parameters() if {*AGAIN} & {*name.split(".")}]
-        how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_products, again))
-
-    def lighter(x: Tensor, *, cache: None = None) -> Any:
-        return checkpoint(forward, x, **how)
-
-    block.forward = lighter  # type: ignore[method-assign, assignment]
-
-
-def _products(again: Sequence[Tensor], context: Any, operator: Any, *args: Any, **rest: Any) -> CheckpointPolicy:
-    aten, ours = torch.ops.aten, torch.ops.dsv3
-    if operator in (aten._scaled_dot_product_flash_attention_for_cpu.default, ours.looped_experts.default):
-        return CheckpointPolicy.MUST_SAVE
-    if operator in (aten.mm.default, aten._grouped_mm.default):
-        weight = args[1].untyped_storage()._cdata
-        if weight not in {parameter.untyped_storage()._cdata for parameter in again}:
-            return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def _hand_over(master: nn.Parameter, parameter: nn.Parameter) -> None:
     assert parameter.grad is not None, "called when the gradient is there"
     gradient = parameter.grad.float()
     parameter.grad = None
     master.grad = gradient if master.grad is None else master.grad + gradient
-
-
-def attention_formulas(model: Model) -> dict[Any, Callable[..., int]]:
-    """FLOPs of the fused attention as the model needs them: causal, values at their own width, nothing twice."""
-    match model.attention:
-        case Latent() as latent:
-            both = latent.qk_head_dim + latent.v_head_dim
-        case MultiHead() | Grouped() as plain:
-            both = 2 * plain.head_dim
-
-    def forward(q: Sequence[int], *_: Any, **__: Any) -> int:
-        batch, heads, length, _ = q
-        return 2 * batch * heads * both * (length * (length + 1) // 2)
-
-    def backward(gradient: Sequence[int], *_: Any, **__: Any) -> int:
-        return BACKWARD_OVER_FORWARD * forward(gradient)
-
-    aten = torch.ops.aten
-    return {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    } | loop_formulas()
-
-
-def loop_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of the experts' loop as one operator: each row times both of an expert's matrices."""
-
-    def forward(
-        x: Sequence[int], weight: Sequence[int], gate_up: Sequence[int], down: Sequence[int], *_: Any, **__: Any
-    ) -> int:
-        return 2 * weight[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
-
-    def backward(dy: Sequence[int], h: Sequence[int], *rest: Any, **__: Any) -> int:
-        return BACKWARD_OVER_FORWARD * forward(*rest)
-
-    ours = torch.ops.dsv3
-    return {ours.looped_experts: forward, ours.looped_experts_backward: backward}
