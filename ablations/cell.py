@@ -7,7 +7,6 @@ would disturb the next run's timings.
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -75,8 +74,6 @@ def to_record(study: Study, cell: Cell, reading: Reading, where: Provenance, rul
         raise ValueError(f"metric={name!r}: must be one of {', '.join(study.metrics)}; declare it in {study.name}")
     if reading.measurement is None:
         return failure(point, where, name, reading.failed or f"{PENDING}{reading.pending}")
-    if not math.isfinite(reading.measurement.value):
-        return failure(point, where, name, f"{name} is {reading.measurement.value}, which is no finite number")
     return record(point, where, reading.measurement)
 
 

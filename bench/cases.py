@@ -46,9 +46,15 @@ class Run:
         return self.provenance.profile
 
     def keep(self, point: Point, measurements: Iterable[Measurement]) -> None:
-        """Append figures that a case measured itself, such as peak bytes."""
+        """Append figures that a case measured itself, such as peak bytes.
+
+        Raises:
+            ValueError: a figure that is no finite number; its error and the other figures are kept.
+        """
         records = [record(point, self.provenance, measurement) for measurement in measurements]
         append(self.out / "records.jsonl", records)
+        if lost := [row.error for row in records if row.error is not None]:
+            raise ValueError(f"{point.arm}: {'; '.join(lost)}")
 
     def keep_failures(self, point: Point, names: Iterable[str], error: str) -> None:
         """Append an error record for each metric that could not be had."""

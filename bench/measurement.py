@@ -3,6 +3,7 @@
 A meter knows only its figure; the case or the study knows the arm; the run knows the machine. Each says its part once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -43,8 +44,11 @@ class Point:
 
 
 def record(point: Point, provenance: Provenance, measurement: Measurement, *, time: str | None = None) -> Record:
-    """The record of a figure; `time` is this moment unless given."""
+    """The record of a figure, of its failure where it is no finite number; `time` is this moment unless given."""
     row = metric(measurement.metric)
+    if not math.isfinite(measurement.value):
+        why = f"{row.name} is {measurement.value}, which is no finite number"
+        return failure(point, provenance, row.name, why, time=time)
     return Record(
         **vars(point), **vars(provenance), **vars(measurement), unit=row.unit, noise=row.noise, time=time or utc_now()
     )

@@ -1,6 +1,7 @@
 """The way of a case from its arms to records: one end to end, and what happens when an arm is wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from bench import cases
 from bench.__main__ import figures, main, number
 from bench.cases import Run, measure_arms, sessions
 from bench.fingerprint import Provenance
-from bench.measurement import Measurement
+from bench.measurement import Measurement, Point
 from bench.meters.energy import Absent
 from bench.meters.paired import process_clock
 from bench.record import Record, load
@@ -98,6 +99,20 @@ def test_an_arm_that_breaks_leaves_errors_too(run: Run) -> None:
     with pytest.raises(MemoryError):
         ask(run, check=lambda: None, arm=breaks)
     assert {record.error for record in kept(run)} == {"MemoryError: 16 GiB wanted"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_figure_that_is_no_number_fails_its_case_by_name_and_the_others_are_kept(run: Run, value: float) -> None:
+    point = Point(study="bench_sums", arm="sum")
+    figures = [Measurement(metric="parameters", value=7), Measurement(metric="loss", value=value)]
+    with pytest.raises(ValueError, match=f"sum: loss is {value}, which is no finite number"):
+        run.keep(point, [*figures, Measurement(metric="flops", value=8)])
+    kept = load(run.out / "records.jsonl").records
+    assert [(row.metric, row.value, row.error is None) for row in kept] == [
+        ("parameters", 7, True),
+        ("loss", None, False),
+        ("flops", 8, True),
+    ]
 
 
 def test_cpu_time_decides_at_one_thread_and_wall_time_stands_at_all_cores() -> None:
