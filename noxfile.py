@@ -7,6 +7,7 @@
     nox -s ablate           the studies alone                                       -- run moe_capacity
     nox -s report           tables, figures, pages and claims from the records      -- --check
     nox -s gate             exact costs of small pieces of work against expectations   -- --accept --reason "..."
+    nox -s ab               times of the working tree against a revision, in pairs  -- main --budget 600
 
 The jobs share the environment that the session `environment` makes, so that torch is installed once. nox's virtualenv
 backend is set because pip, unlike uv, looks for wheels where the machine's own pip configuration says.
@@ -114,3 +115,9 @@ def report(session: nox.Session) -> None:
 def gate(session: nox.Session) -> None:
     """Exact costs of training, serving and plans against the committed expectations; a machine without any passes."""
     module(session, "bench.gate", *session.posargs, passing=(0, 3))
+
+
+@job
+def ab(session: nox.Session) -> None:
+    """Times of the working tree against a revision; too little evidence and a gain pass."""
+    module(session, "bench.ab", *session.posargs, passing=(0, 3, 5))

@@ -2,13 +2,14 @@
 
 A block's ratio is time(head) / time(base). Its median theta is what is judged, by signs alone: whatever the noise is,
 if theta <= c, a ratio exceeds c with probability 1/2 at most, whatever came before. Betting on "exceeds" as fits a
-probability q of winning multiplies the capital by 2q or by 2(1 - q); averaged over q from 1/2 to 1, after k of n bets
-won,
+probability q of winning multiplies the capital by 2q or by 2(1 - q). Averaged over q from 1/2 to 1 with the weight w(q),
+after k of n bets won,
 
-    E(k, n) = 2^(n+1) * integral from 1/2 to 1 of q^k (1 - q)^(n-k) dq,      P(ever E >= 1/a) <= a
+    E(k, n) = integral of w(q) (2q)^k (2(1 - q))^(n-k) dq,      w(q) ~ q^4,      P(ever E >= 1/a) <= a
 
 (Ville 1939; Robbins 1970, "Statistical methods related to the law of the iterated logarithm"). So one may look after
-every block and stop when it pleases. With the margin m = 2%:
+every block and stop when it pleases. The weight is larger for large q, because a slow-down worth finding makes most
+blocks exceed the margin; any weight keeps the promise. With the margin m = 2%:
 
     different   (E against theta <= 1+m, plus E against theta >= 1/(1+m)) / 2 is large: p = 1/E, Holm over the cases
                 at 5%. A bias below the margin, such as one place in the order has, is no difference
@@ -33,6 +34,7 @@ from dsv3.config.rules import require
 MARGIN = 0.02
 ALPHA = 0.05  # that any case of a run is called different that is not
 INTERVAL = 0.90
+WEIGHT = 4  # the exponent of w
 
 Finding = Literal["slower", "faster", "same", "not enough evidence"]
 Ratios = Mapping[str, Sequence[float]]
@@ -62,9 +64,15 @@ class Verdict:
 @cache
 def evidence(won: int, bets: int) -> float:
     """E(won, bets): how many times over the capital has grown; at least 20 happens to one in 20 who bet on nothing."""
-    lost = bets - won
-    logarithm = (bets + 1) * math.log(2) + betaln(won + 1, lost + 1)
-    return float(math.exp(min(logarithm, 700.0)) * betaincc(won + 1, lost + 1, 0.5))  # e^700: the most a float holds
+    weight = _upper_half(WEIGHT + 1, 1)
+    logarithm = bets * math.log(2) + _upper_half(won + WEIGHT + 1, bets - won + 1) - weight
+    return math.exp(min(logarithm, 700.0))  # e^700: about the most that a float holds
+
+
+def _upper_half(a: int, b: int) -> float:
+    """The logarithm of the integral of q^(a-1) (1-q)^(b-1) from 1/2 to 1."""
+    share = float(betaincc(a, b, 0.5))
+    return float(betaln(a, b)) + math.log(share) if share else -math.inf  # a capital too small for a float is none
 
 
 def slower_and_faster(ratios: Sequence[float]) -> tuple[float, float]:
