@@ -1,12 +1,20 @@
 """What we ask: one file per study, the runner, and the ledger of claims.
 
-study.py      a study declared as data, with an example at its head
-claims.py     the ledger claims.toml, and what a verdict is
-evidence.py   from records to an estimate with its interval, and to a verdict
-verdicts.py   the verdict on every claim, from the records that are there
-catalogue.py  a study by its name or path
-run.py        every cell in a fresh process (cell.py), once (cache.py, and code.py: what code a result depends on)
-STUDIES       the studies, in the order of the report
+study.py          a study declared as data, with an example at its head
+claims.py         the ledger claims.toml, and what a verdict is
+evidence.py       from records to an estimate with its interval, and to a verdict
+traced.py         numbers that know their records
+verdicts.py       the verdict on every claim, from the records that are there
+difference.py     what an arm changes against the baseline, and what is then not matched
+significance.py   tests on paired differences: effect, no harm, what could be seen
+comparison.py     every arm against the baseline, as a family of tests
+designs.py        arms from factors: one at a time, factorial, fractional; effects with their aliases
+tuning.py         the same tuning budget for every arm, on seeds and text of its own
+catalogue.py      a study by its name or path
+run.py            every cell in a fresh process (cell.py), once (cache.py, and code.py: what code a result depends on)
+ray_cluster.py    the same cells as tasks of a Ray cluster
+adopt.py          finished cells outlive a change of code that changes no figure
+STUDIES           the studies, in the order of the report
 """
 
 STUDIES: tuple[str, ...] = (

@@ -1,15 +1,19 @@
 """Tuning costs every arm the same, sees no seed and no text of the results, and removes the bias of a best-of-sweep."""
 
 import math
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
 import pytest
 
+from ablations.catalogue import load
+from ablations.code import ROOT, files_reached
 from ablations.tuning import Text, Tuned, Tuning, readings, result, trained, tune
 from dsv3.config import Config, digest, presets, vary
 
 LR = "train.optimizer.lr"
+RATES = (1e-3, 3e-3, 1e-2)
 GRID = (1e-4, 1e-3, 1e-2)
 TUNING = Tuning(field=LR, values=GRID, seeds=(100, 101))
 CONFIGS = {"base": presets.tiny(), "arm": vary(presets.tiny(), **{"model.mtp": None})}
@@ -121,3 +125,21 @@ def test_a_model_is_tuned_and_scored_on_texts_that_differ() -> None:
     assert tuned.value == 1e-2, "two steps of 1e-5 teach nothing"
     assert tuned.losses[1e-2] == trained(tuned.config, 100, "validation"), "the same to the bit"
     assert result(tuned, 0, trained) != trained(tuned.config, 0, "validation")
+
+
+def test_a_study_whose_arms_are_tuned_declares_seeds_apart_and_reads_its_result_from_the_test_text() -> None:
+    study = load(str(ROOT / "ablations" / "multi_token_tuned.py"))
+    tuned = set(range(1000, 1000 + study.seeds["full"]))
+    assert not tuned & {cell.seed for cell in study.cells("full")}
+    small = replace(study.cells("quick")[0], axes={"steps": 1, "tokens": 128})
+    found = study.measure(small)
+    assert [reading.axes.get("lr") for reading in found] == [None, *RATES, None]
+    assert [reading.axes.get("text") for reading in found] == ["test", *["validation"] * 4]
+    assert all(reading.measurement is not None for reading in found)
+    assert found[0].config in {reading.config for reading in found[1:4]}, "the result is of a config of the grid"
+
+
+def test_tuning_is_part_of_what_a_cell_depends_on() -> None:
+    reached = {path.relative_to(ROOT).as_posix() for path in files_reached(frozenset({"ablations.tuning"}))}
+    assert {"ablations/tuning.py", "bench/training.py", "dsv3/config/change.py"} <= reached
+    assert "ablations/study.py" not in reached
