@@ -5,7 +5,6 @@ id. So it can be checked by building it again. Every number in its prose is a re
 (`reports.references`): there is no report with any other.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ablations.claims import Outcome
 from ablations.study import Study
 from ablations.traced import Prose
+from bench.fingerprint import saved
 from bench.metrics import METRICS
 from bench.record import Record, load
 from reports import references
@@ -54,7 +54,7 @@ def build(out: Path, studies: Sequence[Study]) -> Report:
     numbers = references.numbered(prose)
     content = _content(pages, ruled) | {
         "left_out": left_out,
-        "machines": _machines(out / "machines", records),
+        "machines": _machines(out, records),
         "references": references.entries(numbers, records, out),
     }
     environment = _environment()
@@ -157,16 +157,12 @@ def _content(pages: Sequence[Page], ruled: Sequence[Ruling]) -> dict[str, Any]:
     }
 
 
-def _machines(folder: Path, records: Iterable[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _machines(out: Path, records: Iterable[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The fingerprints of the machines that the records name, as facts in words."""
-    machines = []
-    for name in dict.fromkeys(record.machine for record in records):
-        path = folder / f"{name}.json"
-        said = json.loads(path.read_text()) if path.is_file() else {"fingerprint": f"missing: no machines/{name}.json"}
-        machines.append(
-            (name, [(key.replace("_", " "), _fact(value)) for key, value in said.items() if key != "machine"])
-        )
-    return machines
+    return [
+        (name, [(key.replace("_", " "), _fact(value)) for key, value in saved(out, name).items() if key != "machine"])
+        for name in dict.fromkeys(record.machine for record in records)
+    ]
 
 
 def _fact(value: Any) -> str:

@@ -6,13 +6,13 @@ nor where it is that of one process, since another process of the same code ofte
 machine of the newest record speaks; on two machines only figures that transfer between machines are compared.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ablations.evidence import Estimate, summarise
+from bench.fingerprint import saved
 from bench.metrics import metric
 from bench.record import Loaded, Record, load, other_machines
 
@@ -57,7 +57,8 @@ def diff(before: Path, after: Path) -> Diff:
     """
     loaded = {folder: _loaded(folder) for folder in (before, after)}
     old, new = (_speaking(loaded[folder].records) for folder in (before, after))
-    machines = tuple(_unequal(_fingerprint(before, old), _fingerprint(after, new)))
+    known = ({"machine": rows[-1].machine} | saved(where, rows[-1].machine) for where, rows in ((before, old), (after, new)))
+    machines = tuple(_unequal(*known))
     elsewhere = old[-1].machine != new[-1].machine
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
@@ -83,12 +84,6 @@ def _loaded(folder: Path) -> Loaded:
 
 def _speaking(records: tuple[Record, ...]) -> tuple[Record, ...]:
     return tuple(row for row in records if row.machine == records[-1].machine)
-
-
-def _fingerprint(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:
-    path = folder / "machines" / f"{records[-1].machine}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"machine": records[-1].machine}
-    return found
 
 
 def _unequal(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from ablations.catalogue import every
 from ablations.study import Study
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, record
-from bench.record import append
+from bench.record import append, load
 from reports import __main__ as command
 from reports.build import Report, build, stale, write
+from reports.readme import REFERENCE
+from reports.verify import mentioned
 
 ROOT = Path(__file__).parents[2]
 Run = Callable[..., Path]
@@ -97,6 +101,15 @@ def test_the_same_records_give_the_same_bytes_in_another_process(coin: Study, ru
     }
 
 
+def test_a_report_is_one_file_of_at_most_three_megabytes(tmp_path: Path) -> None:
+    shutil.copytree(REFERENCE, tmp_path / "reference")
+    report = build(tmp_path / "reference", every())
+    assert len(report.files["index.html"]) <= 3 * 2**20
+    assert report.references >= 90
+    assert all(figure.twin for page in report.pages for figure in page.figures), "each figure has its table"
+    assert mentioned(html(report)) <= {row.id for row in load(REFERENCE / "records.jsonl").records}
+
+
 def test_a_figure_carries_its_provenance(coin: Study, run: Run) -> None:
     files = build(run(), [coin]).files
     svg = files["figures/attention_sparsity-heads.svg"].decode()
@@ -163,14 +176,30 @@ def test_records_of_an_older_rule_are_shown_and_said_to_be(coin: Study, run: Run
     assert re.search(r"Loss \(nat/token\) at tosses 1000: fair 0\.\d+ .*, bent 0\.\d+ ", text)
 
 
-def test_bad_lines_are_named_and_the_rest_is_shown(coin: Study, run: Run) -> None:
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda line: "not a record", "Expecting value"),
+        (lambda line: line[: len(line) // 2], "Expecting"),
+        (lambda line: '{"name": "somebody else\'s line"}', "schema=None: must be 1"),
+        (lambda line: line.replace('"schema": 1', '"schema": 2'), "newer than 1, which this dsv3 reads; update dsv3"),
+        (lambda line: re.sub(r'"value": [^}]*', '"value": NaN', line), "NaN is no finite number"),
+        (lambda line: line.replace('"arm": "fair"', '"arm": "bent"'), "was the line edited?"),
+    ],
+)
+def test_bad_lines_are_named_and_counted_and_the_rest_is_shown(
+    coin: Study, run: Run, spoil: Callable[[str], str], reason: str
+) -> None:
     out = run()
+    before = build(out, [coin])
     with (out / "records.jsonl").open("a") as file:
-        file.write("not a record\n")
+        file.write(spoil((out / "records.jsonl").read_text().splitlines()[0]) + "\n")
     report = build(out, [coin])
-    assert report.left_out[0].startswith("1 of 9 lines are no records and were left out: line 9 (Expecting value")
+    assert report.left_out[0].startswith("1 of 9 lines are no records and were left out: line 9 (")
+    assert reason in report.left_out[0]
     assert f"records.jsonl: {report.left_out[0]}" in words(report)
     assert f"records.jsonl: {report.left_out[0]}" in report.files["report.md"].decode()
+    assert [page.tables for page in report.pages] == [page.tables for page in before.pages]
 
 
 def test_a_report_is_stale_when_records_or_files_change(coin: Study, run: Run) -> None:
