@@ -50,4 +50,12 @@ def done(out: Path) -> frozenset[str]:
     """The keys of the cells that are done."""
     there = {record.id for record in load(out / "records.jsonl").records}
     marks = sorted((out / "cells").glob("*.json"))
-    return frozenset(path.stem for path in marks if there.issuperset(json.loads(path.read_text())["records"]))
+    return frozenset(path.stem for path in marks if (ids := _marked(path)) is not None and ids <= there)
+
+
+def _marked(path: Path) -> frozenset[str] | None:
+    """The ids that a mark lists; None of one that a power cut left unreadable: its cell runs again."""
+    try:
+        return frozenset(json.loads(path.read_text())["records"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -101,6 +101,18 @@ def save(folder: Path | str, corpus: str | None = None) -> Path:
     return path
 
 
+def saved(folder: Path | str, machine: str) -> dict[str, Any]:
+    """The fingerprint that `save` left in the folder; where there is none to read, why, in its place."""
+    path = Path(folder) / "machines" / f"{machine}.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {"fingerprint": f"missing: no machines/{machine}.json"}
+    except ValueError as error:  # not JSON, or no text at all
+        return {"fingerprint": f"unreadable: machines/{machine}.json ({error})"}
+    return found if isinstance(found, dict) else {"fingerprint": f"unreadable: machines/{machine}.json is no object"}
+
+
 def cpu_vendor() -> str:
     """Who made the processor, as the system spells it; the architecture's name where it does not say."""
     return _cpuinfo("vendor_id") or _cpuinfo("CPU implementer") or platform.machine()

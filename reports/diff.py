@@ -57,8 +57,7 @@ def diff(before: Path, after: Path) -> Diff:
     """
     loaded = {folder: _loaded(folder) for folder in (before, after)}
     old, new = (_speaking(loaded[folder].records) for folder in (before, after))
-    known = ({"machine": rows[-1].machine} | saved(where, rows[-1].machine) for where, rows in ((before, old), (after, new)))
-    machines = tuple(_unequal(*known))
+    machines = tuple(_unequal(_machine(before, old), _machine(after, new)))
     elsewhere = old[-1].machine != new[-1].machine
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
@@ -84,6 +83,11 @@ def _loaded(folder: Path) -> Loaded:
 
 def _speaking(records: tuple[Record, ...]) -> tuple[Record, ...]:
     return tuple(row for row in records if row.machine == records[-1].machine)
+
+
+def _machine(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:
+    name = records[-1].machine
+    return {"machine": name} | saved(folder, name)
 
 
 def _unequal(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
