@@ -19,7 +19,7 @@ from ablations.traced import Prose
 from bench.fingerprint import saved
 from bench.metrics import METRICS
 from bench.record import Record, load
-from reports import references
+from reports import budget, references
 from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
 from reports.training import training_page
 
@@ -100,7 +100,8 @@ def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[
         return []
     found = {row.claim.id: row.verdict for row in ruled}
     pages = [study_page(study, records, found) for study in studies]
-    known = {study.name for study in studies}
+    pages.append(budget.budget_page(records, found))
+    known = {study.name for study in studies} | {budget.STUDY}
     others = dict.fromkeys(record.study for record in records if record.study not in known)
     return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
 

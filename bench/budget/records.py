@@ -7,6 +7,7 @@ run                              hours and price with one input changed; cost ag
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 
 from bench.budget import wall
 from bench.budget.activations import POLICIES, by_module, kept
@@ -62,13 +63,14 @@ def _modules(asked: Asked) -> Iterator[Found]:
 
 def _ranks(asked: Asked) -> Iterator[Found]:
     model = asked.config.model
-    for split in examples(asked):
-        most = fullest(shares(model, split, asked.recipe, asked.batch, asked.policy))
-        where = place(asked) | {"split": split.name, "ranks": split.ranks, "stage": most.stage}
+    for split, policy in product(examples(asked), POLICIES):
+        most = fullest(shares(model, split, asked.recipe, asked.batch, policy))
+        where = place(asked) | {"recompute": policy, "split": split.name, "ranks": split.ranks, "stage": most.stage}
         for kind in ("parameters", "gradients", "optimizer", "activations", "working", "total"):
             yield "rank", "rank_bytes", getattr(most, kind), where | {"kind": kind}
-        for kind, value in sent(model, split, asked.recipe, asked.batch, most.stage).items():
-            yield "rank", "sent_bytes", value, where | {"kind": kind}
+        if policy == POLICIES[0]:
+            for kind, value in sent(model, split, asked.recipe, asked.batch, most.stage).items():
+                yield "rank", "sent_bytes", value, where | {"kind": kind}
 
 
 def _published(asked: Asked) -> Iterator[Found]:
@@ -92,6 +94,8 @@ def _wall() -> Iterator[Found]:
         }
         yield "run", "run_hours", run.hours, where
         yield "run", "run_dollars", run.dollars, where
+    for run in wall.curves():
+        yield "run", "run_hours", run.hours, {"curve": run.name, "cards": run.cards}
     for peer, ratio in wall.ratios():
         yield "run", "cost_ratio", ratio, {"peer": peer}
     where = {"change": "DeepSeek-V3, published pre-training", "run": "DeepSeek-V3", "cards": wall.CARDS}

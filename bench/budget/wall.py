@@ -22,6 +22,7 @@ TOKENS, CARDS, UTILISATION, PRICE = 14.8e12, 2048, 0.3894, 2.0
 TOKENS_PER_PARAMETER = 20  # compute-optimal for dense models: arXiv 2203.15556 table 3
 PUBLISHED_HOURS = {"pre-training": 2_664_000, "context extension": 119_000, "post-training": 5_000}
 HOURS_ASKED, RATIO_ASKED = 72.0, 0.2
+CARD_COUNTS = tuple(2**power for power in range(6, 18))
 CARD = "NVIDIA H100 80GB HBM3"  # an H800 multiplies as fast: it differs in its links
 FLOPS_PER_PARAMETER = 6
 
@@ -110,6 +111,11 @@ def varied() -> tuple[tuple[str, Run], ...]:
         ("1 dollar an hour", replace(base, price=1.0)),
         ("4 dollars an hour", replace(base, price=4.0)),
     )
+
+
+def curves() -> tuple[Run, ...]:
+    """Sparse, dense and DeepSeek-V3's run on more and more cards."""
+    return tuple(replace(run, cards=cards) for run in (sparse(), dense(), deepseek()) for cards in CARD_COUNTS)
 
 
 def peers() -> tuple[tuple[str, Run], ...]:

@@ -1,0 +1,279 @@
+"""The page of the budgets: what a training step of a true-size model takes, and the claims that arithmetic answers.
+
+From the records of `python -m bench.budget`. Figures of arithmetic and traces are exact and of no machine, so the last
+record of each stands.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from ablations.claims import Verdict, ledger
+from ablations.traced import Prose, mark
+from bench.metrics import METRICS
+from bench.record import Record
+from reports import figures, twins
+from reports.numbers import number, place, plain
+from reports.pages import Drawn, Page, ruling
+from reports.tables import MISSING, Table
+
+STUDY = "budget"
+CLAIMS = ("H1", "H2")
+COMMAND = "python -m bench.budget --preset deepseek_v3"
+QUESTION = "What does a training step of a model of true size take, of which kind, on which rank; and what would a run?"
+KINDS = ("parameters", "gradients", "optimizer", "activations", "working")
+CARD, DRAWN_UP_TO = 80 * 2**30, 400 * 2**30
+ASKED_HOURS = 72
+LIMITS = (
+    "Splits over ranks are arithmetic: balanced routing, no fragments of an allocator, no buffers of collectives.",
+    "One device and data parallelism are traced on fake tensors, every layer; nothing is timed.",
+    "Hours and prices are arithmetic on a utilisation that is assumed, for the final run alone.",
+)
+Where = Mapping[str, Any]
+
+
+def budget_page(records: Sequence[Record], found: Mapping[str, Verdict]) -> Page:
+    """The page; one without records says how to get them."""
+    newest = {(row.arm, row.metric, tuple(sorted(row.axes.items()))): row for row in records if row.study == STUDY}
+    rows = tuple(newest.values())
+    used = {row.metric for row in rows}
+    return Page(
+        name=STUDY,
+        title="budget",
+        question=QUESTION,
+        answers=(_answer(rows),),
+        warning="",
+        arms=(),
+        baseline="",
+        figures=(_ranks_figure(rows), _hours_figure(rows)) if rows else (),
+        rulings=tuple(ruling(ledger()[claim], found[claim]) for claim in CLAIMS if claim in found),
+        tables=_tables(rows),
+        failures=None,
+        limits=LIMITS,
+        metrics=tuple(row for row in METRICS if row.name in used),
+        commands=(COMMAND, "python -m reports build"),
+        origin=(("records", str(len(rows))),) if rows else (),
+    )
+
+
+def _answer(rows: Sequence[Record]) -> Prose:
+    traced = _where(rows, arm="traced")
+    pairs = [(_partner(rows, row, "analytic"), row) for row in traced if row.metric != "live_bytes"]
+    if not pairs:
+        return Prose.of(f"Pending: {COMMAND}")
+    worst, other = max(pairs, key=lambda pair: abs(_deviation(*pair)))
+    models = ", ".join(dict.fromkeys(str(row.axes["model"]) for row in traced))
+    apart = mark(number(abs(_deviation(worst, other)), "share"), (worst.id, other.id))
+    said = f"Arithmetic and trace of {models} differ by at most {apart} in size, states, kept activations and FLOPs"
+    peaks = [(_partner(rows, row, "traced"), row) for row in _where(rows, arm="allocator")]
+    if peaks:
+        first, second = max(peaks, key=lambda pair: abs(_deviation(*pair)))
+        most = mark(number(abs(_deviation(first, second)), "share"), (first.id, second.id))
+        said += f"; the traced peak lies within {most} of the allocator's where the step fits in memory"
+    return Prose.of(said + ".")
+
+
+def _tables(rows: Sequence[Record]) -> tuple[Table, ...]:
+    made = [_agreement(rows), _published(rows)]
+    for model in dict.fromkeys(str(row.axes["model"]) for row in rows if "kind" in row.axes):
+        mine = [row for row in rows if row.axes.get("model") == model]
+        made += [_modules(mine, model), _ranks(mine, model), _sent(mine, model)]
+    return tuple(table for table in (*made, _runs(rows), _ratios(rows)) if table.rows)
+
+
+def _agreement(rows: Sequence[Record]) -> Table:
+    metrics = ("parameters", "parameter_bytes", "gradient_bytes", "optimizer_bytes", "saved_bytes", "flops")
+    traced, lines = _where(rows, arm="traced"), []
+    for at in dict.fromkeys(_of(row) for row in traced):
+        here = {row.metric: row for row in traced if _of(row) == at}
+        cells = [_compared(_partner(rows, here[name], "analytic"), here[name]) for name in metrics]
+        real = [row for row in _where(rows, arm="allocator") if _of(row) == at]
+        peak = _compared(here["live_bytes"], real[0]) if real else MISSING
+        lines.append((", ".join(at), *cells, _cell(here["live_bytes"]), peak))
+    names = tuple(name.replace("_", " ") for name in metrics)
+    return Table(
+        caption="Arithmetic against the trace of one device",
+        note="deviation; the last column is the traced peak against the allocator's",
+        head=("model, recipe, recompute, tokens", *names, "traced peak", "against the allocator"),
+        rows=tuple(lines),
+    )
+
+
+def _published(rows: Sequence[Record]) -> Table:
+    lines = []
+    for row in _where(rows, arm="published"):
+        if "quantity" in row.axes:
+            ours = _partner(rows, row, "ours")
+            what = f"{row.axes['quantity']}, {row.axes['note']}".removesuffix(", ")
+            deviation = _compared(ours, row)
+            lines.append((str(row.axes["model"]), what, str(row.axes["source"]), _cell(row), _cell(ours), deviation))
+    head = ("model", "quantity", "source", "published", "ours", "deviation")
+    return Table(
+        caption="Published figures", note="and what the config gives here", head=head, rows=tuple(lines), texts=3
+    )
+
+
+def _modules(rows: Sequence[Record], model: str) -> Table:
+    found = [row for row in _last(rows, "module") if row.metric == "saved_bytes"]
+    return _grid(found, "module", "recompute", f"Kept for backward of a microbatch: {model}")
+
+
+def _ranks(rows: Sequence[Record], model: str) -> Table:
+    found = [row for row in _last(rows, "kind") if row.metric == "rank_bytes"]
+    by_split = {(str(row.axes["split"]), str(row.axes["recompute"]), str(row.axes["kind"])): row for row in found}
+    names = dict.fromkeys((split, policy) for split, policy, _ in by_split)
+    kinds = (*KINDS, "total")
+    lines = [(*name, *(_cell(by_split[*name, kind]) for kind in kinds)) for name in names]
+    caption = f"Fullest rank: {model}"
+    return Table(caption=caption, note=_said(found), head=("split", "recompute", *kinds), rows=tuple(lines), texts=2)
+
+
+def _sent(rows: Sequence[Record], model: str) -> Table:
+    found = [row for row in _last(rows, "kind") if row.metric == "sent_bytes"]
+    return _grid(found, "split", "kind", f"Sent by that rank in a step: {model}")
+
+
+def _runs(rows: Sequence[Record]) -> Table:
+    changes = [row for row in rows if "change" in row.axes]
+    lines = []
+    for change in dict.fromkeys(str(row.axes["change"]) for row in changes):
+        here = {row.metric: row for row in changes if row.axes["change"] == change}
+        inputs = here["run_hours"].axes
+        told = [str(inputs.get("run")), *(_input(inputs, name) for name in ("tokens", "cards", "utilisation", "price"))]
+        lines.append((change, *told, _cell(here["run_hours"]), _cell(here["run_dollars"])))
+    head = ("changed", "model", "tokens", "cards", "share of peak", "dollars an hour", "hours", "dollars")
+    return Table(
+        caption="A run by arithmetic", note="one input changed at a time", head=head, rows=tuple(lines), texts=2
+    )
+
+
+def _ratios(rows: Sequence[Record]) -> Table:
+    lines = [(str(row.axes["peer"]), _cell(row)) for row in rows if row.metric == "cost_ratio"]
+    caption = "Cost of the sparse run against runs whose cost one could call usual"
+    return Table(caption=caption, note="the claim says 0.2", head=("peer", "cost ratio"), rows=tuple(lines))
+
+
+def _ranks_figure(rows: Sequence[Record]) -> Drawn:
+    found = [row for row in rows if row.metric == "rank_bytes"]
+    model = str(max(found, key=lambda row: row.value or 0).axes["model"])
+    here = _last([row for row in found if row.axes["model"] == model], "kind")
+    bars = _bars(here)
+    with figures.styled():
+        picture = Picture(figsize=(7.4, 0.9 + 0.32 * len(bars)), layout="constrained")
+        _draw_ranks(picture.subplots(), bars)
+    caption = f"Memory of the fullest rank by kind: {model}, {_said(here)}, splits of at most 400 GiB a rank"
+    return _drawn("ranks", caption, picture, here)
+
+
+def _bars(rows: Sequence[Record]) -> dict[str, dict[str, float]]:
+    bars: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = f"{row.axes['split']}, {row.axes['recompute']}"
+        bars.setdefault(name, {})[str(row.axes["kind"])] = float(row.value or 0)
+    return {name: kinds for name, kinds in bars.items() if kinds["total"] <= DRAWN_UP_TO}
+
+
+def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
+    names = list(bars)
+    starts = [0.0] * len(names)
+    for at, kind in enumerate(KINDS):
+        sizes = [bars[name][kind] / 2**30 for name in names]
+        drawn = axes.barh(range(len(names)), sizes, left=starts, color=figures.COLOURS[at], height=0.7, label=kind)
+        for bar in drawn:
+            bar.set_label(kind)
+        starts = [start + size for start, size in zip(starts, sizes, strict=True)]
+    axes.axvline(CARD / 2**30, color=figures.INK, linewidth=1, linestyle=":")
+    axes.annotate("80 GiB", (CARD / 2**30, 1.0), xycoords=("data", "axes fraction"), fontsize=7.5, va="bottom")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="GiB")
+    axes.grid(True, axis="x")
+    handles = [drawn[0] for drawn in axes.containers]
+    axes.legend(handles, KINDS, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _hours_figure(rows: Sequence[Record]) -> Drawn:
+    found = [row for row in rows if "curve" in row.axes]
+    with figures.styled():
+        picture = Picture(figsize=(6.0, 3.4), layout="constrained")
+        axes = picture.subplots()
+        for at, curve in enumerate(dict.fromkeys(str(row.axes["curve"]) for row in found)):
+            points = sorted((float(row.axes["cards"]), row.value or 0) for row in found if row.axes["curve"] == curve)
+            look = {"color": figures.COLOURS[at], "marker": figures.MARKERS[at], "markersize": 4}
+            axes.plot(*zip(*points, strict=True), label=curve, **look)
+        axes.axhline(ASKED_HOURS, color="#d1242f", linewidth=1.2, linestyle=":", label="72 hours")
+        axes.set(xlabel="cards", ylabel="hours", xscale="log", yscale="log")
+        axes.yaxis.set_major_formatter(lambda value, _: plain(value))
+        axes.xaxis.set_major_formatter(lambda value, _: place(value))
+        axes.set_xscale("log", base=2)
+        axes.grid(True)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+    caption = "Hours of a run on 14.8 trillion tokens at DeepSeek-V3's share of the bf16 peak, by how many cards"
+    return _drawn("hours", caption, picture, found)
+
+
+def _drawn(kind: str, caption: str, picture: Picture, rows: Sequence[Record]) -> Drawn:
+    name = f"{STUDY}-{kind}"
+    files = figures.render(picture, name, figures.provenance(STUDY, kind, rows))
+    twin = tuple(twins.of_picture(picture, caption))
+    inline = figures.inline(files["svg"], name, caption, twin=bool(twin))
+    return Drawn(name=name, caption=caption, titled=False, files=files, inline=inline, twin=twin)
+
+
+def _grid(rows: Sequence[Record], down: str, across: str, caption: str) -> Table:
+    """Values of one axis down, of another across."""
+    cells = {(str(row.axes[down]), str(row.axes[across])): _cell(row) for row in rows}
+    columns = tuple(dict.fromkeys(name for _, name in cells))
+    names = dict.fromkeys(name for name, _ in cells)
+    lines = tuple((name, *(cells.get((name, column), MISSING) for column in columns)) for name in names)
+    return Table(caption=caption, note=_said(rows), head=(down, *columns), rows=lines)
+
+
+def _last(rows: Sequence[Record], axis: str) -> list[Record]:
+    """The records with this axis that the last run of the command left."""
+    found = [row for row in rows if axis in row.axes]
+    return [row for row in found if _microbatch(row) == _microbatch(found[-1])]
+
+
+def _microbatch(row: Record) -> tuple[Any, ...]:
+    return tuple(row.axes.get(name) for name in ("model", "recipe", "sequences", "length"))
+
+
+def _said(rows: Sequence[Record]) -> str:
+    axes = rows[0].axes if rows else {}
+    return f"{axes.get('recipe')}, {axes.get('sequences')} x {axes.get('length')} tokens"
+
+
+def _of(row: Record) -> tuple[str, ...]:
+    axes = row.axes
+    return str(axes["model"]), str(axes["recipe"]), str(axes["recompute"]), f"{axes['sequences']} x {axes['length']}"
+
+
+def _where(rows: Iterable[Record], *, arm: str) -> list[Record]:
+    return [row for row in rows if row.arm == arm]
+
+
+def _partner(rows: Iterable[Record], row: Record, arm: str) -> Record:
+    """The record of the same point by another arm."""
+    return next(other for other in rows if (other.arm, other.metric, other.axes) == (arm, row.metric, row.axes))
+
+
+def _deviation(first: Record, second: Record) -> float:
+    assert first.value is not None, "a budget's records have values"
+    assert second.value, "a budget's records have values above zero"
+    return first.value / second.value - 1
+
+
+def _compared(first: Record, second: Record) -> Prose:
+    return Prose.of(mark(f"{100 * _deviation(first, second):+.2f}%", (first.id, second.id)))
+
+
+def _cell(row: Record) -> Prose:
+    assert row.value is not None, "a budget's records have values"
+    return Prose.of(mark(number(row.value, row.unit), (row.id,)))
+
+
+def _input(axes: Where, name: str) -> str:
+    return place(axes[name]) if name in axes else MISSING
