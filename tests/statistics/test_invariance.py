@@ -5,6 +5,7 @@ Scaling by a power of two changes no digit of a float, so results must be equal 
 but for rounding.
 """
 
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,25 @@ def test_a_median_lies_in_its_interval_and_its_inverse_in_the_mirrored_one(times
     assert low <= high
     mirrored = of_median([1 / time for time in times])
     assert mirrored == pytest.approx((1 / high, 1 / low), rel=ROUNDING) or len(times) % 2 == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_a_sample_that_is_no_positive_number_is_refused_wherever_it_stands(bad: float, at: int) -> None:
+    for times in ([1.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]):
+        with pytest.raises(ValueError, match=r"samples=.*must be positive finite numbers"):
+            of_median([*times[:at], bad, *times[at:]])
+
+
+def test_samples_so_far_apart_that_nothing_bounds_them_have_no_interval() -> None:
+    assert of_median([1e-300, 1e300]) is None
+    assert of_median([1e-300] * 3 + [1e300] * 3) == (1e-300, 1e300)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95.0])
+def test_a_level_outside_0_and_1_is_refused(level: float) -> None:
+    with pytest.raises(ValueError, match=rf"level={level}: must lie between 0 and 1"):
+        of_median([1.0, 2.0], level=level)
 
 
 def pairs(ours: list[float], theirs: list[float], **more: Any) -> list[Record]:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.ab.decide import ALPHA, MARGIN, Rate, decide, decided, evidence, interval
+from bench.ab.decide import ALPHA, MARGIN, WEIGHT, Rate, decide, decided, evidence, interval
 from tests.statistics.draws import Numbers, chance
 
 BLOCKS = 120  # looks of a run
@@ -71,7 +71,7 @@ def test_the_evidence_is_the_mean_over_all_bets(won: int, lost: int) -> None:
     """By hand: q from 1/2 to 1 in 20,000 steps, each multiplying the capital by 2q or 2(1 - q)."""
     q = 0.5 + (np.arange(20_000) + 0.5) / 40_000
     capital = np.exp(won * np.log(2 * q) + lost * np.log(2 * (1 - q)))
-    assert evidence(won, won + lost) == pytest.approx(capital.mean(), rel=1e-6)
+    assert evidence(won, won + lost) == pytest.approx(np.average(capital, weights=q**WEIGHT), rel=1e-6)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.45, 0.3])
