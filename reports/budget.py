@@ -190,6 +190,7 @@ def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
     axes.invert_yaxis()
     axes.set(xlabel="GiB")
     axes.grid(True, axis="x")
+    axes.set_axisbelow(True)
     handles = [drawn[0] for drawn in axes.containers]
     axes.legend(handles, KINDS, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
@@ -204,10 +205,10 @@ def _hours_figure(rows: Sequence[Record]) -> Drawn:
             look = {"color": figures.COLOURS[at], "marker": figures.MARKERS[at], "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=curve, **look)
         axes.axhline(ASKED_HOURS, color="#d1242f", linewidth=1.2, linestyle=":", label="72 hours")
-        axes.set(xlabel="cards", ylabel="hours", xscale="log", yscale="log")
+        axes.set(xlabel="cards", ylabel="hours", yscale="log")
+        axes.set_xscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: plain(value))
         axes.xaxis.set_major_formatter(lambda value, _: place(value))
-        axes.set_xscale("log", base=2)
         axes.grid(True)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     caption = "Hours of a run on 14.8 trillion tokens at DeepSeek-V3's share of the bf16 peak, by how many cards"

@@ -162,8 +162,9 @@ def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path:
     where = Provenance(machine="m", revision="r", profile="quick")
     append(tmp_path / "records.jsonl", [record(point, where, Measurement(metric="flops", value=12))])
     report = build(tmp_path, [coin])
-    assert [page.answers for page in report.pages] == [("Pending: not run yet.",), ()]
-    assert [page.title for page in report.pages] == ["attention sparsity", "coin benchmark"]
+    pending = "Pending: python -m bench.budget --preset deepseek_v3"
+    assert [page.answers for page in report.pages] == [("Pending: not run yet.",), (pending,), ()]
+    assert [page.title for page in report.pages] == ["attention sparsity", "budget", "coin benchmark"]
     assert "missing: no machines/m.json" in html(report)
 
 
