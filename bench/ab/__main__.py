@@ -151,28 +151,40 @@ def bar(console: Console) -> Progress:
 
 def show(console: Console, judgement: Judgement, blocks: list[block.Block], path: Path) -> None:
     """Print the verdicts and what they are worth."""
-    table = Table("case", "clock", "verdict", "time head/base", "90% interval", "p", "blocks")
+    table = Table(box=None)
+    for heading in ("case", "verdict", "head/base", "90% interval", "p", "blocks"):
+        table.add_column(heading, no_wrap=True)
     for name, verdict in judgement.cases.items():
         finding = "withdrawn" if judgement.withdrawn else verdict.finding
-        table.add_row(name, CASES[name].clock, finding, *figures(verdict))
-    for name, why in judgement.unable.items():
-        table.add_row(name, CASES[name].clock, f"not comparable: {why}", "", "", "", "")
-    console.print(table)
+        table.add_row(label(name), finding, *figures(verdict))
+    for name in judgement.unable:
+        table.add_row(label(name), "not comparable")
+    console.print(table, width=max(console.width, 100), crop=False)  # whole cells, though the lines wrap
+    console.print("\n".join(remarks(judgement, blocks, path)), highlight=False, markup=False, soft_wrap=True)
+
+
+def remarks(judgement: Judgement, blocks: list[block.Block], path: Path) -> list[str]:
+    """What is to be said beside the table: what is not comparable, the run's own error rates, what to do."""
     loads = [made.load for made in blocks]
-    lines = [
-        f"{len(blocks)} blocks in {spent(blocks):.0f} s, load {min(loads):.1f} to {max(loads):.1f}: {path}",
-        f"margin of the verdicts: {MARGIN:.0%}",
-        f"false alarms on the control: {judgement.alarms}",
+    lines = [f"{name} is not comparable: {why}" for name, why in judgement.unable.items()]
+    lines += [f"{len(blocks)} blocks in {spent(blocks):.0f} s, load {min(loads):.1f} to {max(loads):.1f}: {path}"]
+    if not judgement.cases:
+        return lines
+    lines += [
+        f"a difference is more than {MARGIN:.0%}; the base against itself was called different: {judgement.alarms}",
         *(f"slow-downs of {more:+.1%} found: {rate}" for more, rate in judgement.power.values()),
     ]
     if judgement.withdrawn:
         failed = ", ".join(name for name, verdict in judgement.control.items() if verdict.different)
-        lines.append(
-            f"the base differs from itself in {failed}: the verdicts are withdrawn; measure on a quieter machine"
-        )
-    if judgement.code == UNKNOWN:
-        lines.append("no case has a verdict; a larger --budget goes on from these blocks")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+        lines += [f"the base differs from itself in {failed}: verdicts are withdrawn; measure on a quieter machine"]
+    elif not decided(judgement.cases):
+        lines += ["more evidence: the same command with a larger --budget goes on from these blocks"]
+    return lines
+
+
+def label(name: str) -> str:
+    """The case, and its clock where that is not CPU time."""
+    return name if CASES[name].clock == "cpu" else f"{name} (wall)"
 
 
 def figures(verdict: Verdict) -> tuple[str, str, str, str]:

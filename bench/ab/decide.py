@@ -2,8 +2,8 @@
 
 A block's ratio is time(head) / time(base). Its median theta is what is judged, by signs alone: whatever the noise is,
 if theta <= c, a ratio exceeds c with probability 1/2 at most, whatever came before. Betting on "exceeds" as fits a
-probability q of winning multiplies the capital by 2q or by 2(1 - q). Averaged over q from 1/2 to 1 with the weight w(q),
-after k of n bets won,
+probability q of winning multiplies the capital by 2q or by 2(1 - q). Averaged over q from 1/2 to 1 by a weight w, after
+k of n bets won,
 
     E(k, n) = integral of w(q) (2q)^k (2(1 - q))^(n-k) dq,      w(q) ~ q^4,      P(ever E >= 1/a) <= a
 
