@@ -202,7 +202,7 @@ def _hours_figure(rows: Sequence[Record]) -> Drawn:
         axes = picture.subplots()
         for at, curve in enumerate(dict.fromkeys(str(row.axes["curve"]) for row in found)):
             points = sorted((float(row.axes["cards"]), row.value or 0) for row in found if row.axes["curve"] == curve)
-            look = {"color": figures.COLOURS[at], "marker": figures.MARKERS[at], "markersize": 4}
+            look: dict[str, Any] = {"color": figures.COLOURS[at], "marker": figures.MARKERS[at], "markersize": 4}
             axes.plot(*zip(*points, strict=True), label=curve, **look)
         axes.axhline(ASKED_HOURS, color="#d1242f", linewidth=1.2, linestyle=":", label="72 hours")
         axes.set(xlabel="cards", ylabel="hours", yscale="log")

@@ -20,6 +20,7 @@ from bench.fingerprint import saved
 from bench.metrics import METRICS
 from bench.record import Record, load
 from reports import budget, references
+from reports.known import known
 from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
 from reports.training import training_page
 
@@ -45,7 +46,7 @@ def build(out: Path, studies: Sequence[Study]) -> Report:
         ValueError: a number in the prose of a page that is neither a reference nor declared.
     """
     loaded = load(out / "records.jsonl")
-    records, strangers = _known(loaded.records, studies)
+    records, strangers = known(loaded.records, studies)
     left_out = tuple(filter(None, (loaded.left_out, strangers)))
     ruled = rulings(studies, records)
     training = training_page(out / "train" / "log.jsonl")
@@ -104,26 +105,6 @@ def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[
     known = {study.name for study in studies} | {budget.STUDY}
     others = dict.fromkeys(record.study for record in records if record.study not in known)
     return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
-
-
-def _known(records: Sequence[Record], studies: Sequence[Study]) -> tuple[list[Record], str]:
-    """The records whose metric and arm this version knows, and which others there are in a sentence."""
-    arms = {study.name: {arm.name for arm in study.arms} for study in studies}
-    metrics = {row.name for row in METRICS}
-    strange: dict[str, int] = {}
-    kept = []
-    for record in records:
-        if record.metric not in metrics:
-            why = f"metric {record.metric!r}"
-        elif record.arm not in arms.get(record.study, {record.arm}):
-            why = f"arm {record.arm!r} of {record.study}"
-        else:
-            kept.append(record)
-            continue
-        strange[why] = strange.get(why, 0) + 1
-    named = ", ".join(f"{why} ({count})" for why, count in strange.items())
-    said = f"{sum(strange.values())} records are of what this version does not know and were left out: {named}."
-    return kept, said if strange else ""
 
 
 def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from ablations.evidence import Estimate, summarise
 from bench.fingerprint import saved
 from bench.metrics import metric
-from bench.record import Loaded, Record, load, other_machines
+from bench.record import Record, load, other_machines
+from reports.known import known
 
 Verdict = Literal["changed", "same", "no interval", "one process", "gone", "new"]
 Key = tuple[str, str, str, str, tuple[tuple[str, Any], ...]]
@@ -55,34 +56,28 @@ def diff(before: Path, after: Path) -> Diff:
     Raises:
         ValueError: a folder without records.
     """
-    loaded = {folder: _loaded(folder) for folder in (before, after)}
-    old, new = (_speaking(loaded[folder].records) for folder in (before, after))
+    (old, left_before), (new, left_after) = (_speaking(folder) for folder in (before, after))
     machines = tuple(_unequal(_machine(before, old), _machine(after, new)))
     elsewhere = old[-1].machine != new[-1].machine
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
     changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
     kept = tuple(change for change in changes if not elsewhere or metric(change.metric).transfers)
-    notes = tuple(
-        f"{folder}: {note}"
-        for folder, found in loaded.items()
-        for note in (found.left_out, other_machines(found.records))
-        if note
-    )
-    return Diff(machines, (old[-1].revision, new[-1].revision), kept, len(changes) - len(kept), notes)
+    revisions = old[-1].revision, new[-1].revision
+    return Diff(machines, revisions, kept, len(changes) - len(kept), (*left_before, *left_after))
 
 
-def _loaded(folder: Path) -> Loaded:
+def _speaking(folder: Path) -> tuple[tuple[Record, ...], list[str]]:
+    """The records that speak for a folder, and in a sentence each which do not."""
     found = load(folder / "records.jsonl")
-    if not found.records:
+    records, strange = known(found.records)
+    if not records:
         raise ValueError(
-            f"folder={str(folder)!r}: holds no records.jsonl with records; give the --out of a run. {found.left_out}"
+            f"folder={str(folder)!r}: holds no records.jsonl with records; give the --out of a run. "
+            f"{found.left_out}{strange}"
         )
-    return found
-
-
-def _speaking(records: tuple[Record, ...]) -> tuple[Record, ...]:
-    return tuple(row for row in records if row.machine == records[-1].machine)
+    notes = [f"{folder}: {note}" for note in (found.left_out, strange, other_machines(records)) if note]
+    return tuple(row for row in records if row.machine == records[-1].machine), notes
 
 
 def _machine(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:

@@ -116,3 +116,12 @@ def test_the_command_prints_the_machines_first(tmp_path: Path, capsys: pytest.Ca
     assert out.index("machine") < out.index("loss")
     assert main(["diff", str(before), str(tmp_path / "nowhere")]) == 2
     assert "holds no records" in " ".join(capsys.readouterr().out.split())
+
+
+def test_records_of_a_metric_that_this_version_does_not_know_are_noted(tmp_path: Path) -> None:
+    before, after = runs(tmp_path, [record(1.0), record(1.0, metric="sparkle")], [record(1.0)])
+    found = diff(before, after)
+    assert verdicts(found) == ["same"]
+    assert found.notes == (
+        f"{before}: 1 records are of what this version does not know and were left out: metric 'sparkle' (1).",
+    )
