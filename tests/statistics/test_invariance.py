@@ -223,7 +223,7 @@ def test_t_tests_and_what_they_could_have_seen_follow_the_unit(
     assert detectable(scaled) == pytest.approx(factor * detectable(values), rel=1e-6)
 
 
-@settings(max_examples=10)  # statsmodels takes 40 ms for each
+@settings(max_examples=10)  # statsmodels collects garbage on each
 @given(st.dictionaries(st.text(max_size=3), st.floats(0, 1), min_size=1, max_size=8), CHANCE)
 def test_holm_does_not_depend_on_the_order_of_comparisons(p_values: dict[str, float], chance: random.Random) -> None:
     mixed = dict(shuffled(list(p_values.items()), chance))

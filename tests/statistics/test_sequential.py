@@ -99,12 +99,15 @@ def test_the_interval_holds_the_median_at_every_look_of_nine_runs_in_ten(name: s
     missed = np.maximum(course(above), course(~above)).max(axis=1) >= 20
     print(f"{name:9} misses at some look: {100 * missed.mean():.2f}%")
     assert missed.mean() <= 0.10 + chance(0.10, RUNS)
-    for run in range(3):
-        values = ratios(name, 1.0)[run, 0]
-        for look in (10, 30, BLOCKS):
-            low, high = interval(values[:look].tolist()) or (0.0, math.inf)
-            outside = max(evidence(int(above[run, :look].sum()), look), evidence(int((~above[run, :look]).sum()), look))
-            assert (low <= 1.0 <= high) == (outside < 20)
+
+
+@pytest.mark.parametrize("look", [5, 6, 10, 30, BLOCKS])
+def test_the_interval_is_where_neither_side_has_won_twenty_times_its_capital(look: int) -> None:
+    values = np.sort(ratios("heavy", 1.0, runs=1)[0, 0, :look])
+    low, high = interval(values.tolist()) or (0.0, math.inf)
+    for value in [values[0] / 2, *np.sqrt(values[1:] * values[:-1]), values[-1] * 2]:
+        above = int((values > value).sum())
+        assert (low <= value <= high) == (max(evidence(above, look), evidence(look - above, look)) < 20)
 
 
 def called(values: Numbers) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
