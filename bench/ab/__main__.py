@@ -49,12 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
         cases = selected(chosen.cases)
         require(chosen.budget > 0, "budget", chosen.budget, "must be above 0 seconds", "600 finds a tenth")
         require(bool(chosen.revision), "revision", chosen.revision, "must name the base", "python -m bench.ab main")
-        commit = resolve(chosen.revision)
+        return compare(resolve(chosen.revision), cases, chosen.budget, chosen.out)
     except ValueError as error:
         print(f"python -m bench.ab: {error}", file=sys.stderr)
         return REFUSED
-    try:
-        return compare(commit, cases, chosen.budget, chosen.out)
     except RuntimeError as error:
         print(f"python -m bench.ab: {error}\nThe blocks before are kept; the same command goes on.", file=sys.stderr)
         return UNKNOWN
@@ -90,14 +88,15 @@ def selected(names: list[str] | None) -> tuple[str, ...]:
 
 def compare(commit: str, cases: tuple[str, ...], budget: float, out: Path) -> int:
     """Measure the working tree against a commit and print what came out; the exit code."""
-    console = Console()
+    console = Console(width=max(Console().width, 100))  # so that a narrow terminal wraps a table and crops no verdict
     with recording.trees(commit) as trees:
         comparison = recording.Comparison(
             base=commit, head=recording.content(trees["head"]), machine=machine_id(), cases=cases
         )
         blocks, skipped = recording.load(out, comparison)
         for line in skipped:
-            console.print(f"{comparison.path(out)}:{line.line} left out: {line.reason}", markup=False, highlight=False)
+            text = f"{comparison.path(out)}:{line.line} left out: {line.reason}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         random = Random()
         with bar(console) as progress:
             gather(
@@ -159,7 +158,7 @@ def show(console: Console, judgement: Judgement, blocks: list[block.Block], path
         table.add_row(label(name), finding, *figures(verdict))
     for name in judgement.unable:
         table.add_row(label(name), "not comparable")
-    console.print(table, width=max(console.width, 100), crop=False)  # whole cells, though the lines wrap
+    console.print(table)
     console.print("\n".join(remarks(judgement, blocks, path)), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -21,6 +21,7 @@ from bench.ab.block import ARMS, CALLS, SLOWED, Block
 from bench.ab.decide import Ratios
 from bench.record import Skipped, append_lines
 from bench.revision import ROOT, checked_out
+from dsv3.config.rules import require
 
 SCHEMA = 1
 
@@ -44,8 +45,13 @@ def trees(revision: str) -> Iterator[dict[str, Path]]:
     """A folder for each arm: the revision's dsv3 and a copy of the working tree's, both with the same bench.
 
     The copy is what is measured, whatever is edited meanwhile, and lies in a folder whose name is as long.
+
+    Raises:
+        ValueError: the revision does not exist, or is from before there was a dsv3, in whose place today's would run.
     """
     with checked_out(revision) as base, TemporaryDirectory(prefix="dsv3-revision-") as folder:
+        there = (base / "dsv3" / "__init__.py").exists()
+        require(there, "revision", revision, "must hold dsv3/__init__.py", "choose a later one")
         head = Path(folder) / "tree"
         copytree(ROOT / "dsv3", head / "dsv3", ignore=ignore_patterns("__pycache__"))
         copytree(base / "bench", head / "bench", ignore=ignore_patterns("__pycache__"))

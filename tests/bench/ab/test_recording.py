@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.ab import recording
 from bench.ab.block import ARMS, SLOWED, Block
 from bench.ab.recording import Comparison, append, content, load, ratio, ratios, trees, unable
 from bench.revision import ROOT
@@ -27,6 +29,7 @@ BLOCK = Block(seconds={"decode": SECONDS}, unable={"step": "base: ImportError: n
 KEEPS_APPENDING = """
 import sys
 from pathlib import Path
+from bench.ab import recording
 from bench.ab.block import ARMS, SLOWED, Block
 from bench.ab.recording import Comparison, append
 ours = Comparison(base="b" * 40, head="h" * 64, machine="m", cases=("decode", "step"))
@@ -135,3 +138,11 @@ def test_both_sides_have_the_same_bench_and_folders_of_equal_length() -> None:
         (made["head"] / "dsv3" / "__init__.py").write_text("changed")
         assert content(made["head"]) != before
     assert not any(folder.exists() for folder in made.values())
+
+
+def test_a_revision_without_dsv3_is_refused_lest_todays_run_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "checked_out", lambda revision: nullcontext(tmp_path))
+    with pytest.raises(ValueError, match=r"revision='old': must hold dsv3"), trees("old"):
+        pytest.fail("entered")
