@@ -21,6 +21,7 @@ from ablations.claims import Outcome, Verdict
 from ablations.traced import Sources, Traced, carry, claim_reads, mark, note_read, sources_of
 from bench.metrics import metric as metric_named
 from bench.record import Record
+from dsv3.config.rules import require
 
 Value = str | int | float
 
@@ -80,7 +81,7 @@ def compare(
     """The paired difference (or ratio) of an arm's metric from the baseline's, over the seeds that both have.
 
     Raises:
-        NoEvidence: no seed has both.
+        NoEvidence: no seed has both, or the baseline of a ratio is 0.
         ValueError: the axes in `where` leave more than one point.
     """
     ours, theirs = (_point(records, name, metric, where) for name in (arm, baseline))
@@ -90,6 +91,8 @@ def compare(
     pairs = [(_value(ours[seed]), _value(theirs[seed])) for seed in shared]
     exact = all(ours[seed].noise == theirs[seed].noise == "exact" for seed in shared)
     if ratio:
+        if not all(b for _, b in pairs):
+            raise NoEvidence(f"{metric} of {baseline} is 0{_at(where)}: nothing has a ratio to it")
         return mean([a / b for a, b in pairs], exact=exact, geometric=True)
     return mean([a - b for a, b in pairs], exact=exact)
 
@@ -178,10 +181,18 @@ def decide(found: Estimate, answer: str, *, at_least: float = -math.inf, at_most
 
 
 def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p of the exact sign-flip test that paired differences are symmetric around zero."""
+    """Two-sided p of the exact sign-flip test that paired differences are symmetric around zero.
+
+    Raises:
+        ValueError: no difference, or one that is no finite number.
+    """
     import numpy as np
     from scipy.stats import permutation_test
 
+    fine = len(differences) > 0 and all(map(math.isfinite, differences))
+    require(fine, "differences", list(differences), "must be finite numbers", "look at the records")
+    if len(differences) == 1:
+        return 1.0  # either sign is as good, and scipy wants two
     values = (np.asarray(differences, dtype=float),)
     return float(permutation_test(values, np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
 

@@ -108,7 +108,7 @@ def in_fresh_process(text: str, limit: float, stopping: threading.Event) -> tupl
     ended it.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
         process = subprocess.Popen(
             (sys.executable, "-m", "ablations.cell"),
             stdin=subprocess.PIPE,

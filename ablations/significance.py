@@ -9,7 +9,7 @@ effect could be seen.
 The interval that inverts the sign-flip test needs no normality, only differences symmetric around theta. Flipping the
 set F keeps the sum of d - theta at least as large exactly if the mean of F is at most theta, so the p of theta is
 2 (1 + #{F: mean of F <= theta}) / 2^n on its lower side, and the ends are order statistics of the 2^n - 1 means of
-subsets (Hartigan 1969). Differences that are all equal have no spread to test against: then what is seen is what is.
+subsets (Hartigan 1969). Differences that are all equal have no spread to test against: their signs alone are evidence.
 """
 
 import math
@@ -46,11 +46,11 @@ def sign_flip_interval(differences: Sequence[float], level: float = 1 - ALPHA) -
 
 
 def paired_t(differences: Sequence[float]) -> float:
-    """Two-sided p of the paired t test, at least 2 differences."""
+    """Two-sided p of the paired t test, at least 2 differences; equal ones have the p of their signs, 2 / 2^n."""
     from scipy.stats import ttest_1samp
 
     if len(set(differences)) == 1:
-        return 0.0 if differences[0] else 1.0
+        return 2.0 ** (1 - len(differences)) if differences[0] else 1.0
     return float(ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -58,14 +58,16 @@ def equivalence(differences: Sequence[float], margin: float) -> float:
     """p of TOST that the mean difference lies outside (-margin, +margin): small means that it lies inside.
 
     Raises:
-        ValueError: a margin that is not above 0: no data can show that two arms are equal to the last digit.
+        ValueError: a margin that is not above 0: no data can show that two arms are equal to the last digit; a single
+            difference, which has no spread.
     """
     import numpy as np
     from statsmodels.stats.weightstats import ttost_paired
 
+    require(len(differences) > 1, "n", len(differences), "must be at least 2 paired differences", "run more seeds")
     require(margin > 0, "margin", margin, "must be above 0", "declare what is too little to matter")
     if len(set(differences)) == 1:
-        return 0.0 if abs(differences[0]) < margin else 1.0
+        return 2.0 ** -len(differences) if abs(differences[0]) < margin else 1.0
     values = np.asarray(differences, dtype=float)
     return float(ttost_paired(values, np.zeros_like(values), -margin, margin)[0])
 

@@ -148,3 +148,19 @@ def test_six_pairs_of_one_sign_are_the_fewest_that_decide() -> None:
 def test_holm_asks_more_of_the_best_of_several() -> None:
     assert holm({"a": 0.03, "b": 0.04}) == {"a": False, "b": False}
     assert holm({"a": 0.01, "b": 0.04}) == {"a": True, "b": True}
+
+
+def test_one_difference_has_no_sign_to_test() -> None:
+    assert sign_flip([3.0]) == 1.0
+
+
+@pytest.mark.parametrize("differences", [[], [1.0, math.nan], [math.inf] * 6])
+def test_differences_that_are_no_finite_numbers_have_no_p(differences: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"differences=\[.*must be finite numbers"):
+        sign_flip(differences)
+
+
+def test_nothing_has_a_ratio_to_a_baseline_of_zero() -> None:
+    rows = [record(1.0), record(0.0, arm="b")]
+    with pytest.raises(NoEvidence, match="loss of b is 0"):
+        compare(rows, arm="a", baseline="b", metric="loss", ratio=True)

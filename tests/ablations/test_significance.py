@@ -91,8 +91,8 @@ def test_t_and_equivalence_are_scipys_and_statsmodels(differences: list[float], 
 
 
 def test_differences_without_spread_are_what_they_are() -> None:
-    assert (paired_t([0.5] * 4), paired_t([0.0] * 4)) == (0.0, 1.0)
-    assert [equivalence([0.5] * 4, margin) for margin in (1.0, 0.5, 0.1)] == [0.0, 1.0, 1.0]
+    assert (paired_t([0.5] * 4), paired_t([0.0] * 4)) == (2 / 2**4, 1.0)
+    assert [equivalence([0.5] * 4, margin) for margin in (1.0, 0.5, 0.1)] == [1 / 2**4, 1.0, 1.0]
     assert detectable([0.5] * 4) == 0.0
 
 
@@ -100,6 +100,11 @@ def test_differences_without_spread_are_what_they_are() -> None:
 def test_a_margin_that_is_not_positive_is_refused(margin: float) -> None:
     with pytest.raises(ValueError, match=r"margin=.*must be above 0"):
         equivalence([1.0, 2.0], margin)
+
+
+def test_a_single_difference_is_refused_by_the_test_of_equivalence() -> None:
+    with pytest.raises(ValueError, match=r"n=1: must be at least 2 paired differences"):
+        equivalence([0.0], 1.0)
 
 
 @pytest.mark.parametrize("n, alpha", [*product((6, 9, 12, 20), (0.05, 0.05 / 9))])
