@@ -49,8 +49,9 @@ def resolve(revision: str) -> str:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    """This process's variables, with that folder's packages before all others; one thread."""
-    path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
+    """This process's variables, with that folder's packages before all others and no others of ours; one thread."""
+    isolation = tree / "bench" / "isolation"  # see its sitecustomize.py
+    path = os.pathsep.join(filter(None, (str(tree), str(isolation), os.environ.get("PYTHONPATH"))))
     own = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "KINETO_LOG_LEVEL": "99"}
     return os.environ | own | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 

@@ -1,5 +1,6 @@
 """Another revision's dsv3 under today's measuring code."""
 
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,14 @@ def test_a_process_started_in_the_tree_imports_its_dsv3_and_bench() -> None:
         assert all(line.startswith(str(tree)) for line in done.stdout.split())
         assert (tree / "bench" / "revision.py").read_text() == (ROOT / "bench" / "revision.py").read_text()
     assert not tree.exists()
+
+
+def test_a_module_that_the_revision_lacks_is_not_taken_from_an_editable_installation() -> None:
+    with checked_out("HEAD") as tree:
+        shutil.rmtree(tree / "dsv3" / "train")
+        code = "import dsv3.model, dsv3.train"
+        done = subprocess.run((sys.executable, "-c", code), env=environment(tree), capture_output=True, text=True)
+        assert done.stderr.strip().endswith("ModuleNotFoundError: No module named 'dsv3.train'")
 
 
 def test_the_tree_is_gone_after_an_error_too() -> None:
