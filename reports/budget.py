@@ -150,7 +150,7 @@ def _runs(rows: Sequence[Record]) -> Table:
 
 
 def _ratios(rows: Sequence[Record]) -> Table:
-    lines = [(str(row.axes["peer"]), _cell(row)) for row in rows if row.metric == "cost_ratio"]
+    lines = [(str(row.axes["peer"]), _cell(row)) for row in rows if row.metric == "relative_cost"]
     caption = "Cost of the sparse run against runs whose cost one could call usual"
     return Table(caption=caption, note="the claim says 0.2", head=("peer", "cost ratio"), rows=tuple(lines))
 

@@ -72,7 +72,8 @@ class Batch:
 
 def kept(model: Model, batch: Batch, policy: Policy = "none") -> dict[str, tuple[Kept, ...]]:
     """What each part keeps: "embed_tokens", "layers.<i>", "mtp.<m>" and "head" (final norm, head and loss)."""
-    parts = {"embed_tokens": (Kept(module="embedding", bytes=8 * (batch.tokens + batch.sequences), axis="tokens"),)}
+    parts: dict[str, tuple[Kept, ...]] = {}
+    parts["embed_tokens"] = (Kept(module="embedding", bytes=8 * (batch.tokens + batch.sequences), axis="tokens"),)
     for layer in range(model.num_hidden_layers):
         parts[f"layers.{layer}"] = tuple(block(model, layer, batch, policy))
     parts["head"] = (*_head(model, batch), *_balance(model, batch, policy, _moe_layers(model)))

@@ -54,7 +54,7 @@ def attention_formulas(model: Model) -> dict[Any, Callable[..., int]]:
             both = 2 * plain.head_dim
 
     def forward(q: Sequence[int], *_: Any, **__: Any) -> int:
-        batch, heads, length, _ = q
+        batch, heads, length = q[:3]
         return 2 * batch * heads * both * (length * (length + 1) // 2)
 
     def backward(gradient: Sequence[int], *_: Any, **__: Any) -> int:

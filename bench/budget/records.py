@@ -97,7 +97,7 @@ def _wall() -> Iterator[Found]:
     for run in wall.curves():
         yield "run", "run_hours", run.hours, {"curve": run.name, "cards": run.cards}
     for peer, ratio in wall.ratios():
-        yield "run", "cost_ratio", ratio, {"peer": peer}
+        yield "run", "relative_cost", ratio, {"peer": peer}
     where = {"change": "DeepSeek-V3, published pre-training", "run": "DeepSeek-V3", "cards": wall.CARDS}
     yield "published", "run_hours", wall.PUBLISHED_HOURS["pre-training"] / wall.CARDS, where
     yield "published", "run_dollars", wall.PUBLISHED_HOURS["pre-training"] * wall.PRICE, where

@@ -29,8 +29,8 @@ from dsv3.config import Grouped, Model
 from dsv3.config.rules import require, require_positive
 from dsv3.model.cost import parameter_shapes
 
-CUT = ("embed_tokens", "lm_head", "q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj", "o_proj", "importance")
-CUT += ("gate_proj", "up_proj", "down_proj", "experts")
+HEADS = ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj", "o_proj", "importance")
+CUT = {*HEADS, "embed_tokens", "lm_head", "gate_proj", "up_proj", "down_proj", "experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ def held(model: Model, split: Split, stage: int) -> dict[str, int]:
 def cut(name: str, shape: tuple[int, ...], split: Split) -> int:
     """Elements of a parameter that one rank holds."""
     size = prod(shape) // (split.ep if ".mlp.experts." in name else 1)
-    return size // split.tp if {*CUT} & {*name.split(".")} else size
+    return size // split.tp if CUT & {*name.split(".")} else size
 
 
 def copies(split: Split) -> dict[str, int]:

@@ -32,7 +32,8 @@ SCALARS = 64  # bytes: the loss, its parts and its weight, which the arithmetic 
 
 
 def tiny(**changes: Any) -> Config:
-    return vary(presets.tiny(), **{"train.sequence_length": 63, **changes})
+    """Its dense layer, one of experts and its MTP module."""
+    return vary(presets.tiny(), **{"model.num_hidden_layers": 2, "train.sequence_length": 63, **changes})
 
 
 def latent(**changes: Any) -> Latent:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ablations.claims import ledger
 from bench.budget import wall
 from bench.budget.published import compared, recognised
 from dsv3.config import presets, vary
@@ -42,6 +43,14 @@ def test_the_claims_hold_or_fail_as_the_inputs_that_they_leave_out_are_chosen() 
     ratios = dict(wall.ratios())
     assert min(ratios.values()) < wall.RATIO_ASKED < max(ratios.values())
     assert ratios["itself"] == 1.0
+
+
+def test_the_ledger_says_what_the_arithmetic_gives() -> None:
+    ratios, runs = dict(wall.ratios()), dict(wall.varied())
+    costs = ("dense, the same tokens", "dense, 20 tokens per parameter", "sparse, the same tokens, 20% of the peak")
+    assert all(f"{ratios[name]:.2f} of" in ledger()["H1"].why for name in costs)
+    cards = ("2 trillion tokens", "as DeepSeek-V3 trained", "all parameters active")
+    assert all(f" {runs[name].cards_for_72_hours:.0f} " in ledger()["H2"].why for name in cards)
 
 
 def test_the_implied_share_of_the_peak_is_the_published_one() -> None:
