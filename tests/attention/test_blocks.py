@@ -201,13 +201,14 @@ def test_tokens_decoded_one_by_one_choose_what_the_whole_forward_chooses(name: s
         made(x[:, :9], cache=cache.layers[0])
         made(hidden(20, seed=7), cache=cache.advance(9).layers[0])
         cache = cache.advance(9)
+        whole, every = made(x)
         for i in range(9, 29):
             out, selection = made(x[:, i : i + 1], cache=cache.layers[0])
             cache = cache.advance(1)
-            whole, every = made(x[:, : i + 1])
-            last = every.indices[:, :, -1, : selection.indices.shape[-1]]
-            assert torch.equal(selection.indices[:, :, 0], last)
-            torch.testing.assert_close(out, whole[:, -1:], rtol=1e-12, atol=1e-12)
+            assert torch.equal(selection.counts[:, :, 0], every.counts[:, :, i])
+            most = int(selection.counts.max())
+            assert torch.equal(selection.indices[:, :, 0, :most], every.indices[:, :, i, :most])
+            torch.testing.assert_close(out, whole[:, i : i + 1], rtol=1e-12, atol=1e-12)
     held = cache.layers[0].index
     assert held is not None
     buffers = sum(buffer.nbytes for buffer in cache.layers[0].buffers.values())
