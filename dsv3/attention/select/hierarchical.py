@@ -39,7 +39,7 @@ from dsv3.attention.select.tree import Walks, beam_leaves, leaves_above
 from dsv3.attention.selection import Selection
 from dsv3.config import Blocks, Hierarchical
 
-ROWS = 256  # searches run side by side: what they gather from a level stays in cache
+ROWS = 1024  # searches run side by side, so that a step costs more than its call
 
 
 def hierarchical(

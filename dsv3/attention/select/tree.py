@@ -14,7 +14,7 @@ from torch import Tensor
 from dsv3.attention.select.best import best
 from dsv3.attention.select.listed import FAR
 
-PIECE = 2**21  # numbers of nodes gathered at once: they stay in cache
+PIECE = 2**18  # numbers of nodes gathered at once: they stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,14 @@ def children(nodes: Int[Tensor, "*shape"], branching: int) -> Int[Tensor, "*shap
 
 def score(walks: Walks, level: Float[Tensor, "B g N W"], nodes: Int[Tensor, "r n"]) -> Float[Tensor, "r n"]:
     """The scores of each walk's nodes; of those that do not exist, any."""
-    walk = torch.arange(len(nodes), device=nodes.device)[:, None].expand_as(nodes)
-    return pair_scores(walks, level, walk.flatten(), nodes.flatten()).view(nodes.shape)
+    rows = level.flatten(0, 1).flatten(0, 1)
+    row = walks.tree[:, None] * level.shape[2] + nodes.clamp(max=level.shape[2] - 1)
+    step = max(1, PIECE // (rows.shape[1] * nodes.shape[1]))
+    parts = []
+    for query, piece in zip(walks.query.split(step), row.split(step), strict=True):
+        gathered = rows.index_select(0, piece.flatten()).view(*piece.shape, -1)
+        parts.append(gathered.mul_(query[:, None]).sum(dim=2))
+    return torch.cat(parts)
 
 
 def pair_scores(
