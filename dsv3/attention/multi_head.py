@@ -52,8 +52,9 @@ class MultiHeadAttention(nn.Module):
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
         frequency = torch.tensor(self.frequency, dtype=torch.float32, device=x.device)
-        plain_q = self._split(self.q_proj(x))
-        q = rope.rotate(plain_q, position_T, frequency, self.magnitude)
+        q = self._split(self.q_proj(x))
+        plain = q if isinstance(self.choice, Blocks) and not self.choice.rotated else None
+        q = rope.rotate(q, position_T, frequency, self.magnitude)
         k = rope.rotate(self._split(self.k_proj(x)), position_T, frequency, self.magnitude)
         memory = {"key": k, "value": self._split(self.v_proj(x))}
         if self.importance is not None:
@@ -63,8 +64,8 @@ class MultiHeadAttention(nn.Module):
         key, added = memory["key"], memory.get("importance")
         index = None
         if isinstance(self.choice, Blocks):
-            compared = q if self.choice.rotated else plain_q
-            index = self._remember(self.choice, compared, key, start, None if cache is None else cache.index)
+            compared, held = q if plain is None else plain, None if cache is None else cache.index
+            index = self._remember(self.choice, compared, key, start, held)
         selection = select(self.choice, x.shape, key.shape[2], added, x.device, index=index, scale=self.scale)
         out = attend(q, key, memory["value"], selection, scale=self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
