@@ -101,6 +101,7 @@ def _walks(choice: Hierarchical, index: Index, query: Tensor, complete: Tensor) 
         beam=spread(of_complete(choice.beam, complete)),
         free=spread(of_complete(choice.past, complete) - complete.clamp(max=2)),
         branching=choice.branching,
+        heads=heads,
         longest=int(complete[-1]),
     )
 

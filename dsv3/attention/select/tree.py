@@ -19,10 +19,11 @@ PIECE = 2**18  # numbers of nodes gathered at once: they stay in a core's cache
 
 @dataclass(frozen=True)
 class Walks:
-    """r searches, ascending by `complete`.
+    """r searches: of every block of queries, in every sequence, in each of `heads` heads, in this order.
 
     query: what nodes are multiplied with. tree: which of the trees is searched. complete: leaves that end before the
-    query. beam: nodes kept on inner levels. free: leaves to find, besides the forced ones. branching: of the trees.
+    query, ascending, and `longest` the last of them, on the host. beam: nodes kept on inner levels. free: leaves to
+    find, besides the forced ones. branching: of the trees.
     """
 
     query: Float[Tensor, "r W"]
@@ -31,7 +32,8 @@ class Walks:
     beam: Int[Tensor, " r"]
     free: Int[Tensor, " r"]
     branching: int
-    longest: int  # the largest of `complete`, on the host
+    heads: int
+    longest: int
 
     def ending(self, level: int) -> Int[Tensor, " r"]:
         """Nodes of a level that end before the query; also the number of the node that the query lies in."""
@@ -51,20 +53,20 @@ def beam_leaves(
     their scores, and which of them count.
     """
     level = _first_pruned(walks)
-    nodes = torch.arange(walks.longest // walks.branching ** (level + 1) + 1, device=walks.query.device)
-    open_nodes = torch.where(nodes <= walks.ending(level + 1)[:, None], nodes, FAR)
+    number = torch.arange(walks.longest // walks.branching**level, device=walks.query.device)
+    nodes, found = number.expand(len(walks.query), -1), every_score(walks, levels[level][:, :, : len(number)])
     while True:
-        nodes = children(open_nodes, walks.branching).flatten(1)
         before = walks.ending(level)[:, None]
         chosen = walks.candidates(nodes, before, level == 0)
-        found = score(walks, levels[level], nodes)
         found = torch.where(chosen & (found > float("-inf")), found, float("-inf"))
         place, counted = best(found, walks.beam if level else walks.free, ordered=ordered and level == 0)
         nodes = nodes.gather(1, place)
         if level == 0:
             return nodes, found.gather(1, place), counted
-        open_nodes = torch.cat((nodes.masked_fill(~counted, FAR), before), dim=1).sort(dim=1).values
+        opened = torch.cat((nodes.masked_fill(~counted, FAR), before), dim=1).sort(dim=1).values
         level -= 1
+        nodes = children(opened, walks.branching).flatten(1)
+        found = score(walks, levels[level], nodes)
 
 
 def leaves_above(
@@ -94,6 +96,15 @@ def leaves_above(
 def children(nodes: Int[Tensor, "*shape"], branching: int) -> Int[Tensor, "*shape b"]:
     """The numbers of each node's children on the level below."""
     return nodes[..., None] * branching + torch.arange(branching, device=nodes.device)
+
+
+def every_score(walks: Walks, nodes: Float[Tensor, "B g n W"]) -> Float[Tensor, "r n"]:
+    """The scores of all nodes of a level, as matrix products: no walk has left any out yet."""
+    batch, groups, number, width = nodes.shape
+    query = walks.query.view(-1, batch, groups, walks.heads // groups, width).permute(1, 2, 0, 3, 4)
+    found = query.reshape(batch, groups, -1, width) @ nodes.transpose(2, 3)
+    found = found.view(batch, groups, -1, walks.heads // groups, number)
+    return found.permute(2, 0, 1, 3, 4).reshape(-1, number)
 
 
 def score(walks: Walks, level: Float[Tensor, "B g N W"], nodes: Int[Tensor, "r n"]) -> Float[Tensor, "r n"]:
