@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dsv3.attention import Selection, build, reference
-from dsv3.attention.select import leading, per_head, remember, window
+from dsv3.attention.select import Index, leading, per_head, remember, window
 from dsv3.attention.select import reference as by_content
 from dsv3.attention.select import select as selection_of
 from dsv3.config import (
@@ -122,6 +122,7 @@ def chosen(
         case Blocks():
             assert compared is not None
             q, k = compared
+            start, shape = total - queries, (batch, queries)
             index = remember(select, q[:, :, leading(select, 0)], k, 0, total)
-            shape = (batch, queries)
+            index = Index(index.leaders[:, :, start // select.block_q :], index.nodes)
             return selection_of(select, shape, total, None, q.device, index=index, scale=scale)

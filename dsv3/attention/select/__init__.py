@@ -77,7 +77,7 @@ def remember(
     total: int,
     held: Index | None = None,
 ) -> Index:
-    """The index of `total` positions: `held` continued in place from position `start`, or a new one for a start at 0.
+    """What is searched for the positions from `start` to `total`: `held` continued in place, or a new index.
 
     q: the `leading` queries among the new ones; k: all keys from `unfinished` on.
     """
@@ -85,5 +85,4 @@ def remember(
         assert start == 0, "an index of earlier positions is missing"
         size = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
         held = Index.empty(choice, size, total, torch.promote_types(q.dtype, k.dtype), k.device)
-    held.extend(choice, q, k, start, total)
-    return held
+    return held.extend(choice, q, k, start, total)

@@ -52,13 +52,12 @@ def blocks(
 @torch.compiler.disable  # integers, and loops whose sizes differ: nothing to fuse
 @torch.no_grad()
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
-    """The same for the positions from `start` to `total`, from what an index remembers of all up to `total`."""
+    """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
     complete = complete_blocks(choice, start, total)
     free = of_complete(choice.past, complete) - complete.clamp(max=2)
-    leaders = index.leaders[:, :, start // choice.block_q :][:, :, : len(complete)]
     step = max(1, CHUNK // max(1, int(complete[-1])))
     parts = [
-        _best_blocks(choice, leaders[:, :, rows], index.nodes[0], complete[rows], free[rows], scale)
+        _best_blocks(choice, index.leaders[:, :, rows], index.nodes[0], complete[rows], free[rows], scale)
         for rows in (slice(i, i + step) for i in range(0, len(complete), step))
     ]
     most = max(part.shape[-1] for part in parts)

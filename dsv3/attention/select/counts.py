@@ -30,7 +30,8 @@ def scored(choice: Blocks, complete: int) -> tuple[int, ...]:
         return (0,)
     if not isinstance(choice, Hierarchical):
         return (complete - 2,)
-    branching, beam, levels = choice.branching, choice.beam(complete), []
+    branching, beam = choice.branching, choice.beam(complete)
+    levels: list[int] = []
     here = complete
     while here:
         above = here // branching

@@ -51,8 +51,8 @@ def by_document(
 
 def _one(search: Search, q: Tensor, k: Tensor, choice: Blocks, start: int, scale: float) -> Selection:
     total, size = k.shape[2], (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
-    index = Index.empty(choice, size, total, torch.promote_types(q.dtype, k.dtype), q.device)
-    index.extend(choice, q[:, :, leading(choice, start)], k, 0, total)
+    room = Index.empty(choice, size, total, torch.promote_types(q.dtype, k.dtype), q.device)
+    index = room.extend(choice, q[:, :, leading(choice, start)], k, 0, total, first=start)
     return search(choice, index, start, total, scale)
 
 

@@ -63,16 +63,15 @@ def hierarchical(
 @torch.compiler.disable  # integers, and loops whose sizes differ: nothing to fuse
 @torch.no_grad()
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
-    """The same for the positions from `start` to `total`, from what an index remembers of all up to `total`."""
+    """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
     assert isinstance(choice, Hierarchical), "the flat choice has a search of its own"
     complete = complete_blocks(choice, start, total)
     batch, heads, _, width = index.leaders.shape
     each = max(1, ROWS // (batch * heads))
-    leaders = index.leaders[:, :, start // choice.block_q :][:, :, : len(complete)]
     scored, parts = [0] * len(index.nodes), []
     for i in range(0, len(complete), each):
         rows = slice(i, i + each)
-        query = query_vectors(choice, leaders[:, :, rows].permute(2, 0, 1, 3).reshape(-1, width))
+        query = query_vectors(choice, index.leaders[:, :, rows].permute(2, 0, 1, 3).reshape(-1, width))
         found, looked_at = _leaves(choice, _walks(choice, index, query, complete[rows]), index.nodes, scale)
         parts.append(found.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3))
         for level, number in enumerate(looked_at):

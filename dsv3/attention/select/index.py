@@ -47,7 +47,9 @@ class Index:
             case "all":
                 heads, groups, width = 1, 1, groups * width
         kind = torch.promote_types(dtype, torch.float32)
-        leaders = torch.zeros(batch, heads, -(-length // choice.block_q), width, dtype=kind, device=device)
+        # a token that chooses for itself alone needs no memory of its query
+        blocks = 0 if choice.block_q == 1 else -(-length // choice.block_q)
+        leaders = torch.zeros(batch, heads, blocks, width, dtype=kind, device=device)
         columns = width * (2 if bounds(choice) else 1)
         nodes = tuple(
             torch.zeros(batch, groups, length // span, columns, dtype=kind, device=device)
@@ -62,14 +64,25 @@ class Index:
 
     @torch.no_grad()
     def extend(
-        self, choice: Blocks, q: Float[Tensor, "B H n P"], k: Float[Tensor, "B G m P"], start: int, total: int
-    ) -> None:
-        """Write what the tokens from `start` to `total` add, in place.
+        self,
+        choice: Blocks,
+        q: Float[Tensor, "B H n P"],
+        k: Float[Tensor, "B G m P"],
+        start: int,
+        total: int,
+        *,
+        first: int | None = None,
+    ) -> "Index":
+        """Write what the tokens from `start` to `total` add, in place; returns the leaders of the blocks from the one
+        of position `first` (`start`) on, and all nodes.
 
-        q holds the queries of `leading(choice, start)` among the new tokens; k all keys from `unfinished` on.
+        q holds the queries of `leading(choice, first)` among the new tokens; k all keys from `unfinished` on.
         """
         groups, kind, last = k.shape[1], self.leaders.dtype, -(-total // choice.block_q)
-        self.leaders[:, :, last - q.shape[2] : last] = _shared_queries(choice, q.to(kind), groups)
+        leaders = _shared_queries(choice, q.to(kind), groups)
+        if choice.block_q > 1:
+            self.leaders[:, :, last - q.shape[2] : last] = leaders
+            leaders = self.leaders[:, :, (start if first is None else first) // choice.block_q : last]
         below, offset, ratio = _shared_keys(choice, k.to(kind)), unfinished(choice, start), choice.block_k
         if bounds(choice):
             below = torch.cat((below, below), dim=-1)
@@ -78,6 +91,7 @@ class Index:
             part = below[:, :, low * ratio - offset : high * ratio - offset]
             level[:, :, low:high] = _summary(part.unflatten(2, (high - low, ratio)), bounds(choice))
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
+        return Index(leaders, self.nodes)
 
 
 def bounds(choice: Blocks) -> bool:
