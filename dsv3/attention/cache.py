@@ -3,6 +3,7 @@
     MultiHead, Grouped   key [B,G,M,P] and value [B,G,M,P] per layer
     Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head
     with PerHead         importance [B,M,H] besides
+    with Blocks, Hierarchical   besides, an index: the query of each block's first token, and summaries of key blocks
 
 M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
 `length` already there, in place; the new length is a new value (`advance`), so that the same buffers can be continued
@@ -14,16 +15,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dsv3.config import Attention, Grouped, Latent, Model, MultiHead, PerHead
+from dsv3.attention.select.index import Index
+from dsv3.config import Attention, Blocks, Grouped, Latent, Model, MultiHead, PerHead
 from dsv3.config.rules import require
 
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's buffers, each with positions on the last axis but one, and how many positions are filled."""
+    """One layer's buffers, each with positions on the last axis but one, and how many positions are filled.
+
+    The index of a choice by content is continued in place by the layer that chooses.
+    """
 
     buffers: dict[str, Tensor]
     length: int
+    index: Index | None = None
 
     def append(self, **new: Tensor) -> dict[str, Tensor]:
         """Write the new positions behind the filled ones; returns each buffer up to and including them.
@@ -71,7 +77,7 @@ class KeyValueCache:
 
         def layer() -> LayerCache:
             buffers = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-            return LayerCache(buffers, 0)
+            return LayerCache(buffers, 0, _index(model.attention, batch, max_length, dtype, device))
 
         return cls(tuple(layer() for _ in range(model.num_hidden_layers)), max_length)
 
@@ -83,7 +89,8 @@ class KeyValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
-        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+        held = sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+        return held + sum(layer.index.nbytes for layer in self.layers if layer.index is not None)
 
     def advance(self, tokens: int) -> "KeyValueCache":
         """The same buffers, counted `tokens` positions longer: what a model returns after every layer wrote them."""
@@ -103,6 +110,22 @@ def _shapes(attention: Attention, batch: int, max_length: int) -> dict[str, tupl
     if isinstance(attention.select, PerHead):
         shapes["importance"] = (batch, max_length, attention.num_attention_heads)
     return shapes
+
+
+def _index(
+    attention: Attention, batch: int, max_length: int, dtype: torch.dtype, device: torch.device | str
+) -> Index | None:
+    if not isinstance(attention.select, Blocks):
+        return None
+    match attention:
+        case Latent():
+            # queries in the latent's space, where all heads share a key; before rotation the rotary key is left out
+            rope = attention.qk_rope_head_dim if attention.select.rotated else 0
+            groups, width = 1, attention.kv_lora_rank + rope
+        case Grouped() | MultiHead():
+            groups, width = key_value_heads(attention), attention.head_dim
+    size = (batch, attention.num_attention_heads, groups, width)
+    return Index.empty(attention.select, size, max_length, dtype, device)
 
 
 def key_value_heads(attention: MultiHead | Grouped) -> int:

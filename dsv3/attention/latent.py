@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dsv3.attention.attend import attend
 from dsv3.attention.cache import LayerCache
-from dsv3.attention.select import Importance, select
+from dsv3.attention.select import Importance, Index, leading, remember, select, unfinished
 from dsv3.attention.selection import Selection
-from dsv3.config import Latent, Model, PerHead
+from dsv3.config import Blocks, Latent, Model, PerHead
 from dsv3.layers import RMSNorm, rope
 
 LATENT_EPS = 1e-6
@@ -67,12 +67,36 @@ class LatentAttention(nn.Module):
             memory["importance"] = self.importance(x)
         if cache is not None:
             memory = cache.append(**memory)
-        selection = select(self.shape.select, x.shape, memory["latent"].shape[1], memory.get("importance"), x.device)
+        choice, latent, added = self.shape.select, memory["latent"], memory.get("importance")
+        index = None
+        if isinstance(choice, Blocks):
+            index = self._remember(choice, q_nope, q_rope, latent, start, None if cache is None else cache.index)
+        selection = select(choice, x.shape, latent.shape[1], added, x.device, index=index, scale=self.scale)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] == 1
         form = self._absorbed if absorbed else self._expanded
-        out = form(q_nope, q_rope, memory["latent"], selection)
+        out = form(q_nope, q_rope, latent, selection)
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
+
+    @torch.no_grad()
+    def _remember(
+        self, choice: Blocks, q_nope: Tensor, q_rope: Tensor, latent: Tensor, start: int, held: Index | None
+    ) -> Index:
+        """The index in the latent's space, whatever the form: there all heads share one key, [c ; k_r], or c alone."""
+        rows, total = leading(choice, start), latent.shape[1]
+        key = latent[:, None, unfinished(choice, start) :]
+        w_uk = self._up()[0]
+        query = torch.einsum("bhtn,hnl->bhtl", q_nope[:, :, rows], w_uk)
+        if choice.rotated:
+            query = torch.cat((query, q_rope[:, :, rows]), dim=-1)
+        else:
+            key = key[..., : self.shape.kv_lora_rank]
+        return remember(choice, query, key, start, total, held)
+
+    def _up(self) -> tuple[Tensor, ...]:
+        """W_uk and W_uv of every head."""
+        heads, nope, width = self.shape.num_attention_heads, self.shape.qk_nope_head_dim, self.shape.v_head_dim
+        return self.kv_b_proj.weight.unflatten(0, (heads, nope + width)).split((nope, width), dim=1)
 
     def _query(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         straight = self.shape.q_lora_rank is None
@@ -100,9 +124,7 @@ class LatentAttention(nn.Module):
         return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, selection, scale=self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, selection: Selection | None) -> Tensor:
-        heads, nope, width = self.shape.num_attention_heads, self.shape.qk_nope_head_dim, self.shape.v_head_dim
-        up = self.kv_b_proj.weight.unflatten(0, (heads, nope + width))
-        w_uk, w_uv = up.split((nope, width), dim=1)
+        w_uk, w_uv = self._up()
         q = torch.cat((torch.einsum("bhtn,hnl->bhtl", q_nope, w_uk), q_rope), dim=-1)
         shared = memory[:, None]
         # all of [latent ; rotary key] stands in for the value: cutting the output is cheaper than copying latents out

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dsv3.attention.attend import attend
 from dsv3.attention.cache import LayerCache, key_value_heads
-from dsv3.attention.select import Importance, select
+from dsv3.attention.select import Importance, Index, leading, remember, select, unfinished
 from dsv3.attention.selection import Selection
-from dsv3.config import Latent, Model, PerHead
+from dsv3.config import Blocks, Latent, Model, PerHead
 from dsv3.layers import rope
 
 
@@ -52,16 +52,34 @@ class MultiHeadAttention(nn.Module):
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
         frequency = torch.tensor(self.frequency, dtype=torch.float32, device=x.device)
-        q = rope.rotate(self._split(self.q_proj(x)), position_T, frequency, self.magnitude)
+        q = self._split(self.q_proj(x))
+        plain = q if isinstance(self.choice, Blocks) and not self.choice.rotated else None
+        q = rope.rotate(q, position_T, frequency, self.magnitude)
         k = rope.rotate(self._split(self.k_proj(x)), position_T, frequency, self.magnitude)
         memory = {"key": k, "value": self._split(self.v_proj(x))}
         if self.importance is not None:
             memory["importance"] = self.importance(x)
         if cache is not None:
             memory = cache.append(**memory)
-        selection = select(self.choice, x.shape, memory["key"].shape[2], memory.get("importance"), x.device)
-        out = attend(q, memory["key"], memory["value"], selection, scale=self.scale)
+        key, added = memory["key"], memory.get("importance")
+        index = None
+        if isinstance(self.choice, Blocks):
+            compared, held = q if plain is None else plain, None if cache is None else cache.index
+            index = self._remember(self.choice, compared, key, start, held)
+        selection = select(self.choice, x.shape, key.shape[2], added, x.device, index=index, scale=self.scale)
+        out = attend(q, key, memory["value"], selection, scale=self.scale)
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
+
+    def _remember(self, choice: Blocks, q: Tensor, key: Tensor, start: int, held: Index | None) -> Index:
+        """The index of queries and keys, as they are, or as they were before they were rotated."""
+        total, first = key.shape[2], unfinished(choice, start)
+        key = key[:, :, first:].detach()
+        if not choice.rotated:
+            # a cache holds rotated keys alone; turned back on every path, they are the same bits on each
+            backwards = -torch.arange(first, total, device=key.device)
+            frequency = torch.tensor(self.frequency, dtype=torch.float32, device=key.device)
+            key = rope.rotate(key, backwards, frequency, 1 / self.magnitude)
+        return remember(choice, q.detach()[:, :, leading(choice, start)], key, start, total, held)
 
     def _split(self, x: Float[Tensor, "B T width"]) -> Float[Tensor, "B heads T P"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -9,7 +9,7 @@ its equations. Gradients come by autograd through the same loops.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -113,17 +113,11 @@ def latent(
     With `importance.proj.weight` among them, importance is added to the logits. YaRN's mscale and mscale_all_dim must
     be equal.
     """
-    heads, nope, value, rank = shape.num_attention_heads, shape.qk_nope_head_dim, shape.v_head_dim, shape.kv_lora_rank
-    frequency = frequencies(shape.qk_rope_head_dim, rope)
-    up = weights["kv_b_proj.weight"].view(heads, nope + value, rank)
+    heads, nope, value = shape.num_attention_heads, shape.qk_nope_head_dim, shape.v_head_dim
+    up = weights["kv_b_proj.weight"].view(heads, nope + value, shape.kv_lora_rank)
     q, k, v = [], [], []
-    for i, token in enumerate(x.double().flatten(0, 1)):
-        position = i % x.shape[1]
-        compressed = weights["kv_a_proj_with_mqa.weight"] @ token
-        c = _normal(compressed[:rank], weights["kv_a_layernorm.weight"])
-        shared = rotate(compressed[rank:], position, frequency)
-        query = _query(token, weights, shape)
-        q.append([torch.cat((query[h, :nope], rotate(query[h, nope:], position, frequency))) for h in range(heads)])
+    for query, turned, c, shared in _latent_tokens(x, weights, shape, rope):
+        q.append([torch.cat((query[h], turned[h])) for h in range(heads)])
         k.append([torch.cat((up[h, :nope] @ c, shared)) for h in range(heads)])
         v.append([up[h, nope:] @ c for h in range(heads)])
     scale = shape.qk_head_dim**-0.5 * softmax_mscale(rope)
@@ -132,6 +126,35 @@ def latent(
     batch = x.shape[0]
     out = attention(_stack(q, batch), _stack(k, batch), _stack(v, batch), seen, scale=scale, weights=importance)
     return out.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T
+
+
+def latent_space(
+    x: Float[Tensor, "B T D"], weights: Mapping[str, Tensor], shape: Latent, rope: Rope, *, rotated: bool = True
+) -> tuple[Float[Tensor, "B H T W"], Float[Tensor, "B 1 T W"]]:
+    """Queries and the one key per token whose products are MLA's logits; not rotated, without their rotary part."""
+    heads, nope, value = shape.num_attention_heads, shape.qk_nope_head_dim, shape.v_head_dim
+    up = weights["kv_b_proj.weight"].view(heads, nope + value, shape.kv_lora_rank)
+    q, k = [], []
+    for query, turned, c, shared in _latent_tokens(x, weights, shape, rope):
+        moved = [up[h, :nope].T @ query[h] for h in range(heads)]
+        q.append([torch.cat((moved[h], turned[h])) if rotated else moved[h] for h in range(heads)])
+        k.append([torch.cat((c, shared)) if rotated else c])
+    return _stack(q, x.shape[0]), _stack(k, x.shape[0])
+
+
+def _latent_tokens(
+    x: Tensor, weights: Mapping[str, Tensor], shape: Latent, rope: Rope
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor, Tensor]]:
+    """Per token: each head's query without position, its rotated part, the latent and the rotated key."""
+    heads, nope, rank = shape.num_attention_heads, shape.qk_nope_head_dim, shape.kv_lora_rank
+    frequency = frequencies(shape.qk_rope_head_dim, rope)
+    for i, token in enumerate(x.double().flatten(0, 1)):
+        position = i % x.shape[1]
+        compressed = weights["kv_a_proj_with_mqa.weight"] @ token
+        c = _normal(compressed[:rank], weights["kv_a_layernorm.weight"])
+        query = _query(token, weights, shape)
+        turned = [rotate(query[h, nope:], position, frequency) for h in range(heads)]
+        yield query[:, :nope], turned, c, rotate(compressed[rank:], position, frequency)
 
 
 def _query(token: Tensor, weights: Mapping[str, Tensor], shape: Latent) -> Float[Tensor, "H P"]:

@@ -21,11 +21,12 @@ class SelectionCost:
     """What selecting cost and left over, counted in closed form by the selector, over batch and the selection's heads.
 
     scored: scores computed to select. kept: (query, key) pairs that remain to attend to; dense causal attention keeps
-    T(T+1)/2 per head.
+    T(T+1)/2 per head. per_level: the scores by level of a tree, from the leaves, where a selector has levels.
     """
 
     scored: int
     kept: int
+    per_level: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

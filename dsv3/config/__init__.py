@@ -4,7 +4,18 @@ A choice with variants is a union of dataclasses (`Latent | Grouped | MultiHead`
 that builds it. A run is a function in `presets` that returns a whole `Config`; an arm of a study is a `vary` of it.
 """
 
-from dsv3.config.attention import Attention, Everything, Grouped, Latent, MultiHead, PerHead, Select, Window
+from dsv3.config.attention import (
+    Attention,
+    Blocks,
+    Everything,
+    Grouped,
+    Hierarchical,
+    Latent,
+    MultiHead,
+    PerHead,
+    Select,
+    Window,
+)
 from dsv3.config.change import vary
 from dsv3.config.layers import Rope, Yarn
 from dsv3.config.model import MTP, Model
@@ -21,6 +32,7 @@ __all__ = [
     "Attention",
     "BFloat16",
     "Balance",
+    "Blocks",
     "Capacity",
     "Config",
     "Data",
@@ -31,6 +43,7 @@ __all__ = [
     "Float16",
     "Float32",
     "Grouped",
+    "Hierarchical",
     "Latent",
     "MoE",
     "Model",

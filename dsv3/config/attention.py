@@ -1,16 +1,18 @@
 """Attention is two choices: how keys and values are made, and which of them a query sees.
 
     MultiHead | Grouped | Latent        one K and V per head | shared by a group of heads | compressed to a latent (MLA)
-      each with  select =  Everything | Window | PerHead
+      each with  select =  Everything | Window | PerHead | Blocks | Hierarchical
 
 Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V2 and V3, arXiv 2405.04434 and
 2412.19437 section 2.1.1 (Latent). `PerHead` is the article's dynamic sparse attention in the form that can run;
-`dsv3/attention/select/per_head.py` says what was repaired.
+`dsv3/attention/select/per_head.py` says what was repaired. `Blocks` and `Hierarchical` choose by what queries and keys
+say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from dsv3.config.rules import require, require_kind, require_number, require_positive
+from dsv3.config.rules import require, require_kind, require_number, require_one_of, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,94 @@ class PerHead:
             require_positive(self, "k")
 
 
-Select = Everything | Window | PerHead
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Each block of queries sees the key blocks whose mean key its first query scores highest (MoBA, arXiv 2502.13189).
+
+    Always seen are the block's own, the previous and the first block; the others are chosen among those that end before
+    the first query.
+
+    Attributes:
+        k: blocks seen, the forced ones among them; or
+        keep: a share of the blocks up to the query's own, forced ones among them; the cost then stays quadratic.
+        top_p: of the blocks chosen so, only the fewest that hold this much of their softmax mass; None: all of them.
+        block_q, block_k: tokens in a block of queries and of keys; one divides the other. 1 query: a choice per token.
+        sharing: whether each query head chooses, each group of heads that share keys, or all heads together, by the
+            mean of their scores.
+        rotated: whether queries and keys are compared after the rotary embedding, or before it.
+    """
+
+    k: int | None = None
+    keep: float | None = None
+    top_p: float | None = None
+    block_q: int = 64
+    block_k: int = 64
+    sharing: Literal["head", "group", "all"] = "head"
+    rotated: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "block_q", "block_k")
+        longer, shorter = max(self.block_q, self.block_k), min(self.block_q, self.block_k)
+        sizes = (self.block_q, self.block_k)
+        require(longer % shorter == 0, "(block_q, block_k)", sizes, "one must divide the other", "use powers of two")
+        given = (self.k is not None) + (self.keep is not None)
+        example = f"{type(self).__name__}(k=16) or {type(self).__name__}(keep=0.3)"
+        require(given == 1, "(k, keep)", (self.k, self.keep), "exactly one of the two is set", example)
+        if self.k is None:
+            require_number(self, "keep", low=0.0, high=1.0, above=True)
+        else:
+            require_positive(self, "k")
+            rule = f"must be at least {self.own + 2}: the own, the previous and the first block are always seen"
+            require(self.k >= self.own + 2, "k", self.k, rule, "see more blocks, or use Window")
+        if self.top_p is not None:
+            require_number(self, "top_p", low=0.0, high=1.0, above=True)
+        require_one_of(self, "sharing", ("head", "group", "all"))
+        require_kind(self, "rotated", (bool,))
+
+    @property
+    def own(self) -> int:
+        """How many key blocks a block of queries lies in."""
+        return max(1, self.block_q // self.block_k)
+
+    def past(self, complete: int) -> int:
+        """How many of `complete` key blocks before a query are seen, at most, the first and the previous among them."""
+        if self.k is not None:
+            return min(complete, self.k - self.own)
+        assert self.keep is not None, "a number or a share of the blocks is kept"
+        return min(complete, max(2, int(self.keep * (complete + self.own)) - self.own))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(Blocks):
+    """`Blocks`, found by walking down a tree over the key blocks, so that choosing costs O(n log n) for a fixed k.
+
+    Attributes:
+        branching: children of a node.
+        search: "beam" compares means and keeps the best `width` nodes of each level: nearly what Blocks finds.
+            "best_first" compares the upper bounds that a node's smallest and largest keys give q.k (Quest, arXiv
+            2406.10774) and finds exactly the key blocks of the largest bound; in the worst case it looks at all.
+        width: nodes kept per level, not fewer than blocks are; None: as many as past blocks are seen.
+    """
+
+    branching: int = 4
+    search: Literal["beam", "best_first"] = "beam"
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "branching")
+        require(self.branching >= 2, "branching", self.branching, "must be at least 2", "use 4")
+        require_one_of(self, "search", ("beam", "best_first"))
+        if self.width is not None:
+            require_positive(self, "width")
+
+    def beam(self, complete: int) -> int:
+        """How many nodes of each level are kept in the search for a query behind `complete` key blocks."""
+        return max(self.past(complete), self.width or 1)
+
+
+Select = Everything | Window | PerHead | Blocks | Hierarchical
+SELECTS = (Everything, Window, PerHead, Blocks, Hierarchical)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +165,7 @@ class MultiHead:
             "must be even: rotary embedding turns pairs",
             "use an even head_dim",
         )
-        require_kind(self, "select", (Everything, Window, PerHead))
+        require_kind(self, "select", SELECTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +189,7 @@ class Grouped:
         groups = self.num_key_value_heads
         rule = f"must divide num_attention_heads={self.num_attention_heads}"
         require(self.num_attention_heads % groups == 0, "num_key_value_heads", groups, rule, "use a divisor")
-        require_kind(self, "select", (Everything, Window, PerHead))
+        require_kind(self, "select", SELECTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +217,7 @@ class Latent:
         require(
             rope % 2 == 0, "qk_rope_head_dim", rope, "must be even: rotary embedding turns pairs", "use an even width"
         )
-        require_kind(self, "select", (Everything, Window, PerHead))
+        require_kind(self, "select", SELECTS)
 
     @property
     def qk_head_dim(self) -> int:

@@ -22,7 +22,7 @@ implies 249.7 (arXiv 2505.09343, table 4).
 from math import prod
 from typing import assert_never
 
-from dsv3.config import Attention, Everything, Grouped, Latent, Model, MultiHead, PerHead, Select, Window
+from dsv3.config import Attention, Blocks, Everything, Grouped, Latent, Model, MultiHead, PerHead, Select, Window
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -131,12 +131,17 @@ def macs_per_pair(attention: Attention, *, absorbed: bool = False) -> int:
 
 
 def kept_pairs(select: Select, length: int) -> int:
-    """Pairs of a query and a key that one head computes over a causal sequence of `length` tokens."""
+    """Pairs of a query and a key that one head computes over a causal sequence of `length` tokens; with `top_p`, at
+    most.
+    """
     return sum(_kept(select, visible) for visible in range(1, length + 1))
 
 
 def kv_values_per_token(attention: Attention) -> int:
-    """Numbers that one layer caches per token; a per-head selection remembers each token's importance besides."""
+    """Numbers that one layer caches per token; a per-head selection remembers each token's importance besides.
+
+    The index of a choice by blocks is not a number per token: `KeyValueCache.nbytes` counts it.
+    """
     importance = attention.num_attention_heads if isinstance(attention.select, PerHead) else 0
     match attention:
         case Latent():
@@ -170,6 +175,10 @@ def _kept(select: Select, visible: int) -> int:
                 return max(1, int(select.keep * visible))
             assert select.k is not None, "PerHead has keep or k"
             return min(visible, select.k)
+        case Blocks():
+            # the blocks that end before the query's own block of queries, then everything up to the query itself
+            complete = (visible - 1) // select.block_q * select.block_q // select.block_k
+            return visible - (complete - select.past(complete)) * select.block_k
         case _:
             assert_never(select)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dsv3.attention import KeyValueCache, LatentAttention, attend, eager, reference
-from dsv3.config import Everything, Latent, Model, MultiHead, PerHead, Select, Window
+from dsv3.config import Blocks, Everything, Hierarchical, Latent, Model, MultiHead, PerHead, Select, Window
 from dsv3.layers import frequencies, softmax_mscale
 from tests.attention.variants import ATTENTIONS, SELECTS, VARIANTS, YARN, chosen, config, hidden, module, seen
 
@@ -72,7 +72,19 @@ def test_values_and_gradients_are_those_of_the_definition(model: Model, length: 
 
 
 @every_attention
-@pytest.mark.parametrize("all_of_them", [Window(size=100), Window(size=1, sink=100), PerHead(k=100), PerHead(keep=1.0)])
+@pytest.mark.parametrize(
+    "all_of_them",
+    [
+        Window(size=100),
+        Window(size=1, sink=100),
+        PerHead(k=100),
+        PerHead(keep=1.0),
+        Blocks(k=50, block_q=4, block_k=2),
+        Blocks(keep=1.0),
+        Hierarchical(k=50, block_q=1, block_k=2),
+        Hierarchical(k=50, block_q=1, block_k=2, search="best_first"),
+    ],
+)
 def test_a_selection_that_keeps_everything_is_dense_attention(attention: Select, all_of_them: Select) -> None:
     made, x = module(config(attention, all_of_them)), hidden(100)
     dense = module(config(attention, Everything()))
@@ -108,11 +120,12 @@ def test_attend_equals_the_reference_in_values_and_gradients(
         # heads behind positions in memory, as projections leave them
         return torch.randn(*shape, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
 
-    q, k, v = draw(1, queries, heads, width), draw(1, total, groups, width), draw(1, total, groups, value)
-    importance = draw(1, total, heads)
+    every, k, v = draw(1, total, heads, width), draw(1, total, groups, width), draw(1, total, groups, value)
+    q = every[:, :, total - queries :].detach().requires_grad_()
+    importance, compared = draw(1, total, heads), (every, k)
     weights = importance if isinstance(select, PerHead) else None
-    ours = attend(q, k, v, chosen(select, importance, queries, block_q=16), scale=0.7)
-    theirs = reference.attention(q, k, v, seen(select, importance), scale=0.7, weights=weights)
+    ours = attend(q, k, v, chosen(select, importance, queries, 16, compared, 0.7), scale=0.7)
+    theirs = reference.attention(q, k, v, seen(select, importance, compared, 0.7), scale=0.7, weights=weights)
     torch.testing.assert_close(ours, theirs, rtol=FLOAT64, atol=FLOAT64)
     leaves = [q, k, v] if weights is None else [q, k, v, importance]
     pull = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
@@ -127,20 +140,22 @@ def test_attend_equals_the_reference_in_values_and_gradients(
 def test_selectors_let_through_exactly_the_keys_of_the_reference_and_count_them(
     select: Select, block_q: int, queries: int, total: int
 ) -> None:
-    # whole numbers: equal importances must be common for the rule of ties to matter
-    importance = torch.randint(0, 9, (2, 3, total), generator=torch.Generator().manual_seed(0)).double()
-    selection = chosen(select, importance, queries, block_q)
-    expected, kept = seen(select, importance), 0
+    # whole numbers: equal importances must be common for the rule of ties to matter; 4 heads: their mean is exact
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.randint(0, 9, (2, 4, total), generator=generator).double()
+    compared = torch.randint(-2, 3, (2, 2, 4, total, 4), generator=generator).double()
+    selection = chosen(select, importance, queries, block_q, (compared[0], compared[1]), 0.5)
+    expected, kept = seen(select, importance, (compared[0], compared[1]), 0.5), 0
     if selection is None:
         return
-    found = reference.selected(selection, heads=3, queries=queries, total=total)
+    found = reference.selected(selection, heads=4, queries=queries, total=total)
     for b in range(2):
-        for h in range(3):
+        for h in range(4):
             for t in range(total - queries, total):
                 keys = list(found(b, h, t))
                 assert keys == list(expected(b, h, t))
                 kept += len(keys)
-    shared = 3 // selection.indices.shape[1]
+    shared = 4 // selection.indices.shape[1]
     assert kept == selection.cost.kept * shared
 
 
@@ -150,9 +165,9 @@ def test_selections_hold_in_half_precision(select: Select, heads: int, groups: i
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 50, 8, generator=generator).bfloat16() for n in (heads, groups, groups))
     importance = torch.randn(1, heads, 50, generator=generator).bfloat16()
-    ours = attend(q, k, v, chosen(select, importance, 50, block_q=16))
+    ours = attend(q, k, v, chosen(select, importance, 50, 16, (q, k)))
     weights = importance if isinstance(select, PerHead) else None
-    theirs = reference.attention(q, k, v, seen(select, importance), scale=8**-0.5, weights=weights)
+    theirs = reference.attention(q, k, v, seen(select, importance, (q, k)), scale=8**-0.5, weights=weights)
     # bf16 keeps 8 bits: weights and the output are each rounded once, values of up to 3 averaged
     torch.testing.assert_close(ours.double(), theirs, rtol=2**-7, atol=3 * 2**-8)
 
@@ -213,19 +228,24 @@ def by_definition(made: nn.Module, model: Model, x: torch.Tensor) -> torch.Tenso
     weights, shape = dict(made.named_parameters()), model.attention
     added = weights.get("importance.proj.weight")
     importance = None if added is None else (x @ added.T).transpose(1, 2)
-    keys = seen(shape.select, importance)
+    rotated = getattr(shape.select, "rotated", True)
     if isinstance(made, LatentAttention):
         assert isinstance(shape, Latent)
+        compared = reference.latent_space(x.detach(), weights, shape, model.rope, rotated=rotated)
+        keys = seen(shape.select, importance, compared, shape.qk_head_dim**-0.5 * softmax_mscale(YARN))
         return reference.latent(x, weights, shape, model.rope, keys)
 
-    def turned(name: str) -> torch.Tensor:
-        heads = (x @ weights[name].T).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
+    def split(name: str) -> torch.Tensor:
+        return (x @ weights[name].T).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
+
+    def turned(heads: torch.Tensor) -> torch.Tensor:
         rows = [reference.rotate(row, i % x.shape[1], frequency) for i, row in enumerate(heads.flatten(0, 2))]
         return torch.stack(rows).view(heads.shape)
 
     frequency = frequencies(shape.head_dim, YARN)
-    v = (x @ weights["v_proj.weight"].T).unflatten(-1, (-1, shape.head_dim)).transpose(1, 2)
     scale = shape.head_dim**-0.5 * softmax_mscale(YARN)
-    q, k = turned("q_proj.weight"), turned("k_proj.weight")
-    out = reference.attention(q, k, v, keys, scale=scale, weights=importance)
+    plain = split("q_proj.weight"), split("k_proj.weight")
+    q, k = turned(plain[0]), turned(plain[1])
+    keys = seen(shape.select, importance, (q, k) if rotated else plain, scale)
+    out = reference.attention(q, k, split("v_proj.weight"), keys, scale=scale, weights=importance)
     return out.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T

@@ -4,11 +4,15 @@ import torch
 from torch import nn
 
 from dsv3.attention import Selection, build, reference
-from dsv3.attention.select import per_head, window
+from dsv3.attention.select import Index, leading, per_head, remember, window
+from dsv3.attention.select import reference as by_content
+from dsv3.attention.select import select as selection_of
 from dsv3.config import (
     Attention,
+    Blocks,
     Everything,
     Grouped,
+    Hierarchical,
     Latent,
     Model,
     MultiHead,
@@ -35,6 +39,9 @@ SELECTS: dict[str, Select] = {
     "window_sink": Window(size=4, sink=3),
     "per_head_share": PerHead(keep=0.3),
     "per_head_number": PerHead(k=5),
+    "blocks": Blocks(keep=0.7, top_p=0.8, block_q=4, block_k=2, sharing="group", rotated=False),
+    "beam": Hierarchical(k=7, block_q=8, block_k=2, branching=2),
+    "best_first": Hierarchical(k=4, block_q=4, block_k=4, branching=2, search="best_first", sharing="all"),
 }
 YARN = Rope(scaling=Yarn(factor=8.0, original_max_position_embeddings=32))
 
@@ -75,8 +82,13 @@ def hidden(length: int, *, batch: int = 2, seed: int = 0, dtype: torch.dtype = t
     return torch.randn(batch, length, 20, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def seen(select: Select, importance: torch.Tensor | None) -> reference.Seen:
-    """The keys of each query by the reference's count."""
+def seen(
+    select: Select,
+    importance: torch.Tensor | None,
+    compared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float = 1.0,
+) -> reference.Seen:
+    """The keys of each query by the reference's count; `compared` are q and k of all positions."""
     match select:
         case Everything():
             return reference.everything
@@ -85,10 +97,20 @@ def seen(select: Select, importance: torch.Tensor | None) -> reference.Seen:
         case PerHead():
             assert importance is not None
             return reference.per_head(importance, keep=select.keep, k=select.k)
+        case Blocks():
+            assert compared is not None
+            return by_content.content(select, *compared, scale=scale)
 
 
-def chosen(select: Select, importance: torch.Tensor, queries: int, block_q: int) -> Selection | None:
-    """The selection of the last queries in blocks of a given size."""
+def chosen(
+    select: Select,
+    importance: torch.Tensor,
+    queries: int,
+    block_q: int,
+    compared: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scale: float = 1.0,
+) -> Selection | None:
+    """The selection of the last queries in blocks of a given size, or of the size that is part of the choice."""
     batch, _, total = importance.shape
     match select:
         case Everything():
@@ -97,3 +119,10 @@ def chosen(select: Select, importance: torch.Tensor, queries: int, block_q: int)
             return window(batch, queries, total, size=select.size, sink=select.sink, block_q=block_q, block_k=4)
         case PerHead():
             return per_head(importance, queries, keep=select.keep, k=select.k, block_q=block_q)
+        case Blocks():
+            assert compared is not None
+            q, k = compared
+            start, shape = total - queries, (batch, queries)
+            index = remember(select, q[:, :, leading(select, 0)], k, 0, total)
+            index = Index(index.leaders[:, :, start // select.block_q :], index.nodes)
+            return selection_of(select, shape, total, None, q.device, index=index, scale=scale)

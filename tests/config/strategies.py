@@ -7,6 +7,7 @@ from dsv3.config import (
     SGD,
     AdamW,
     BFloat16,
+    Blocks,
     Config,
     Dropless,
     Everything,
@@ -15,6 +16,7 @@ from dsv3.config import (
     Float16,
     Float32,
     Grouped,
+    Hierarchical,
     Latent,
     Model,
     MoE,
@@ -39,6 +41,9 @@ selects = st.one_of(
     st.builds(Window, size=small, sink=st.integers(0, 3)),
     st.builds(PerHead, keep=share),
     st.builds(PerHead, k=small),
+    st.builds(Blocks, k=st.integers(3, 20), sharing=st.sampled_from(["head", "group", "all"])),
+    st.builds(Hierarchical, keep=share, top_p=st.none() | share, block_q=st.sampled_from([1, 8]), block_k=st.just(4)),
+    st.builds(Hierarchical, k=st.integers(3, 20), branching=st.integers(2, 9), rotated=st.booleans()),
 )
 multi_head = st.builds(MultiHead, num_attention_heads=small, head_dim=even, select=selects)
 grouped = st.builds(

@@ -5,7 +5,19 @@ import torch
 from torch.nn import functional as F
 
 from dsv3.attention import LatentAttention
-from dsv3.config import Everything, Grouped, Latent, MultiHead, PerHead, Window, presets, vary
+from dsv3.config import (
+    Blocks,
+    Everything,
+    Grouped,
+    Hierarchical,
+    Latent,
+    MultiHead,
+    PerHead,
+    Select,
+    Window,
+    presets,
+    vary,
+)
 from dsv3.model import Transformer, cost
 from tests.model.variants import BASE
 
@@ -137,20 +149,32 @@ def test_multiply_adds_per_pair_of_both_forms_of_latent_attention() -> None:
         (Window(size=2, sink=1), 1 + 2 + 3 + 3 + 3 + 3 + 3),
         (PerHead(k=3), 1 + 2 + 3 + 3 + 3 + 3 + 3),
         (PerHead(keep=0.3), 1 + 1 + 1 + 1 + 1 + 1 + 2),
+        (Blocks(k=4, block_q=2, block_k=1), 1 + 2 + 3 + 4 + 3 + 4 + 3),
+        (Hierarchical(k=3, block_q=1, block_k=2), 1 + 2 + 3 + 4 + 5 + 6 + 5),
     ],
 )
-def test_kept_pairs_of_seven_tokens(select: Everything | Window | PerHead, by_hand: int) -> None:
+def test_kept_pairs_of_seven_tokens(select: Select, by_hand: int) -> None:
     assert cost.kept_pairs(select, 7) == by_hand
 
 
 @pytest.mark.parametrize(
-    "select", [Window(size=2, sink=1), Window(size=5), PerHead(k=3), PerHead(keep=0.3), PerHead(keep=0.7)]
+    "select",
+    [
+        Window(size=2, sink=1),
+        Window(size=5),
+        PerHead(k=3),
+        PerHead(keep=0.3),
+        PerHead(keep=0.7),
+        Blocks(k=4, block_q=4, block_k=2),
+        Hierarchical(keep=0.4, block_q=2, block_k=4),
+        Hierarchical(k=3, block_q=1, block_k=4, search="best_first"),
+    ],
 )
-def test_kept_pairs_are_those_that_the_selectors_count(select: Window | PerHead) -> None:
+def test_kept_pairs_are_those_that_the_selectors_count(select: Select) -> None:
     config = vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=4, select=select), mtp=None)
     selection = Transformer(config)(torch.zeros(1, 29, dtype=torch.long)).selection[0]
     assert selection is not None
-    heads = 2 if isinstance(select, PerHead) else 1
+    heads = 1 if isinstance(select, Window) else 2
     assert selection.cost.kept == heads * cost.kept_pairs(select, 29)
 
 

@@ -1,0 +1,80 @@
+"""From chosen blocks to a Selection: the forced blocks join, and blocks of queries fall on the queries at hand.
+
+A block of queries is counted from position 0, whatever queries are at hand, so that a prompt read in pieces and a token
+decoded alone choose as a whole forward does. Where the first query lies inside a block, rows of the Selection are cut
+finer: every row still repeats its block's choice.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3.attention.selection import Selection, SelectionCost
+from dsv3.config import Blocks
+
+FAR = 2**40  # stands for no block; times a branching it still fits
+
+
+def complete_blocks(choice: Blocks, start: int, total: int) -> Int[Tensor, " Nq"]:
+    """For each block of queries that holds a position from `start` to `total`: key blocks that end before its first
+    token. On the host.
+    """
+    blocks = torch.arange(start // choice.block_q, (total - 1) // choice.block_q + 1)
+    return blocks * choice.block_q // choice.block_k
+
+
+def of_complete(rule: Callable[[int], int], complete: Int[Tensor, " Nq"]) -> Int[Tensor, " Nq"]:
+    """A rule on the number of complete key blocks, such as `Blocks.past`, for ascending numbers of them."""
+    low = int(complete[0])
+    return torch.tensor([rule(c) for c in range(low, int(complete[-1]) + 1)])[complete - low]
+
+
+def selection(
+    choice: Blocks, chosen: Int[Tensor, "B h Nq m"], start: int, total: int, per_level: tuple[int, ...]
+) -> Selection:
+    """The forced blocks and the chosen ones (FAR: none), for the queries at positions `start` to `total`."""
+    device = chosen.device
+    complete = complete_blocks(choice, start, total).to(device)
+    own = complete[:, None] + torch.arange(choice.own, device=device)
+    forced = torch.stack((torch.where(complete > 0, 0, FAR), torch.where(complete > 1, complete - 1, FAR)), dim=1)
+    forced = torch.cat((forced, own.masked_fill(own > (total - 1) // choice.block_k, FAR)), dim=1)
+    indices = torch.cat((chosen, forced.expand(*chosen.shape[:2], -1, -1)), dim=-1).sort(dim=-1).values
+    indices = indices[..., : choice.past(int(complete[-1])) + choice.own]
+    counts = (indices < FAR).sum(dim=-1)
+    kept = _kept(choice, chosen, start, total)
+    block, size = _rows(choice, start, total)
+    return Selection(
+        indices=indices.masked_fill(indices == FAR, 0)[:, :, block],
+        counts=counts[:, :, block],
+        block_q=size,
+        block_k=choice.block_k,
+        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level),
+    )
+
+
+def _rows(choice: Blocks, start: int, total: int) -> tuple[Int[Tensor, " rows"] | slice, int]:
+    """Which block each row of the Selection repeats, and the tokens in a row."""
+    first, last = start // choice.block_q, (total - 1) // choice.block_q
+    if start % choice.block_q == 0:
+        return slice(None), choice.block_q
+    if first == last:
+        return slice(None), total - start
+    size = math.gcd(start, choice.block_q)
+    return torch.arange(start, total, size) // choice.block_q - first, size
+
+
+def _kept(choice: Blocks, chosen: Int[Tensor, "B h Nq m"], start: int, total: int) -> int:
+    """Pairs of a query and a key up to its own in the listed blocks."""
+    position = torch.arange(start, total)
+    block = position // choice.block_q
+    complete = block * choice.block_q // choice.block_k
+    inside = int((position - complete * choice.block_k + 1).sum()) * chosen.shape[0] * chosen.shape[1]
+    if choice.top_p is None:
+        past = of_complete(choice.past, complete_blocks(choice, start, total))[block - block[0]]
+        return inside + int(past.sum()) * choice.block_k * chosen.shape[0] * chosen.shape[1]
+    seen = (chosen < FAR).sum(dim=(0, 1, 3)).cpu()[block - block[0]]
+    forced = complete.clamp(max=2) * chosen.shape[0] * chosen.shape[1]
+    return inside + int((seen + forced).sum()) * choice.block_k

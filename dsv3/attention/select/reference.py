@@ -1,0 +1,150 @@
+"""Choosing by content as defined, in float64 with loops: what `blocks` and `hierarchical` must equal.
+
+`content` says which keys each query sees; `walk` goes down one tree with any score, so that it also counts what a
+search looks at where there is no data to score, and `by_priority` is best-first search with a queue.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dsv3.config import Blocks, Hierarchical
+
+Score = Callable[[int, int], float]  # of a level and a node's number on it
+
+
+def content(
+    choice: Blocks, q: Float[Tensor, "B H S P"], k: Float[Tensor, "B G S P"], *, scale: float = 1.0
+) -> Callable[[int, int, int], Sequence[int]]:
+    """The keys that sequence b, head h and position t see, when q and k of all positions are compared."""
+    q, k = q.detach().double(), k.detach().double()
+    found: dict[tuple[int, int, int], list[int]] = {}
+
+    def seen(sequence: int, head: int, position: int) -> Sequence[int]:
+        first = position // choice.block_q * choice.block_q
+        complete = first // choice.block_k
+        key = (sequence, head, first)
+        if key not in found:
+            score = node_score(choice, _compared(choice, q, k, sequence, head, first))
+            found[key] = past_blocks(choice, complete, score, scale)
+        past = [token for j in found[key] for token in range(j * choice.block_k, (j + 1) * choice.block_k)]
+        return past + list(range(complete * choice.block_k, position + 1))
+
+    return seen
+
+
+def past_blocks(choice: Blocks, complete: int, score: Score, scale: float = 1.0) -> list[int]:
+    """Which of `complete` key blocks a query sees: the first, the previous and the best."""
+    forced = {0, complete - 1} & set(range(complete))
+    free = choice.past(complete) - len(forced)
+    if isinstance(choice, Hierarchical) and choice.search == "beam":
+        candidates = set(walk(choice, complete, score)[0])
+    else:
+        candidates = set(range(complete))
+    ordered = sorted(candidates - forced, key=lambda j: (-score(0, j), j))[:free]
+    if choice.top_p is not None:
+        ordered = _holding(ordered, [scale * score(0, j) for j in ordered], choice.top_p)
+    return sorted(forced | set(ordered))
+
+
+def walk(choice: Hierarchical, complete: int, score: Score) -> tuple[list[int], list[int]]:
+    """The leaves under the best nodes of each level, and how many nodes were scored per level, leaves first."""
+    branching, beam, counts = choice.branching, choice.beam(complete), []
+    level = 0
+    while branching ** (level + 1) <= complete:
+        level += 1
+    nodes = list(range(complete // branching**level))
+    while level > 0:
+        counts.append(len(nodes) if len(nodes) > beam else 0)
+        if len(nodes) > beam:
+            nodes = sorted(nodes, key=lambda j: (-score(level, j), j))[:beam]
+        opened = [*nodes, complete // branching**level]
+        level -= 1
+        below = [child for j in opened for child in range(j * branching, (j + 1) * branching)]
+        nodes = [j for j in below if j < complete // branching**level]
+    past = choice.past(complete)
+    if past <= 2 or (complete <= past and choice.top_p is None):
+        return nodes, [0]
+    return nodes, [len(nodes), *counts[::-1]]
+
+
+def by_priority(choice: Hierarchical, complete: int, score: Score) -> tuple[list[int], int]:
+    """The best leaves by a bound that never falls below that of a child: always open the best node at hand. Also how
+    many nodes were scored.
+    """
+    forced = {0, complete - 1}
+    free, branching, scored = choice.past(complete) - len(forced & set(range(complete))), choice.branching, 0
+    level = 0
+    while branching**level <= complete:
+        level += 1
+    queue: list[tuple[float, int, int]] = []
+    straddling = [(level, 0)]
+    found: list[int] = []
+    while straddling or (queue and len(found) < free):
+        if straddling:
+            level, node = straddling.pop()
+        else:
+            _, level, node = heapq.heappop(queue)
+        if level == 0:
+            if node not in forced:
+                found.append(node)
+            continue
+        for child in range(node * branching, (node + 1) * branching):
+            if child < complete // branching ** (level - 1):
+                heapq.heappush(queue, (-score(level - 1, child), level - 1, child))
+                scored += 1
+            elif child == complete // branching ** (level - 1) and level > 1:
+                straddling.append((level - 1, child))
+    return found, scored
+
+
+def node_score(choice: Blocks, pairs: Sequence[tuple[Tensor, Tensor]]) -> Score:
+    """The mean over pairs of a query [P] and keys [S, P] of what a node says: q . mean, or the bound of q . k."""
+    branching = choice.branching if isinstance(choice, Hierarchical) else 1
+    bound = isinstance(choice, Hierarchical) and choice.search == "best_first"
+    known: dict[tuple[int, int], float] = {}
+
+    def score(level: int, node: int) -> float:
+        if (level, node) not in known:
+            span = choice.block_k * branching**level
+            known[level, node] = sum(one(q, k[node * span : (node + 1) * span]) for q, k in pairs) / len(pairs)
+        return known[level, node]
+
+    def one(q: Tensor, keys: Tensor) -> float:
+        if not bound:
+            return float(q @ keys.mean(dim=0))
+        return float(torch.maximum(q * keys.amax(dim=0), q * keys.amin(dim=0)).sum())
+
+    return score
+
+
+def _compared(choice: Blocks, q: Tensor, k: Tensor, sequence: int, head: int, position: int) -> list:
+    """The queries that choose for a head at a position, each with the keys that it is compared with."""
+    share = q.shape[1] // k.shape[1]
+
+    def pair(heads: range, group: int) -> tuple[Tensor, Tensor]:
+        return q[sequence, list(heads), position].mean(dim=0), k[sequence, group]
+
+    group = head // share
+    match choice.sharing:
+        case "head":
+            return [pair(range(head, head + 1), group)]
+        case "group":
+            return [pair(range(group * share, (group + 1) * share), group)]
+        case _:
+            return [pair(range(g * share, (g + 1) * share), g) for g in range(k.shape[1])]
+
+
+def _holding(ordered: list[int], logits: list[float], mass: float) -> list[int]:
+    """The first blocks that together hold `mass` of the softmax."""
+    weights = [math.exp(logit - max(logits)) for logit in logits]
+    kept, held = [], 0.0
+    for block, weight in zip(ordered, weights, strict=True):
+        if held < mass * sum(weights):
+            kept.append(block)
+        held += weight
+    return kept
