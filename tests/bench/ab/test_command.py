@@ -151,6 +151,7 @@ def test_the_bar_says_how_far_it_is() -> None:
     assert len(blocks) == 6
 
 
+@pytest.mark.slow
 def test_two_blocks_of_a_real_case_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     once = command.spent
     monkeypatch.setattr(command, "spent", lambda blocks: once(blocks) if len(blocks) < 2 else 1e9)

@@ -5,7 +5,7 @@ from itertools import product
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
@@ -96,12 +96,14 @@ def test_what_is_the_same_is_soon_called_so() -> None:
     assert decided(verdicts)
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from("abcd"), MANY, min_size=1), st.randoms())
 def test_the_order_of_blocks_says_nothing(cases: dict[str, list[float]], random: Random) -> None:
     shuffled = {name: random.sample(ratios, len(ratios)) for name, ratios in cases.items()}
     assert decide(shuffled) == decide(cases)
 
 
+@settings(max_examples=50)
 @given(st.dictionaries(st.sampled_from("abcd"), MANY, min_size=1))
 def test_exchanging_base_and_head_mirrors_the_verdict(cases: dict[str, list[float]]) -> None:
     edges = (1 + MARGIN, 1 / (1 + MARGIN))
@@ -118,6 +120,7 @@ def test_exchanging_base_and_head_mirrors_the_verdict(cases: dict[str, list[floa
             assert mirrored.interval == pytest.approx((1 / high, 1 / low))
 
 
+@settings(max_examples=50)
 @given(st.lists(MANY, min_size=1, max_size=8))
 def test_holm_steps_down_from_the_smallest_p(cases: list[list[float]]) -> None:
     named = {str(i): ratios for i, ratios in enumerate(cases)}

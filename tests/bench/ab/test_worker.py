@@ -105,6 +105,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_a_block_times_each_arm_in_a_process_of_its_own_and_says_what_one_lacks(tree: Path) -> None:
     made = block.run(dict.fromkeys(block.ARMS, tree), ("lacks", "tiny"), 0, Random(0))
     assert set(made.seconds) == {"tiny"}
@@ -132,6 +133,7 @@ def test_every_case_of_the_gate_runs_here(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(answer["seconds"][0] > 0 for answer in said[1::2])
 
 
+@pytest.mark.slow
 def test_a_step_of_two_processes_ends_with_its_fork(tree: Path) -> None:
     original = dict.fromkeys(block.ARMS, ROOT)
     with block.worker("base", original["base"], Random(0)) as process:
