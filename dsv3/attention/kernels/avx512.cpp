@@ -1,6 +1,8 @@
 // AVX-512 without bf16: pairs are widened and multiplied in fp32.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+// said by hand: g++ before 13 reads the whole file before it heeds the pragma, and sets no macro of its own
+#define HAS_AVX512
 #include <immintrin.h>
 
 #include "problem.h"

@@ -38,7 +38,7 @@ INLINE Vector choose(Ints which, Vector yes, Vector no) {
   return (Vector)(((Ints)yes & which) | ((Ints)no & ~which));
 }
 
-#ifdef __AVX512F__
+#ifdef HAS_AVX512
 INLINE Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 // where one of the two is NaN the processor returns the second
 INLINE Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -52,7 +52,7 @@ INLINE Vector larger(Vector a, Vector b) { return choose(a > b, a, b); }
 template <bool HALF>
 INLINE Vector power_of_two(Vector x) {
   x = larger(spread(-200.0f), x);
-#ifdef __AVX512F__
+#ifdef HAS_AVX512
   Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, 0);
 #else
   x = larger(spread(-126.0f), x);
@@ -71,7 +71,7 @@ INLINE Vector power_of_two(Vector x) {
     y = fused(y, part, spread(0.6931469440460205f));
     y = fused(y, part, spread(1.0000001192092896f));
   }
-#ifdef __AVX512F__
+#ifdef HAS_AVX512
   return (Vector)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else
   Ints exponent = __builtin_convertvector(whole, Ints);
@@ -87,7 +87,7 @@ INLINE Bits rounded(Vector x) {
   return ((up & ~nan) | (0x7fc00000u & nan)) >> 16;
 }
 INLINE Bits pairs(Vector low, Vector high) {
-#ifdef __AVX512BF16__
+#ifdef HAS_BF16
   Bits a = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
   Bits b = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
   return a | (b << 16);
@@ -96,7 +96,7 @@ INLINE Bits pairs(Vector low, Vector high) {
 #endif
 }
 INLINE Halves halves(Vector x) {
-#ifdef __AVX512BF16__
+#ifdef HAS_BF16
   return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
   return __builtin_convertvector(rounded(x), Halves);
@@ -107,7 +107,7 @@ INLINE Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Bit
 template <bool HALF>
 INLINE Vector multiplied(Vector sum, Word a, Bits b) {
   if (!HALF) return fused(spread(number(a)), (Vector)b, sum);
-#ifdef __AVX512BF16__
+#ifdef HAS_BF16
   Bits both = a - Bits{};
   return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
 #else
