@@ -42,6 +42,7 @@ def check_choice(name: str, q: Tensor) -> None:
         ValueError: with the reason.
     """
     known = get_args(Implementation)
-    require(name in known, "implementation", name, f"must be one of {', '.join(known)}", "leave it out to have it chosen")
+    rule = f"must be one of {', '.join(known)}"
+    require(name in known, "implementation", name, rule, "leave it out to have it chosen")
     reason = why_not_kernel(q) if name == "kernel" else None
     require(reason is None, "implementation", name, f"cannot be used here: {reason}", "use 'plain'")
