@@ -3,12 +3,14 @@
 from dsv3.attention.attend import attend
 from dsv3.attention.build import build
 from dsv3.attention.cache import KeyValueCache, LayerCache
+from dsv3.attention.choice import Implementation, implementation, why_not_kernel
 from dsv3.attention.dense import dense, eager
 from dsv3.attention.latent import LatentAttention
 from dsv3.attention.multi_head import MultiHeadAttention
 from dsv3.attention.selection import Selection, SelectionCost
 
 __all__ = [
+    "Implementation",
     "KeyValueCache",
     "LatentAttention",
     "LayerCache",
@@ -19,4 +21,6 @@ __all__ = [
     "build",
     "dense",
     "eager",
+    "implementation",
+    "why_not_kernel",
 ]

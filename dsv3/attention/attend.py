@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3.attention import choice
 from dsv3.attention.dense import dense
+from dsv3.attention.kernels.blocks import block_attention
 from dsv3.attention.selection import Selection
 from dsv3.attention.sparse import sparse
 from dsv3.config.rules import require
@@ -24,18 +26,28 @@ def attend(
     selection: Selection | None = None,
     *,
     scale: float | None = None,
+    implementation: choice.Implementation | None = None,
 ) -> Float[Tensor, "B H T R"]:
     """Attention of queries at the last T of S positions; head i reads key-value head i // (H/G). `scale` defaults to
     P^-0.5.
 
+    `implementation` defaults to what `dsv3.attention.implementation` says of q and the selection; the results differ by
+    rounding.
+
     Raises:
-        ValueError: for shapes that do not fit each other, or a selection made for other shapes.
+        ValueError: for shapes that do not fit each other, a selection made for other shapes, or an implementation that
+            cannot compute them here.
     """
     _check_shapes(q, k, v)
+    if implementation is not None:
+        choice.check_choice(implementation, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if selection is not None:
+        _check_selection(q, k, selection)
+    if (implementation or choice.implementation(q, selection)) == "kernel":
+        return block_attention(q, k, v, selection, scale=scale)
     if selection is None:
         return dense(q, k, v, scale=scale)
-    _check_selection(q, k, selection)
     return sparse(q, k, v, selection, scale=scale)
 
 

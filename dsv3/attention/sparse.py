@@ -131,7 +131,7 @@ def _blocks(selection: Selection, q: Tensor, total: int) -> Iterator[_Block]:
         else:
             tokens = torch.arange(run.start, run.stop, device=q.device).expand(*heads, -1)
         penalty = _penalty(selection, tokens, position[rows], rows, room)
-        if 1 < heads[1] < q.shape[1]:  # per group: the kernel takes one for all heads or one for each
+        if 1 < heads[1] < q.shape[1]:  # per key-value head: the fused kernel takes one mask for all heads or one each
             penalty = penalty.repeat_interleave(q.shape[1] // heads[1], dim=1)
         yield _Block(rows, run, tokens.clamp(max=total - 1), penalty)
 

@@ -1,0 +1,112 @@
+"""Compile the C++ of this folder once per machine, keep it in the user's cache, and say why where that is impossible.
+
+The library's folder is named by a digest of all it depends on: the sources, the flags, torch and the compiler. It is
+built under another name and renamed when complete, and a lock keeps a second process waiting instead of building too.
+Which instructions are used is decided when it runs, so that the cache may be shared by machines of one kind of
+processor.
+"""
+
+import fcntl
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+NAME = "dsv3_kernels"
+FOLDER = Path(__file__).parent
+FLAGS = (
+    "-O3",
+    "-fopenmp",  # torch's threads; its libgomp is the one that is loaded already
+    "-Wno-psabi",  # vectors longer than a register pass between inlined functions only
+    "-Wno-maybe-uninitialized",  # g++ 12 warns of its own <immintrin.h>
+)
+
+
+@functools.cache
+def why_not() -> str | None:
+    """None once the kernel is compiled and loaded; otherwise why it cannot be. The first call may take a minute.
+
+    A failure is said once on stderr and then remembered until the process ends.
+    """
+    try:
+        _load()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        print(f"dsv3: attention without the C++ kernel: {reason}", file=sys.stderr, flush=True)
+        return reason
+    return None
+
+
+def _load() -> None:
+    if sys.platform != "linux":
+        raise RuntimeError(f"it is built on Linux only, not on {sys.platform}")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler; install g++, or name one in the environment variable CXX")
+    folder = _root() / _digest(compiler)
+    library = folder / f"{NAME}.so"
+    if not library.exists():
+        with _locked(folder.with_suffix(".lock")):
+            if not library.exists():
+                _compile(folder)
+    torch.ops.load_library(library)
+
+
+def _root() -> Path:
+    from dsv3.data.prepare import cache_folder  # one place says where the user's cache is
+
+    return cache_folder() / "kernels"
+
+
+def _sources() -> list[Path]:
+    return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+
+
+def _digest(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    parts = [torch.__version__, platform.machine(), *FLAGS, *(path.name for path in _sources())]
+    content = b"".join(path.read_bytes() for path in _sources())
+    return sha256(repr(parts).encode() + version + content).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(folder: Path) -> None:
+    if shutil.which("ninja") is None:
+        raise RuntimeError("ninja is missing, with which torch builds extensions; install it (pip install ninja)")
+    from torch.utils import cpp_extension  # slow to import, and wanted here only
+
+    print("dsv3: compiling the attention kernel, once on this machine (about half a minute)", file=sys.stderr)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's about compilers that it does not know
+            cpp_extension.load(
+                NAME,
+                [str(path) for path in _sources() if path.suffix == ".cpp"],
+                extra_cflags=list(FLAGS),
+                build_directory=str(temporary),
+                is_python_module=False,
+            )
+        for path in temporary.iterdir():
+            if path.suffix != ".so":
+                path.unlink()
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

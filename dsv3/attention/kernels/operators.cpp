@@ -1,0 +1,312 @@
+// torch.ops.dsv3_kernels: block-sparse attention on a CPU, forward and backward, over the passes of one instruction set.
+//
+// The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them.
+// Work is taken tile by tile by whichever thread is free: a tile's result depends on its inputs alone.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "problem.h"
+
+namespace dsv3 {
+namespace {
+
+using at::Tensor;
+using Optional = std::optional<Tensor>;
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  bool long_vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (long_vectors && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
+  if (long_vectors) found.push_back(&avx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
+#endif
+  found.push_back(&portable);
+  return found;
+}
+
+const Kernels& chosen(const std::string& instructions) {
+  for (const Kernels* kernels : available())
+    if (instructions.empty() || instructions == kernels->name) return *kernels;
+  TORCH_CHECK_VALUE(false, "instructions='", instructions, "': this processor lacks them; leave it empty for the best");
+}
+
+std::string names() {
+  std::string all;
+  for (const Kernels* kernels : available()) all += (all.empty() ? "" : " ") + std::string(kernels->name);
+  return all;
+}
+
+Rows rows_of(const Tensor& x) { return {(char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// Rows in one piece each; other strides may be anything, as projections leave them.
+Tensor in_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
+
+int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
+
+struct Free {
+  void operator()(char* x) const { std::free(x); }
+};
+std::unique_ptr<char, Free> memory(size_t bytes) {
+  char* x = (char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  TORCH_CHECK(x, "out of memory: ", bytes, " bytes");
+  return std::unique_ptr<char, Free>(x);
+}
+
+// Every number below `count` once, by whichever thread is free, each thread with its own scratch memory.
+template <class Work>
+void shared_out(int64_t count, size_t room, const Work& work) {
+  std::atomic<int64_t> next{0};
+  int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      auto scratch = memory(room);
+      for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch.get());
+    }
+  });
+}
+
+// The tensors behind a Problem's addresses, kept while it is computed.
+struct Call {
+  Problem p{};
+  std::vector<Tensor> kept;
+
+  Tensor keep(Tensor x) {
+    kept.push_back(x);
+    return x;
+  }
+};
+
+void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q, int64_t block_k) {
+  TORCH_CHECK_VALUE(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v: must be [batch, heads, positions, width]");
+  auto type = q.scalar_type();
+  TORCH_CHECK_VALUE(type == k.scalar_type() && type == v.scalar_type(), "dtypes: must be one");
+  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16, "dtype=", type, ": must be float32 or bfloat16");
+  TORCH_CHECK_VALUE(q.numel() && k.numel() && v.numel(), "q, k, v: must not be empty");
+  bool fits = q.size(0) == k.size(0) && q.size(3) == k.size(3) && q.size(2) <= k.size(2) && q.size(1) % k.size(1) == 0;
+  bool alike = k.size(0) == v.size(0) && k.size(1) == v.size(1) && k.size(2) == v.size(2);
+  TORCH_CHECK_VALUE(fits && alike, "q, k, v: must be [B,H,T,P], [B,G,S,P] and [B,G,S,R] with T <= S and G dividing H");
+  TORCH_CHECK_VALUE(block_q > 0 && block_k > 0, "blocks: must hold a token");
+  TORCH_CHECK_VALUE(k.size(2) < (int64_t(1) << 31), "positions=", k.size(2), ": must be below 2^31");
+}
+
+template <class T>
+const T* optional(Call& call, const Optional& given, at::ScalarType type, const char* name, int64_t length) {
+  if (!given) return nullptr;
+  TORCH_CHECK_VALUE(given->dim() == 3 && given->size(0) == call.p.batch && given->size(1) == call.p.shared &&
+                        given->size(2) == length,
+                    name, ": must be [", call.p.batch, ", ", call.p.shared, ", ", length, "]");
+  return call.keep(given->to(type).contiguous()).template data_ptr<T>();
+}
+
+// Sort the listed blocks, and drop repeats and what lies in the future of the whole block of queries.
+void read_lists(Call& call, const Tensor& indices, const Tensor& counts) {
+  Problem& p = call.p;
+  int64_t blocks_q = pieces(p.queries, p.block_q), blocks_k = pieces(p.keys, p.block_k);
+  bool fits = indices.dim() == 4 && counts.dim() == 3 && indices.size(0) == p.batch && indices.size(2) == blocks_q &&
+              indices.sizes().slice(0, 3) == counts.sizes();
+  TORCH_CHECK_VALUE(fits, "indices, counts: must be [B, h, ", blocks_q, ", K] and [B, h, ", blocks_q, "]");
+  p.shared = indices.size(1), p.most = indices.size(3);
+  TORCH_CHECK_VALUE(p.shared == 1 || p.shared == p.groups || p.shared == p.heads, "indices: h must be 1, G or H");
+  // a copy of our own: it is sorted in place
+  Tensor lists = call.keep(at::empty(indices.sizes(), indices.options().dtype(at::kInt)).copy_(indices));
+  Tensor lengths = call.keep(at::empty(counts.sizes(), counts.options().dtype(at::kInt)).copy_(counts));
+  int32_t *list = lists.data_ptr<int32_t>(), *length = lengths.data_ptr<int32_t>();
+  at::parallel_for(0, p.batch * p.shared * blocks_q, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      int32_t *one = list + i * p.most, *stop = one + length[i];
+      TORCH_CHECK_VALUE(length[i] >= 0 && length[i] <= p.most, "counts: must be between 0 and K=", p.most);
+      std::sort(one, stop);
+      TORCH_CHECK_VALUE(one == stop || (*one >= 0 && stop[-1] < blocks_k), "indices: must be between 0 and ",
+                        blocks_k - 1, ", the last of the blocks of keys");
+      int64_t newest = p.keys - p.queries + std::min((i % blocks_q + 1) * p.block_q, p.queries) - 1;
+      stop = std::upper_bound(one, std::unique(one, stop), (int32_t)(newest / p.block_k));
+      length[i] = stop - one;
+    }
+  });
+  p.listed = list, p.counts = length;
+}
+
+Call prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices, const Optional& counts,
+              int64_t block_q, int64_t block_k, double scale, const Optional& weights, const Optional& rank,
+              const Optional& limit) {
+  check(q, k, v, block_q, block_k);
+  Call call;
+  Problem& p = call.p;
+  p.batch = q.size(0), p.heads = q.size(1), p.groups = k.size(1), p.queries = q.size(2), p.keys = k.size(2);
+  p.width = q.size(3), p.value = v.size(3), p.block_q = block_q, p.block_k = block_k;
+  p.half = q.scalar_type() == at::kBFloat16, p.scale = scale, p.shared = 1;
+  p.q = rows_of(call.keep(in_rows(q))), p.k = rows_of(call.keep(in_rows(k))), p.v = rows_of(call.keep(in_rows(v)));
+  TORCH_CHECK_VALUE(indices.has_value() == counts.has_value(), "indices, counts: give both or neither");
+  TORCH_CHECK_VALUE(rank.has_value() == limit.has_value(), "rank, limit: give both or neither");
+  if (indices) read_lists(call, *indices, *counts);
+  p.weights = optional<float>(call, weights, at::kFloat, "weights", p.keys);
+  p.rank = optional<int32_t>(call, rank, at::kInt, "rank", p.keys);
+  p.limit = optional<int32_t>(call, limit, at::kInt, "limit", p.queries);
+  return call;
+}
+
+// A tile of queries: never more than a block, so that one list holds for all of it.
+struct Tiles {
+  int64_t block, per_block, count;
+  explicit Tiles(int64_t length, int64_t size)
+      : block(size), per_block(pieces(size, TILE)), count(pieces(length, size) * per_block) {}
+  // false: the block ends before
+  bool piece(int64_t i, int64_t length, int64_t* first, int64_t* rows) const {
+    int64_t start = i / per_block * block;
+    *first = start + i % per_block * TILE;
+    *rows = std::min(std::min(start + block, length) - *first, TILE);
+    return *rows > 0;
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices,
+                                   const Optional& counts, int64_t block_q, int64_t block_k, double scale,
+                                   const Optional& weights, const Optional& rank, const Optional& limit,
+                                   std::string_view instructions) {
+  const Kernels& kernels = chosen(std::string(instructions));
+  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit);
+  Problem& p = call.p;
+  Tensor out = at::empty({p.batch, p.heads, p.queries, p.value}, q.options());
+  Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
+  p.out = rows_of(out), p.lse = lse.data_ptr<float>();
+  Tiles tiles(p.queries, p.block_q);
+  shared_out(p.batch * p.heads * tiles.count, kernels.room(p), [&](int64_t i, char* scratch) {
+    int64_t first, rows, head = i / tiles.count;
+    // the last queries first: without a selection they see the most, and the longest piece should not come last
+    if (tiles.piece(tiles.count - 1 - i % tiles.count, p.queries, &first, &rows))
+      kernels.forward(p, head / p.heads, head % p.heads, first, rows, scratch);
+  });
+  return {out, lse};
+}
+
+struct Inverse {
+  std::vector<int64_t> start;
+  std::vector<int32_t> blocks;
+};
+
+// For each block of keys the blocks of queries that list it, in ascending order.
+Inverse inverted(const Problem& p) {
+  int64_t blocks_q = pieces(p.queries, p.block_q), blocks_k = pieces(p.keys, p.block_k);
+  int64_t lists = p.batch * p.shared;
+  Inverse made{std::vector<int64_t>(lists * blocks_k + 1, 0), {}};
+  auto each = [&](auto&& act) {
+    for (int64_t i = 0; i < lists * blocks_q; ++i)
+      for (int64_t j = 0; j < p.counts[i]; ++j)
+        act(i / blocks_q * blocks_k + p.listed[i * p.most + j], int32_t(i % blocks_q));
+  };
+  each([&](int64_t key, int32_t) { ++made.start[key + 1]; });
+  for (int64_t i = 0; i < lists * blocks_k; ++i) made.start[i + 1] += made.start[i];
+  made.blocks.resize(made.start.back());
+  std::vector<int64_t> filled(made.start.begin(), made.start.end() - 1);
+  each([&](int64_t key, int32_t block) { made.blocks[filled[key]++] = block; });
+  return made;
+}
+
+// grad_q of one head, from rows of fp32.
+void store_queries(const Problem& p, const Kernels& kernels, const float* from, int64_t stride, int64_t b, int64_t h) {
+  kernels.store(p, from, stride, p.grad_q, b, h, 0, p.queries, p.width, p.scale);
+}
+
+// Heads apart: a thread sweeps all keys of a key-value head and adds up grad_q on the way, 5 products a pair of tiles.
+void backward_by_head(const Problem& p, const Kernels& kernels) {
+  int64_t group = p.heads / p.groups, stride = (p.width + 15) / 16 * 16;
+  bool direct = !p.half && p.width == stride;  // grad_q itself holds the sums
+  Tiles tiles(p.keys, p.block_k);
+  size_t room = kernels.room(p), sums = direct ? 0 : group * p.queries * stride * sizeof(float);
+  shared_out(p.batch * p.groups, room + sums, [&](int64_t i, char* scratch) {
+    int64_t b = i / p.groups, g = i % p.groups, first, count;
+    float* grad_q = direct ? (float*)p.grad_q.data + (b * p.heads + g * group) * p.queries * stride
+                           : (float*)(scratch + room / 64 * 64);
+    std::fill(grad_q, grad_q + group * p.queries * stride, 0.0f);
+    for (int64_t tile = 0; tile < tiles.count; ++tile)
+      if (tiles.piece(tile, p.keys, &first, &count)) kernels.key_tile(p, b, g, first, count, grad_q, stride, scratch);
+    for (int64_t h = 0; h < group; ++h)
+      store_queries(p, kernels, grad_q + h * p.queries * stride, stride, b, g * group + h);
+  });
+}
+
+// Tiles apart: first grad_q by tiles of queries, then grad_k and grad_v by tiles of keys, 7 products a pair of tiles.
+void backward_by_tile(const Problem& p, const Kernels& kernels) {
+  Tiles queries(p.queries, p.block_q), keys(p.keys, p.block_k);
+  int64_t stride = (p.width + 15) / 16 * 16;
+  size_t room = (kernels.room(p) + 63) / 64 * 64;
+  shared_out(p.batch * p.heads * queries.count, room + TILE * stride * 4, [&](int64_t i, char* scratch) {
+    int64_t head = i / queries.count, b = head / p.heads, h = head % p.heads, first, rows;
+    if (!queries.piece(queries.count - 1 - i % queries.count, p.queries, &first, &rows)) return;
+    float* grad_q = (float*)(scratch + room);
+    std::fill(grad_q, grad_q + rows * stride, 0.0f);
+    kernels.query_tile(p, b, h, first, rows, grad_q, stride, scratch);
+    kernels.store(p, grad_q, stride, p.grad_q, b, h, first, rows, p.width, p.scale);
+  });
+  shared_out(p.batch * p.groups * keys.count, room, [&](int64_t i, char* scratch) {
+    int64_t head = i / keys.count, first, count;
+    if (keys.piece(i % keys.count, p.keys, &first, &count))
+      kernels.key_tile(p, head / p.groups, head % p.groups, first, count, nullptr, 0, scratch);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    const Optional& indices, const Optional& counts, int64_t block_q, int64_t block_k, double scale,
+    const Optional& weights, const Optional& rank, const Optional& limit, std::string_view instructions) {
+  const Kernels& kernels = chosen(std::string(instructions));
+  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit);
+  Problem& p = call.p;
+  Tensor pull = grad.to(q.scalar_type());
+  Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
+  Tensor grad_v = at::empty(v.sizes(), v.options()), logs = lse.contiguous();
+  Tensor delta = at::empty({p.batch, p.heads, p.queries}, logs.options());
+  Tensor grad_w = at::zeros({weights ? p.batch : 0, p.heads, p.keys}, logs.options());
+  p.grad_out = rows_of(call.keep(in_rows(pull))), p.out = rows_of(call.keep(in_rows(out)));
+  p.grad_q = rows_of(grad_q), p.grad_k = rows_of(grad_k), p.grad_v = rows_of(grad_v);
+  p.lse = logs.data_ptr<float>(), p.delta = delta.data_ptr<float>();
+  p.grad_weights = weights ? grad_w.data_ptr<float>() : nullptr;
+  Inverse inverse;
+  if (p.listed) inverse = inverted(p);
+  p.inverse_start = inverse.start.data(), p.inverse = inverse.blocks.data();
+  int64_t pieces_q = pieces(p.queries, TILE);
+  shared_out(p.batch * p.heads * pieces_q, 0, [&](int64_t i, char*) {
+    int64_t head = i / pieces_q, first = i % pieces_q * TILE;
+    kernels.delta(p, head / p.heads, head % p.heads, first, std::min(TILE, p.queries - first));
+  });
+  // both ways give the same bits; the cheaper one by its number of products
+  int64_t threads = at::get_num_threads(), heads = p.batch * p.groups;
+  if (5 * pieces(heads, threads) * threads <= 7 * heads)
+    backward_by_head(p, kernels);
+  else
+    backward_by_tile(p, kernels);
+  return {grad_q, grad_k, grad_v, grad_w};
+}
+
+}  // namespace
+}  // namespace dsv3
+
+TORCH_LIBRARY(dsv3_kernels, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor? counts, int block_q, int block_k, float scale, "
+      "Tensor? weights, Tensor? rank, Tensor? limit, str instructions) -> (Tensor, Tensor)");
+  m.def(
+      "backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? indices, Tensor? counts, "
+      "int block_q, int block_k, float scale, Tensor? weights, Tensor? rank, Tensor? limit, str instructions) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("instructions() -> str", dsv3::names);
+}
+
+TORCH_LIBRARY_IMPL(dsv3_kernels, CPU, m) {
+  m.impl("forward", dsv3::forward);
+  m.impl("backward", dsv3::backward);
+}

@@ -1,0 +1,63 @@
+// What one call computes, as plain numbers and addresses: the only thing that the operators and the kernels share.
+// No class of torch's or of the standard library may be named here: a kernel is compiled for instructions that the
+// processor may lack, and an inline function compiled beside it could replace the one that everybody else calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dsv3 {
+
+constexpr int64_t TILE = 64;  // queries and keys that are multiplied at a time: 64 x 64 scores are half an L1 cache
+
+// A tensor [batch, head, row, width] whose rows lie in one piece each; strides count elements.
+struct Rows {
+  char* data;
+  int64_t batch, head, row;
+};
+
+struct Problem {
+  int64_t batch, heads, groups, queries, keys, width, value;  // B H G T S P R
+  int64_t block_q, block_k;
+  bool half;  // bf16 instead of fp32
+  float scale;
+  Rows q, k, v, out, grad_out, grad_q, grad_k, grad_v;
+  float* lse;    // [B, H, T] the logarithm of each row's softmax denominator
+  float* delta;  // [B, H, T] each row's grad_out . out
+  // the selection: blocks of keys per block of queries, sorted, causal; nullptr: all causal blocks
+  int64_t shared;         // h of the selection: 1, G or H
+  const int32_t* listed;  // [B, h, Nq, K]
+  const int32_t* counts;  // [B, h, Nq]
+  int64_t most;           // K
+  // its inverse: blocks of queries per block of keys
+  const int64_t* inverse_start;  // [B * h * Nk + 1]
+  const int32_t* inverse;
+  const float* weights;  // [B, h, S] or nullptr
+  const int32_t* rank;   // [B, h, S] and
+  const int32_t* limit;  // [B, h, T], or nullptr both
+  float* grad_weights;   // [B, H, S], one row per query head, or nullptr
+};
+
+// The passes over one piece of work. Each writes what no other piece does, in an order of its own alone, so that the
+// number of threads changes no bit.
+struct Kernels {
+  const char* name;
+  size_t (*room)(const Problem&);  // bytes of scratch memory that any of the passes may use, 64-byte aligned
+  // out and lse of up to TILE queries
+  void (*forward)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t rows, char* scratch);
+  // delta of up to TILE queries
+  void (*delta)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t rows);
+  // grad_k, grad_v of up to TILE keys; where grad_q is given, their part of it is added to the rows of [H/G, T, stride]
+  void (*key_tile)(const Problem&, int64_t b, int64_t g, int64_t first, int64_t count, float* grad_q, int64_t stride,
+                   char* scratch);
+  // grad_q of up to TILE queries, unscaled, into rows of fp32
+  void (*query_tile)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t rows, float* grad_q, int64_t stride,
+                     char* scratch);
+  // scale rows of fp32 and store them in the call's format
+  void (*store)(const Problem&, const float* from, int64_t stride, const Rows& to, int64_t b, int64_t h, int64_t first,
+                int64_t rows, int64_t width, float factor);
+};
+
+extern const Kernels portable, avx2, avx512, avx512_bf16;
+
+}  // namespace dsv3

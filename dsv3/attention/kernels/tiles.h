@@ -1,0 +1,250 @@
+// Products of small matrices in registers, and what is done to them before they are stored.
+//
+//     C[M, N] = A[M, K] B[K, N]      A is read number by number and spread over a vector, B in vectors of 16
+//
+// so that A may lie row by row or column by column, as it does in memory; only B must have its N neighbours together.
+// In bf16 a "number" is the pair of neighbours along K in 32 bits, which is what the processor's instruction multiplies.
+// Vectors are the compiler's own: it turns 16 floats into one, two or four registers of the processor at hand.
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef int32_t LooseInts __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint32_t LooseBits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t Word __attribute__((may_alias));
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
+constexpr float UNSEEN = -1e30f, LOWEST = -1e29f;  // finite, so that no difference of the two is NaN
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE Vector spread(float x) { return x - Vector{}; }  // -0 and NaN stay what they are
+INLINE Vector load(const float* x) { return *(const Loose*)x; }
+INLINE void store(float* x, Vector y) { *(Loose*)x = y; }
+INLINE float number(Word x) {
+  float y;
+  __builtin_memcpy(&y, &x, 4);
+  return y;
+}
+INLINE Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE Ints integers(int32_t x) { return x - Ints{}; }
+INLINE Vector choose(Ints which, Vector yes, Vector no) {
+  return (Vector)(((Ints)yes & which) | ((Ints)no & ~which));
+}
+
+#ifdef HAS_AVX512
+INLINE Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+// where one of the two is NaN the processor returns the second
+INLINE Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+INLINE Vector fused(Vector a, Vector b, Vector c) { return a * b + c; }
+INLINE Vector larger(Vector a, Vector b) { return choose(a > b, a, b); }
+#endif
+
+// 2^x for x <= 0: 2^round(x) times a polynomial, least relative error on [-1/2, 1/2]: 7.5e-8, or 2.6e-6 where the result
+// is rounded to bf16.
+template <bool HALF>
+INLINE Vector power_of_two(Vector x) {
+  x = larger(spread(-200.0f), x);
+#ifdef HAS_AVX512
+  Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, 0);
+#else
+  x = larger(spread(-126.0f), x);
+  Vector whole = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: what is added has no room for a fraction
+#endif
+  Vector part = x - whole, y;
+  if (HALF) {
+    y = fused(spread(0.009570102207362652f), part, spread(0.05591786280274391f));
+    y = fused(y, part, spread(0.240247443318367f));
+    y = fused(y, part, spread(0.6931217908859253f));
+    y = fused(y, part, spread(0.9999992847442627f));
+  } else {
+    y = fused(spread(0.0013276472454890609f), part, spread(0.009675541892647743f));
+    y = fused(y, part, spread(0.05550713092088699f));
+    y = fused(y, part, spread(0.24022120237350464f));
+    y = fused(y, part, spread(0.6931469440460205f));
+    y = fused(y, part, spread(1.0000001192092896f));
+  }
+#ifdef HAS_AVX512
+  return (Vector)_mm512_scalef_ps((__m512)y, (__m512)whole);
+#else
+  Ints exponent = __builtin_convertvector(whole, Ints);
+  Vector scaled = (Vector)((Ints)y + (exponent << 23));
+  return choose(whole < -125.0f, x - x, scaled);  // x - x: 0, and NaN for NaN
+#endif
+}
+
+// Two rows of numbers as bf16, rounded to the nearest even, in the two halves of 32 bits: the first in the lower.
+INLINE Bits rounded(Vector x) {
+  Bits bits = (Bits)x, up = bits + 0x7fff + ((bits >> 16) & 1);
+  Bits nan = (Bits)(x != x);
+  return ((up & ~nan) | (0x7fc00000u & nan)) >> 16;
+}
+INLINE Bits pairs(Vector low, Vector high) {
+#ifdef HAS_BF16
+  Bits a = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
+  Bits b = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
+  return a | (b << 16);
+#else
+  return rounded(low) | (rounded(high) << 16);
+#endif
+}
+INLINE Halves halves(Vector x) {
+#ifdef HAS_BF16
+  return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded(x), Halves);
+#endif
+}
+INLINE Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Bits) << 16); }
+
+template <bool HALF>
+INLINE Vector multiplied(Vector sum, Word a, Bits b) {
+  if (!HALF) return fused(spread(number(a)), (Vector)b, sum);
+#ifdef HAS_BF16
+  Bits both = a - Bits{};
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+#else
+  sum = fused(spread(number(a & 0xffff0000u)), (Vector)(b & 0xffff0000u), sum);
+  return fused(spread(number(a << 16)), (Vector)(b << 16), sum);
+#endif
+}
+
+// One panel: M x (16 N) sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column by column.
+template <int M, int N, bool HALF, bool ROWS, class Finish>
+INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count, const Finish& finish,
+                  int64_t row, int64_t column) {
+  Vector sum[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[m][n] = finish.start(row + m, column + LANES * n);
+  for (int64_t k = 0; k < count; ++k) {
+    Bits line[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) line[n] = *(const LooseBits*)(b + k * lead_b + LANES * n);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Word one = ROWS ? a[m * lead + k] : a[k * lead + m];
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] = multiplied<HALF>(sum[m][n], one, line[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) finish.end(row + m, column + LANES * n, sum[m][n]);
+}
+
+template <int N, bool HALF, bool ROWS, class Finish>
+static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count,
+                  const Finish& finish, int64_t column) {
+  int64_t row = 0, step = ROWS ? lead : 1;
+  for (; row + PANEL <= rows; row += PANEL)
+    panel<PANEL, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
+  for (; row + 2 <= rows; row += 2)
+    panel<2, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
+  if (row < rows) panel<1, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
+}
+
+// `columns` is a multiple of 16.
+template <bool HALF, bool ROWS, class Finish>
+INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
+                    int64_t lead_b, const Finish& finish) {
+  int64_t column = 0;
+  for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
+    strip<WIDE, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+  if (WIDE > 2)
+    for (; column + 2 * LANES <= columns; column += 2 * LANES)
+      strip<WIDE < 2 ? WIDE : 2, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+  for (; column < columns; column += LANES)
+    strip<1, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+}
+
+// Add to what is there, or begin with zero.
+struct Add {
+  float* c;
+  int64_t lead;
+  bool fresh;
+  INLINE_MEMBER Vector start(int64_t row, int64_t column) const {
+    return fresh ? Vector{} : load(c + row * lead + column);
+  }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const { store(c + row * lead + column, sum); }
+};
+
+// Which scores of a tile exist. The tile's keys begin `ahead` positions after its first query; KEYS: a row of the tile
+// is a key and the lanes are queries, else the other way round.
+struct Seen {
+  int64_t ahead, columns;
+  const int32_t *rank, *limit;
+  bool all;
+
+  template <bool KEYS>
+  INLINE_MEMBER Ints lanes_seen(int64_t row, int64_t column) const {
+    Ints lane = lanes() + (int32_t)column, seen;
+    if (KEYS) {
+      seen = lane >= integers((int32_t)(ahead + row));
+      if (rank) seen &= integers(rank[row]) <= *(const LooseInts*)(limit + column);
+    } else {
+      int64_t last = least(row - ahead, columns - 1);
+      seen = lane <= integers((int32_t)last);
+      if (rank) seen &= *(const LooseInts*)(rank + column) <= integers(limit[row]);
+    }
+    return seen;
+  }
+};
+
+// Forward: logits in base 2, and the largest of each query so far. Rows are keys.
+struct Logits {
+  float* to;
+  int64_t lead;
+  float factor;
+  const float* weights;  // per key, in base 2, or nullptr
+  Seen seen;
+  float* top;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
+    Vector x = weights ? fused(sum, spread(factor), spread(weights[row])) : sum * factor;
+    if (!seen.all) x = choose(seen.lanes_seen<true>(row, column), x, spread(UNSEEN));
+    store(to + row * lead + column, x);
+    store(top + column, larger(load(top + column), x));
+  }
+};
+
+// Backward: the weights of softmax from lse. `weights` belong to keys, `lse` to queries, both in base 2.
+template <bool HALF, bool KEYS>
+struct Softmax {
+  float* to;
+  int64_t lead;
+  float factor;
+  const float *weights, *lse;
+  Seen seen;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
+    Vector off = KEYS ? load(lse + column) : spread(lse[row]);
+    off = weights ? (KEYS ? spread(weights[row]) : load(weights + column)) - off : -off;
+    Vector x = power_of_two<HALF>(fused(sum, spread(factor), off));
+    if (!seen.all) x = choose(seen.lanes_seen<KEYS>(row, column), x, Vector{});
+    store(to + row * lead + column, x);
+  }
+};
+
+// Backward: the gradient of the logits, softmax * (grad . v - delta).
+template <bool KEYS>
+struct Slope {
+  const float* softmax;
+  float* to;
+  int64_t lead;
+  const float* delta;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
+    Vector off = KEYS ? load(delta + column) : spread(delta[row]);
+    store(to + row * lead + column, load(softmax + row * lead + column) * (sum - off));
+  }
+};

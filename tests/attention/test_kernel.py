@@ -1,0 +1,369 @@
+"""The C++ kernel computes what the reference does, for every shape and instruction set, and says where it cannot."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsv3.attention import Selection, SelectionCost, attend, implementation, reference, why_not_kernel
+from dsv3.attention.choice import SHORTEST
+from dsv3.attention.kernels import blocks, build
+from dsv3.attention.select import per_head, window
+
+REASON = blocks.why_not()
+needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
+
+# batch, heads, groups, heads of the selection, queries, positions, width, value, block_q, block_k
+SHAPES = {
+    "one token": (2, 2, 2, 2, 1, 1, 8, 8, 64, 64),
+    "decoding": (2, 4, 2, 4, 1, 100, 16, 16, 64, 16),
+    "63 tokens": (2, 2, 2, 1, 63, 63, 16, 16, 64, 64),
+    "60 of 100": (1, 4, 2, 2, 60, 100, 48, 32, 16, 16),
+    "latent": (1, 2, 1, 1, 100, 100, 24, 16, 64, 64),
+    "odd widths": (1, 2, 2, 2, 70, 90, 7, 5, 32, 48),
+    "long blocks": (1, 2, 1, 2, 110, 300, 16, 40, 100, 256),
+    "wide": (1, 1, 1, 1, 66, 66, 80, 72, 64, 32),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+FORMATS = [torch.float32, torch.bfloat16]
+
+
+def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, groups, _, queries, total, width, value, *_ = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(*sizes: int) -> Tensor:
+        # heads behind positions in memory, as projections leave them
+        return torch.randn(*sizes, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
+
+    return one(batch, queries, heads, width), one(batch, total, groups, width), one(batch, total, groups, value)
+
+
+def select(shape: tuple[int, ...], keep: float = 0.5, seed: int = 0) -> Selection:
+    """Random lists; every query's own block is listed, so that it sees a key."""
+    batch, _, _, shared, queries, total, *_, block_q, block_k = shape
+    generator = torch.Generator().manual_seed(seed)
+    blocks_q, blocks_k = -(-queries // block_q), -(-total // block_k)
+    listed = torch.rand(batch, shared, blocks_q, blocks_k, generator=generator) < keep
+    for i in range(blocks_q):
+        first = total - queries + i * block_q
+        last = min(first + block_q, total) - 1
+        listed[:, :, i, first // block_k : last // block_k + 1] = True
+        listed[:, :, i, last // block_k + 1 :] = False
+    return of_lists(listed, block_q, block_k)
+
+
+def of_lists(listed: Tensor, block_q: int, block_k: int) -> Selection:
+    counts = listed.sum(-1)
+    order = listed.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
+    return Selection(
+        indices=order[..., : int(counts.max())],
+        counts=counts,
+        block_q=block_q,
+        block_k=block_k,
+        cost=SelectionCost(scored=0, kept=0),
+    )
+
+
+def grads(out: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
+    return torch.autograd.grad(out, leaves, pull)
+
+
+def right(leaves: tuple[Tensor, ...], shape: tuple[int, ...], selection: Selection, scale: float) -> Tensor:
+    seen = reference.selected(selection, heads=shape[1], queries=shape[4], total=shape[5])
+    q, k, v, *weights = leaves
+    spread = weights[0].repeat_interleave(shape[1] // shape[3], dim=1) if weights else None
+    return reference.attention(q, k, v, seen, scale=scale, weights=spread)
+
+
+def close(ours: Tensor, theirs: Tensor, error: float) -> None:
+    """Within `error` of the largest number: a sum's rounding is that of its terms, not of what is left of them."""
+    bound = error * max(1.0, theirs.abs().max().item())
+    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0.0, atol=bound)
+
+
+@needs_kernel
+@every_shape
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_values_and_gradients_are_those_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    leaves, selection = draw(shape, dtype), select(shape)
+    ours = attend(*leaves, selection, scale=0.3, implementation="kernel")
+    theirs = right(leaves, shape, selection, 0.3)
+    # fp32: eps is 1.2e-7, logits of up to 5 keep 5 of them; bf16: weights and results are rounded to 2^-9
+    close(ours, theirs, 1e-6 if dtype == torch.float32 else 1e-2)
+    for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        close(mine, exact, 3e-6 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_each_instruction_set_computes_the_same(instructions: str, dtype: torch.dtype) -> None:
+    if instructions not in blocks.instruction_sets():
+        pytest.skip(f"this processor lacks {instructions}")
+    shape = SHAPES["60 of 100"]
+    leaves, selection = draw(shape, dtype), select(shape)
+    ours = blocks.block_attention(*leaves, selection, scale=0.3, instructions=instructions)
+    theirs = right(leaves, shape, selection, 0.3)
+    close(ours, theirs, 1e-6 if dtype == torch.float32 else 1e-2)
+    for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        close(mine, exact, 3e-6 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernel
+@every_shape
+def test_weights_and_a_rule_per_token_are_those_of_the_reference(shape: tuple[int, ...]) -> None:
+    generator, (batch, _, _, shared, queries, total, *_) = torch.Generator().manual_seed(3), shape
+    selection = select(shape)
+    # a key's rank is its age, so that every query sees itself
+    rank = -torch.arange(total).expand(batch, shared, -1)
+    reach = torch.randint(0, total, (batch, shared, queries), generator=generator)
+    limit = reach - torch.arange(total - queries, total)
+    weights = torch.randn(batch, shared, total, generator=generator).requires_grad_()
+    ruled = Selection(**{**vars(selection), "rank": rank, "limit": limit, "weights": weights})
+    leaves = (*draw(shape), weights)
+    ours = attend(*leaves[:3], ruled, implementation="kernel")
+    theirs = right(leaves, shape, ruled, shape[6] ** -0.5)
+    close(ours, theirs, 1e-6)
+    for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        close(mine, exact, 3e-6)
+
+
+@needs_kernel
+@given(st.integers(0, 2**31), st.integers(1, 90), st.integers(0, 90), st.integers(1, 80), st.integers(1, 80))
+@settings(max_examples=40)
+def test_any_blocks_of_any_sequence_equal_the_plain_path(
+    seed: int, queries: int, before: int, block_q: int, block_k: int
+) -> None:
+    shape = (2, 4, 2, (1, 2, 4)[seed % 3], queries, before + queries, 9, 6, block_q, block_k)
+    leaves, selection = draw(shape, seed=seed), select(shape, seed=seed)
+    ours, theirs = (attend(*leaves, selection, implementation=name) for name in ("kernel", "plain"))
+    close(ours, theirs, 2e-6)
+    for mine, other in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        close(mine, other, 6e-6)
+
+
+@needs_kernel
+@pytest.mark.parametrize("groups", [1, 4], ids=["tile by tile", "head by head"])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_the_number_of_threads_changes_no_bit(groups: int, dtype: torch.dtype) -> None:
+    shape = (2 if groups == 4 else 1, 4, groups, 4, 300, 350, 20, 32, 100, 48)
+    leaves, selection, found = draw(shape, dtype), select(shape), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = attend(*leaves, selection)
+            found.append((out, *grads(out, leaves)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("cut", [1, 63, 64, 100])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_no_output_changes_by_a_bit_when_later_tokens_change(cut: int, dtype: torch.dtype) -> None:
+    shape = (2, 2, 2, 2, 200, 200, 16, 16, 64, 64)
+    selection, before = select(shape), draw(shape, dtype)
+    after = [x.detach().clone() for x in before]
+    for x, other in zip(after, draw(shape, dtype, seed=1), strict=True):
+        x[:, :, cut:] = 30 * other.detach()[:, :, cut:]
+    one, two = attend(*before, selection), attend(*after, selection)
+    assert torch.equal(one[:, :, :cut], two[:, :, :cut])
+    assert not torch.equal(one[:, :, cut:], two[:, :, cut:])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_decoding_and_prefill_in_parts_equal_the_whole(dtype: torch.dtype) -> None:
+    shape = (2, 4, 2, 2, 150, 150, 16, 16, 1, 16)
+    (q, k, v), whole = draw(shape, dtype), select(shape)
+    full, parts = attend(q, k, v, whole), []
+    for first, stop in ((0, 70), (70, 149), (149, 150)):
+        listed = {"indices": whole.indices[:, :, first:stop], "counts": whole.counts[:, :, first:stop]}
+        part = Selection(**{**vars(whole), **listed})
+        parts.append(attend(q[:, :, first:stop], k[:, :, :stop], v[:, :, :stop], part))
+    close(torch.cat(parts, dim=2), full, 1e-6 if dtype == torch.float32 else 2**-8)
+
+
+@needs_kernel
+def test_the_order_of_a_list_repeats_and_blocks_of_the_future_change_no_bit() -> None:
+    shape = (2, 2, 2, 2, 200, 200, 16, 16, 64, 32)
+    leaves, selection = draw(shape), select(shape, keep=1.0)
+    own, length = 3, selection.indices.shape[-1]  # lists grow to the right, and end with the future's blocks
+    listed = torch.arange(length) < selection.counts[..., None]
+    first = selection.indices[..., :1]
+    untidy = torch.cat((selection.indices.where(listed, torch.tensor(6)), first.expand(-1, -1, -1, own)), -1).flip(-1)
+    counts = torch.full_like(selection.counts, untidy.shape[-1])
+    found = []
+    for one in (selection, Selection(**{**vars(selection), "indices": untidy, "counts": counts})):
+        out = attend(*leaves, one)
+        found.append((out, *grads(out, leaves)))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("queries", [1, 90, 200])
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_all_blocks_and_no_selection_are_dense_attention(queries: int, dtype: torch.dtype) -> None:
+    shape = (2, 4, 2, 1, queries, 200, 16, 16, 64, 64)
+    leaves = draw(shape, dtype)
+    for selection in (None, select(shape, keep=1.0)):
+        dense = attend(*leaves)
+        ours = attend(*leaves, selection, implementation="kernel")
+        close(ours, dense, 1e-6 if dtype == torch.float32 else 2e-2)
+        for mine, other in zip(grads(ours, leaves), grads(dense, leaves), strict=True):
+            close(mine, other, 5e-6 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernel
+def test_a_chunk_of_scores_after_another_is_rescaled_by_the_larger_maximum() -> None:
+    shape = (2, 1, 1, 1, 40, 2600, 16, 16, 64, 64)
+    q, k, v = draw(shape)
+    with torch.no_grad():
+        k *= torch.linspace(0.1, 2.0, 2600)[:, None]
+    close(attend(q, k, v, implementation="kernel"), attend(q.double(), k.double(), v.double()), 1e-6)
+
+
+@needs_kernel
+def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient() -> None:
+    shape = (2, 1, 1, 1, 128, 128, 16, 16, 64, 64)
+    listed = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
+    listed[:, :, 1, 1] = True
+    leaves, selection = draw(shape), of_lists(listed, 64, 64)
+    out = attend(*leaves, selection)
+    assert torch.equal(out[:, :, :64], torch.zeros_like(out[:, :, :64]))
+    grad_q, grad_k, grad_v = grads(out, leaves)
+    assert all(bool((x[:, :, :64] == 0).all() and (x[:, :, 64:] != 0).any()) for x in (grad_q, grad_k, grad_v))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_nan_reaches_the_queries_that_see_it_and_no_other(dtype: torch.dtype) -> None:
+    shape = (2, 1, 1, 1, 192, 192, 16, 16, 64, 64)
+    q, k, v = (x.detach() for x in draw(shape, dtype))
+    listed = torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3).clone()
+    listed[:, :, 2, 0] = True  # the third block of queries sees the first block of keys, the second does not
+    selection = of_lists(listed, 64, 64)
+    k[0, :, 40] = float("nan")
+    found = attend(q, k, v, selection).isnan().any(-1)[:, 0]
+    expected = torch.zeros(2, 192, dtype=torch.bool)
+    expected[0, 40:64] = expected[0, 128:] = True
+    assert torch.equal(found, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_strides_of_any_kind_are_read_as_they_are(dtype: torch.dtype) -> None:
+    shape = (2, 2, 2, 2, 100, 100, 18, 18, 64, 64)
+    selection, plain = select(shape), draw(shape, dtype)
+    wide = [torch.randn(2, 2, 100, 37).to(dtype)[..., 1::2] for _ in range(3)]  # every second number of odd rows
+    odd = [torch.randn(2, 2, 100, 19).to(dtype)[..., 1:] for _ in range(3)]
+    whole = attend(*(x.contiguous() for x in plain), selection)
+    for views in (wide, odd, [x.detach().mT.contiguous().mT for x in plain]):
+        for view, x in zip(views, plain, strict=True):
+            view.copy_(x.detach())
+        assert torch.equal(attend(*views, selection), whole)
+
+
+@needs_kernel
+def test_a_gradient_that_is_expanded_is_read_right() -> None:
+    shape = (2, 2, 2, 2, 100, 100, 16, 16, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    ours, theirs = (attend(*leaves, selection, implementation=name) for name in ("kernel", "plain"))
+    for mine, other in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (ours, theirs)), strict=True):
+        close(mine, other, 3e-6)
+
+
+@needs_kernel
+def test_the_kernel_is_one_operator_to_the_compiler() -> None:
+    shape = (2, 2, 2, 2, 100, 100, 16, 16, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    ours, eager = compiled(*leaves, selection), attend(*leaves, selection)
+    assert torch.equal(ours, eager)
+    assert all(torch.equal(one, two) for one, two in zip(grads(ours, leaves), grads(eager, leaves), strict=True))
+    lists = (selection.indices, selection.counts, 64, 64, 0.25, torch.randn(2, 2, 100).requires_grad_(), None, None)
+    torch.library.opcheck(torch.ops.dsv3_kernels.forward.default, (*leaves, *lists, ""))
+
+
+@needs_kernel
+def test_autocast_decides_the_format() -> None:
+    shape = (2, 2, 2, 2, 100, 100, 16, 16, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert implementation(leaves[0].double(), selection) == "kernel"
+        out = attend(*leaves, selection)
+    assert out.dtype == torch.bfloat16
+    assert all(grad.dtype == torch.float32 for grad in grads(out, leaves))
+
+
+@needs_kernel
+def test_lists_that_name_no_block_are_refused() -> None:
+    shape = (2, 1, 1, 1, 100, 100, 16, 16, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    for wrong in (-1, 2):
+        bad = Selection(**{**vars(selection), "indices": torch.full_like(selection.indices, wrong)})
+        with pytest.raises(ValueError, match="indices: must be between 0 and 1"):
+            attend(*leaves, bad)
+    bad = Selection(**{**vars(selection), "counts": selection.counts + 9})
+    with pytest.raises(ValueError, match="counts: must be between 0 and K=2"):
+        attend(*leaves, bad)
+
+
+@needs_kernel
+def test_there_is_no_second_derivative() -> None:
+    shape = (2, 1, 1, 1, 10, 10, 16, 16, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    (grad,) = torch.autograd.grad(attend(*leaves, selection).square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_the_kernel_is_chosen_for_whole_blocks_alone() -> None:
+    q = torch.zeros(1, 2, 100, 8)
+    whole = select((1, 2, 2, 2, 100, 100, 8, 8, 64, SHORTEST))
+    assert implementation(q, whole) == ("kernel" if REASON is None else "plain")
+    short = select((1, 2, 2, 2, 100, 100, 8, 8, 64, SHORTEST - 1))
+    others = (None, short, window(1, 100, 100, size=5), per_head(torch.zeros(1, 2, 100), 100, k=5))
+    assert [implementation(q, selection) for selection in others] == ["plain"] * 4
+    assert implementation(q.double(), whole) == "plain"
+    assert implementation(q.to("meta"), whole) == "plain"
+
+
+def test_what_the_kernel_cannot_compute_is_refused_by_name() -> None:
+    q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="implementation='kernel': cannot be used here: it computes in float32 or"):
+        attend(q, q, q, implementation="kernel")
+    with pytest.raises(ValueError, match="implementation='fast': must be one of kernel, plain"):
+        attend(q, q, q, implementation="fast")  # type: ignore[arg-type]
+    assert why_not_kernel(q.to("meta")) == "it runs on a CPU, not on meta"
+
+
+def test_a_machine_without_a_compiler_says_so_once_and_computes_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    missing = build.why_not.__wrapped__()
+    assert missing is not None
+    assert missing.startswith("there is no C++ compiler; install g++")
+    assert capsys.readouterr().err == f"dsv3: attention without the C++ kernel: {missing}\n"
+    monkeypatch.setattr(blocks, "_prepared", lambda: missing)
+    shape = (2, 2, 2, 2, 20, 20, 8, 8, 64, 64)
+    leaves, selection = draw(shape), select(shape)
+    assert implementation(leaves[0], selection) == "plain"
+    close(attend(*leaves, selection), right(leaves, shape, selection, 8**-0.5), 1e-6)
+    with pytest.raises(RuntimeError, match="the C\\+\\+ kernel of attention is not at hand: there is no C"):
+        blocks.block_attention(*leaves, selection, scale=1.0)
+
+
+def test_a_compiler_that_fails_is_no_error_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    assert build.why_not.__wrapped__() is not None
+    assert "without the C++ kernel" in capsys.readouterr().err
