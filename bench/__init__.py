@@ -14,6 +14,7 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, trai
                 studies measure, and cases too
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
+budget/         what true-size models take: by arithmetic, traced on fake tensors, and where it fits on real memory
 gate.py         exact figures (structure.py measures them, of variants.py) against expectations.json
 pytest_gate.py  the same for any step in anyone's repository, as a pytest fixture
 
