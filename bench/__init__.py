@@ -15,7 +15,9 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, trai
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
 budget/         what true-size models take: by arithmetic, traced on fake tensors, and where it fits on real memory
-gate.py         exact figures (structure.py measures them, of variants.py) against expectations.json
+gate.py         exact figures (structure.py and compiled.py measure them, of variants.py) against expectations.json, and
+                instructions.py against another revision's (instrumented.py runs inside valgrind); differences.py;
+                stability.py: do the figures repeat?
 pytest_gate.py  the same for any step in anyone's repository, as a pytest fixture
 
 The first four do not import torch, and neither does this file.
