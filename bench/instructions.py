@@ -4,7 +4,7 @@ callgrind (valgrind) counts what the processor would execute, whatever the machi
 compiler, the libraries and the instruction set that valgrind offers, so none is stored: both sides are counted side by
 side, each in a process with a fixed address layout (`setarch -R`), hash seed and one thread. Equal code then counts
 equal to the last digit. Other code lies elsewhere in memory, where it hashes and aligns differently, which moves the
-total by up to 0.1%, but not what runs in torch's dispatcher, bindings and allocator. So a row is dearer than the base
+total by up to 0.2%, but not what runs in torch's dispatcher, bindings and allocator. So a row is dearer than the base
 
     in total       by more than MARGIN, 0.5%
     in dispatch    by more than DISPATCH_MARGIN instructions in the libraries DISPATCH; one torch.empty(0) takes 2,000
