@@ -5,6 +5,7 @@ own name; then the named test runs inside. All of them pass on the source as it 
 """
 
 import importlib
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,9 +69,11 @@ def execute(module: ModuleType, text: str) -> None:
     exec(compile(text, str(module.__file__), "exec"), vars(module))
 
 
-def run(pytester: pytest.Pytester, tests: str, *names: str) -> pytest.RunResult:
+def run(pytester: pytest.Pytester, patch: pytest.MonkeyPatch, tests: str, *names: str) -> pytest.RunResult:
     """Run those tests of a file in this process."""
     ids = [f"{HERE / f'test_{tests}.py'}::{name}" for name in names]
+    for held in [held for held in sys.modules if held.rpartition(".")[2] == f"test_{tests}"]:
+        patch.delitem(sys.modules, held)  # one that was collected before holds names of the old source
     settings = (f"--rootdir={ROOT}", "-c", f"{ROOT}/pyproject.toml")
     return pytester.runpytest_inprocess("-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging", *settings, *ids)
 
@@ -80,15 +83,17 @@ def test_the_tests_that_notice_pass_on_the_source_as_it_is(pytester: pytest.Pyte
     of_module = [mutation for mutation in MUTATIONS if (mutation.module, mutation.tests) == (module, tests)]
     names = sorted({mutation.noticed_by for mutation in of_module})
     with run_anew(module):
-        result = run(pytester, tests, *names)
+        result = run(pytester, monkeypatch, tests, *names)
     assert result.ret == 0
     assert result.parseoutcomes()["passed"] >= len(names)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.says.replace(" ", "_"))
-def test_a_check_that_is_taken_out_makes_its_test_fail(pytester: pytest.Pytester, mutation: Mutation) -> None:
+def test_a_check_that_is_taken_out_makes_its_test_fail(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mutation: Mutation
+) -> None:
     standing = source(importlib.import_module(f"bench.{mutation.module}")).count(mutation.old)
     assert standing == 1, f"{mutation.old!r} stands {standing} times in bench/{mutation.module}.py"
     with run_anew(mutation.module, mutation.old, mutation.new):
-        result = run(pytester, mutation.tests, mutation.noticed_by)
+        result = run(pytester, monkeypatch, mutation.tests, mutation.noticed_by)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
