@@ -79,7 +79,9 @@ def run(pytester: pytest.Pytester, patch: pytest.MonkeyPatch, tests: str, *names
 
 
 @pytest.mark.parametrize("module, tests", sorted({(mutation.module, mutation.tests) for mutation in MUTATIONS}))
-def test_the_tests_that_notice_pass_on_the_source_as_it_is(pytester: pytest.Pytester, module: str, tests: str) -> None:
+def test_the_tests_that_notice_pass_on_the_source_as_it_is(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, module: str, tests: str
+) -> None:
     of_module = [mutation for mutation in MUTATIONS if (mutation.module, mutation.tests) == (module, tests)]
     names = sorted({mutation.noticed_by for mutation in of_module})
     with run_anew(module):
