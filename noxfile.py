@@ -62,6 +62,7 @@ def bench(session: nox.Session) -> None:
     parts = (
         ("dsv3.train", "--preset", "tiny", "--out", str(Path(OUT, "train")), "--overwrite"),
         ("bench", "--out", OUT, *session.posargs),
+        ("bench.budget", "--preset", "deepseek_v3", "--out", OUT),
         ("ablations", "run", "--all", "--out", OUT, *chosen),
     )
     failed = [part[0] for part in parts if not runs(session, *part)]

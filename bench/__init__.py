@@ -14,7 +14,10 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, trai
                 studies measure, and cases too
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
-gate.py         exact figures (structure.py measures them, of variants.py) against expectations.json
+budget/         what true-size models take: by arithmetic, traced on fake tensors, and where it fits on real memory
+gate.py         exact figures (structure.py and compiled.py measure them, of variants.py) against expectations.json, and
+                instructions.py against another revision's (instrumented.py runs inside valgrind); differences.py;
+                stability.py: do the figures repeat?
 pytest_gate.py  the same for any step in anyone's repository, as a pytest fixture
 
 The first four do not import torch, and neither does this file.

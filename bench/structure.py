@@ -5,6 +5,7 @@
     allocations, peak_bytes, live_bytes, saved_bytes, flops, parameters     as in the glossary
     checkpoint_bytes        tensors of model and optimizer as a checkpoint writes them
     collectives             calls and bytes that one of two processes hands to its neighbour, by operator
+    graphs, kernels, ...    what torch.compile makes of forward and backward (`bench.compiled`)
 
 Weights, tokens and scores are generated from seeds: trained ones and text differ between machines, and ties with them.
 One thread, and a call of each before, so that what happens once only is not counted.
@@ -20,14 +21,13 @@ from torch import Tensor, distributed, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.compiled import loss_of_rows, measure_compiled
 from bench.meters.flops import flops
 from bench.meters.memory import peak_bytes
 from bench.meters.paired import threads
 from bench.meters.saved import saved_bytes
-from bench.variants import base, drawn_tokens, served, variants
-from dsv3.attention import KeyValueCache
+from bench.variants import PHASES, SERVED, base, drawn_tokens, serving, training_step, variant, variants
 from dsv3.config import Config, MoE
-from dsv3.model import Transformer
 from dsv3.moe import expert_capacity
 from dsv3.moe.capacity import place_in_queue
 from dsv3.parallel import Ranks
@@ -42,6 +42,7 @@ State = TypeVar("State")
 WAITS = ("aten._local_scalar_dense.default", "aten.nonzero.default")
 PIPELINE_RANKS, MICROBATCHES = 4, 8
 WORLD = 2
+COMPILED = ("base", "window")  # one graph, and a selection that stays outside of graphs
 ROUTED_TOKENS = 256
 FACTORS = (1.0, 1.2, 1.5, 2.0)
 
@@ -49,24 +50,19 @@ FACTORS = (1.0, 1.2, 1.5, 2.0)
 def measure() -> dict[str, Figures]:
     """Every figure that the gate holds, by case."""
     steps = {name: measure_step(config) for name, config in variants().items()}
-    serving = {
-        f"{phase}_{name}": measure_serving(config, decode=phase == "decode")
-        for name, config in served().items()
-        for phase in ("prefill", "decode")
+    served = {
+        f"{phase}_{name}": measure_serving(variant(name), decode=phase == "decode")
+        for name in SERVED
+        for phase in PHASES
     }
-    return steps | serving | measure_plans() | measure_drops() | measure_two_processes()
+    compiled = {f"compiled_{name}": measure_compiled(*loss_of_rows(variant(name))) for name in COMPILED}
+    return steps | served | compiled | measure_plans() | measure_drops() | measure_two_processes()
 
 
 def measure_step(config: Config) -> Figures:
     """A training step of this config, after the first."""
-
-    def build() -> tuple[TrainState, Tensor]:
-        return TrainState.create(config, seed=0), drawn_tokens()
-
-    def step(built: tuple[TrainState, Tensor]) -> None:
-        train_step(*built)
-
-    found, (state, rows) = work(build, step)
+    step = training_step(config)
+    found, (state, rows) = work(step.build, step.call)
     with threads(1), autocast(config.train.precision, "cpu"):
         saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
     sizes = {
@@ -79,22 +75,8 @@ def measure_step(config: Config) -> Figures:
 
 def measure_serving(config: Config, *, decode: bool) -> Figures:
     """Reading a prompt into an empty cache, or one token after it."""
-    rows = drawn_tokens()
-    prompt, token = rows[:, :-1], rows[:, -1:]
-
-    def build() -> tuple[Transformer, KeyValueCache]:
-        model = Transformer(config.model, seed=0).eval()
-        cache = KeyValueCache.empty(config.model, len(rows), rows.shape[1])
-        with torch.inference_mode():
-            filled = model(prompt, cache=cache).cache if decode else cache
-        return model, filled
-
-    def serve(built: tuple[Transformer, KeyValueCache]) -> None:
-        model, cache = built
-        with torch.inference_mode():
-            model(token if decode else prompt, cache=cache)
-
-    return work(build, serve)[0]
+    served = serving(config, decode=decode)
+    return work(served.build, served.call)[0]
 
 
 def work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[Figures, State]:

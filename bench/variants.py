@@ -1,13 +1,19 @@
-"""The models that the gate measures: a base and its variants, each with one choice changed.
+"""What the gate measures: training steps of a base model and its variants, a prompt, a token.
 
-So a figure that differs points at the choice. `bench.structure` says what is measured of them.
+Each variant has one choice changed, so a figure that differs points at the choice. `bench.structure` and
+`bench.instructions` say what is measured. Each config and each state is made only when it is asked for, so that an
+older dsv3, which lacks some choice, can still serve the other cases.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv3.attention import KeyValueCache
 from dsv3.config import (
     MTP,
     BFloat16,
@@ -28,8 +34,54 @@ from dsv3.config import (
     presets,
     vary,
 )
+from dsv3.model import Transformer
+from dsv3.train.state import TrainState
+from dsv3.train.step import train_step
 
 BATCH, LENGTH, VOCABULARY = 2, 32, 256
+SERVED = ("base", "multi_head", "grouped", "window", "per_head")  # the variants that decode differently
+PHASES = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work: `build` makes its state anew, `call` does it; what happens once only is in the first call."""
+
+    build: Callable[[], Any]
+    call: Callable[[Any], object]
+
+
+def works() -> dict[str, Callable[[], Work]]:
+    """Every piece of work by name: training steps under their variant's name, then serving."""
+    steps: dict[str, Callable[[], Work]] = {name: partial(_training, name) for name in changes()}
+    return steps | {f"{phase}_{name}": partial(_serving, name, phase) for name in SERVED for phase in PHASES}
+
+
+def training_step(config: Config) -> Work:
+    """One training step of a fresh model on generated tokens."""
+    return Work(
+        build=lambda: (TrainState.create(config, seed=0), drawn_tokens()), call=lambda built: train_step(*built)
+    )
+
+
+def serving(config: Config, *, decode: bool) -> Work:
+    """Reading a prompt into an empty cache, or one token after it."""
+    rows = drawn_tokens()
+    prompt, token = rows[:, :-1], rows[:, -1:]
+
+    def build() -> tuple[Transformer, KeyValueCache]:
+        model = Transformer(config.model, seed=0).eval()
+        cache = KeyValueCache.empty(config.model, len(rows), rows.shape[1])
+        with torch.inference_mode():
+            filled = model(prompt, cache=cache).cache if decode else cache
+        return model, filled
+
+    def serve(built: tuple[Transformer, KeyValueCache]) -> None:
+        model, cache = built
+        with torch.inference_mode():
+            model(token if decode else prompt, cache=cache)
+
+    return Work(build=build, call=serve)
 
 
 def base() -> Config:
@@ -59,25 +111,36 @@ def base() -> Config:
 
 def variants() -> dict[str, Config]:
     """The base and its variants by name."""
-    changes: dict[str, dict[str, Any]] = {
-        "base": {},
-        "multi_head": {"model.attention": multi_head(Everything())},
-        "grouped": {"model.attention": Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=16)},
-        "window": {"model.attention": multi_head(Window(size=8))},
-        "per_head": {"model.attention": multi_head(PerHead(keep=0.3))},
-        "dense": {"model.moe": None},
-        "softmax_router": {"model.moe.scoring_func": "softmax"},
-        "quadratic_loss": {"model.moe.balance": (QuadraticLoss(),)},
-        "switch_loss": {"model.moe.balance": (SwitchLoss(),)},
-        "capacity_by_probability": {"model.moe.capacity": Fixed(factor=1.2)},
-        "capacity_by_position": {"model.moe.capacity": Fixed(factor=1.2, policy="position")},
-        "multi_token_prediction": {"model.mtp": MTP()},
-        "accumulation": {"train.accumulation_steps": 2},
-        "bfloat16": {"train.precision": BFloat16()},
-        "float16": {"train.precision": Float16()},
-        "float8_block": {"train.precision": Float8Block()},
+    return {name: variant(name) for name in changes()}
+
+
+def variant(name: str) -> Config:
+    """One of them."""
+    return vary(base(), **changes()[name]())
+
+
+def changes() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What each variant changes of the base."""
+    return {
+        "base": dict,
+        "multi_head": lambda: {"model.attention": multi_head(Everything())},
+        "grouped": lambda: {
+            "model.attention": Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+        },
+        "window": lambda: {"model.attention": multi_head(Window(size=8))},
+        "per_head": lambda: {"model.attention": multi_head(PerHead(keep=0.3))},
+        "dense": lambda: {"model.moe": None},
+        "softmax_router": lambda: {"model.moe.scoring_func": "softmax"},
+        "quadratic_loss": lambda: {"model.moe.balance": (QuadraticLoss(),)},
+        "switch_loss": lambda: {"model.moe.balance": (SwitchLoss(),)},
+        "capacity_by_probability": lambda: {"model.moe.capacity": Fixed(factor=1.2)},
+        "capacity_by_position": lambda: {"model.moe.capacity": Fixed(factor=1.2, policy="position")},
+        "multi_token_prediction": lambda: {"model.mtp": MTP()},
+        "accumulation": lambda: {"train.accumulation_steps": 2},
+        "bfloat16": lambda: {"train.precision": BFloat16()},
+        "float16": lambda: {"train.precision": Float16()},
+        "float8_block": lambda: {"train.precision": Float8Block()},
     }
-    return {name: vary(base(), **change) for name, change in changes.items()}
 
 
 def multi_head(select: Select) -> MultiHead:
@@ -85,12 +148,14 @@ def multi_head(select: Select) -> MultiHead:
     return MultiHead(num_attention_heads=4, head_dim=16, select=select)
 
 
-def served() -> dict[str, Config]:
-    """The variants that decode differently, by name."""
-    every = variants()
-    return {name: every[name] for name in ("base", "multi_head", "grouped", "window", "per_head")}
-
-
 def drawn_tokens() -> Tensor:
     """The batch of every step, [B, T + 1]."""
     return torch.randint(VOCABULARY, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+
+
+def _training(name: str) -> Work:
+    return training_step(variant(name))
+
+
+def _serving(name: str, phase: str) -> Work:
+    return serving(variant(name), decode=phase == "decode")

@@ -27,6 +27,7 @@ from rich.console import Console
 from bench.ab import block, cases, recording, worker
 from bench.ab.block import ARMS, SLOWED, Block
 from bench.ab.decide import Rate, alarms, decide, decided
+from bench.ab.judge import added
 from bench.fingerprint import machine_id
 from bench.record import append_lines
 from bench.revision import checked_out
@@ -189,6 +190,15 @@ def show(console: Console, recorded: Sequence[NullBlock], found: Calibration, bu
         f"in trials of {budget:.0f} s, {found.blocks:.0f} blocks:",
         f"  false alarms of the whole suite: {found.alarms}",
         f"  failed controls: {found.withdrawn}",
-        *(f"  one case slower by {slow}, found: {rate}" for slow, rate in found.power.items()),
+        *(
+            f"  one case slower by {slow} ({sizes(recorded, slow)}), found: {rate}"
+            for slow, rate in found.power.items()
+        ),
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def sizes(recorded: Sequence[NullBlock], slow: str) -> str:
+    """How large a slow-down was, in the case where it was smallest and in that where it was largest."""
+    shares = [added(series(recorded, {case: "control"}), series(recorded, {case: slow})) for case in recorded[0].ratios]
+    return f"measured {min(shares):+.1%} to {max(shares):+.1%}"

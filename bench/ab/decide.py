@@ -5,17 +5,17 @@ if theta <= c, a ratio exceeds c with probability 1/2 at most, whatever came bef
 probability q of winning multiplies the capital by 2q or by 2(1 - q). Averaged over q from 1/2 to 1 by a weight w, after
 k of n bets won,
 
-    E(k, n) = integral of w(q) (2q)^k (2(1 - q))^(n-k) dq,      w(q) ~ q^4,      P(ever E >= 1/a) <= a
+    E(k, n) = integral of w(q) (2q)^k (2(1 - q))^(n-k) dq,      w(q) ~ q^16,      P(ever E >= 1/a) <= a
 
 (Ville 1939; Robbins 1970, "Statistical methods related to the law of the iterated logarithm"). So one may look after
-every block and stop when it pleases. The weight is larger for large q, because a slow-down worth finding makes most
-blocks exceed the margin; any weight keeps the promise. With the margin m = 2%:
+every block and stop when it pleases. Any weight keeps this promise; large q weigh more, because a slow-down worth
+finding makes nearly all blocks exceed the margin, and 9 of 9 must do for one of seven cases. With the margin m = 2%:
 
     different   (E against theta <= 1+m, plus E against theta >= 1/(1+m)) / 2 is large: p = 1/E, Holm over the cases
                 at 5%. A bias below the margin, such as one place in the order has, is no difference
     same        the 90% interval, every c against which neither side has E >= 20, lies inside the margin
 
-Both depend on the ratios' counts only, not on their order or on units of time. Exchanging base and head mirrors them.
+Neither depends on the order of the blocks or on units of time. Exchanging base and head mirrors them.
 """
 
 import math
@@ -34,7 +34,7 @@ from dsv3.config.rules import require
 MARGIN = 0.02
 ALPHA = 0.05  # that any case of a run is called different that is not
 INTERVAL = 0.90
-WEIGHT = 4  # the exponent of w
+WEIGHT = 16  # the exponent of w
 
 Finding = Literal["slower", "faster", "same", "not enough evidence"]
 Ratios = Mapping[str, Sequence[float]]

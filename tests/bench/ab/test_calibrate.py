@@ -64,7 +64,7 @@ def test_a_trial_is_made_of_whole_runs_up_to_the_budget() -> None:
 
 def test_a_trial_stops_when_every_case_is_decided() -> None:
     quiet = recorded(spread=0.001)
-    assert len(until_decided(quiet, dict.fromkeys("abc", "head"))) == 6
+    assert len(until_decided(quiet, dict.fromkeys("abc", "head"))) == 5
     assert len(until_decided(quiet[:3], dict.fromkeys("abc", "head"))) == 3
 
 

@@ -36,9 +36,9 @@ def noisy(random: Random, blocks: int, *, slower: float = 1.0, spread: float = 0
 @pytest.mark.parametrize("won, bets", [(0, 0), (1, 1), (6, 6), (10, 10), (14, 15), (3, 20), (40, 60)])
 def test_evidence_is_the_average_growth_over_the_weight(won: int, bets: int) -> None:
     def growth(q: float) -> float:
-        return q**4 * (2 * q) ** won * (2 * (1 - q)) ** (bets - won)
+        return q**16 * (2 * q) ** won * (2 * (1 - q)) ** (bets - won)
 
-    weight, _ = integrate.quad(lambda q: q**4, 0.5, 1)
+    weight, _ = integrate.quad(lambda q: q**16, 0.5, 1)
     average, _ = integrate.quad(growth, 0.5, 1)
     assert evidence(won, bets) == pytest.approx(average / weight, rel=1e-8)
 
@@ -205,3 +205,9 @@ def test_slow_downs_are_found_one_at_a_time_among_the_control() -> None:
 def test_too_few_blocks_support_no_difference(blocks: int, cases: int) -> None:
     verdicts = decide({str(i): [1.5 if i == 0 else 1.0] * blocks for i in range(cases)})
     assert verdicts["0"].different == (2 / evidence(blocks, blocks) <= ALPHA / cases)
+
+
+def test_nine_blocks_of_nine_find_one_slow_case_of_seven() -> None:
+    cases = {"slowed": [1.1] * 9} | {str(i): [1.0] * 9 for i in range(6)}
+    assert decide(cases)["slowed"].finding == "slower"
+    assert decide({name: ratios[:8] for name, ratios in cases.items()})["slowed"].finding == "not enough evidence"

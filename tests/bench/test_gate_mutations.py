@@ -1,0 +1,101 @@
+"""Each check of the gate is there because some test needs it: take it out, and the test named beside it fails.
+
+The table is gate_mutations.toml. A mutation replaces one piece of a module's source and runs the module anew under its
+own name; then the named test runs inside. All of them pass on the source as it is, run anew in the same way.
+"""
+
+import importlib
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# What is imported inside a run would be forgotten at its end, and imported again beside what others hold.
+import bench.compiled
+import bench.differences
+import bench.gate
+import bench.instructions
+import bench.stability
+import bench.structure  # noqa: F401
+
+pytest_plugins = ["pytester"]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A check taken out of bench/<module>.py, and the test in tests/bench/test_<tests>.py that notices."""
+
+    says: str
+    module: str
+    old: str
+    new: str
+    tests: str
+    noticed_by: str
+
+
+TABLE = tomllib.loads((HERE / "gate_mutations.toml").read_text())["mutation"]
+MUTATIONS = tuple(Mutation(**row) for row in TABLE)
+
+
+@contextmanager
+def run_anew(name: str, old: str = "", new: str = "") -> Iterator[None]:
+    """A module of bench run anew with `old` replaced by `new`, and after it the gate, which takes names from it."""
+    changed, gate = (importlib.import_module(f"bench.{each}") for each in (name, "gate"))
+    saved = [(module, dict(vars(module))) for module in (changed, gate)]
+    try:
+        execute(changed, source(changed).replace(old, new) if old else source(changed))
+        if changed is not gate:
+            execute(gate, source(gate))
+        yield
+    finally:
+        for module, names in saved:
+            vars(module).clear()
+            vars(module).update(names)
+
+
+def source(module: ModuleType) -> str:
+    return Path(str(module.__file__)).read_text()
+
+
+def execute(module: ModuleType, text: str) -> None:
+    exec(compile(text, str(module.__file__), "exec"), vars(module))
+
+
+def run(pytester: pytest.Pytester, patch: pytest.MonkeyPatch, tests: str, *names: str) -> pytest.RunResult:
+    """Run those tests of a file in this process."""
+    ids = [f"{HERE / f'test_{tests}.py'}::{name}" for name in names]
+    for held in [held for held in sys.modules if held.rpartition(".")[2] == f"test_{tests}"]:
+        patch.delitem(sys.modules, held)  # one that was collected before holds names of the old source
+    settings = (f"--rootdir={ROOT}", "-c", f"{ROOT}/pyproject.toml")
+    return pytester.runpytest_inprocess("-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging", *settings, *ids)
+
+
+@pytest.mark.parametrize("module, tests", sorted({(mutation.module, mutation.tests) for mutation in MUTATIONS}))
+def test_the_tests_that_notice_pass_on_the_source_as_it_is(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, module: str, tests: str
+) -> None:
+    of_module = [mutation for mutation in MUTATIONS if (mutation.module, mutation.tests) == (module, tests)]
+    names = sorted({mutation.noticed_by for mutation in of_module})
+    with run_anew(module):
+        result = run(pytester, monkeypatch, tests, *names)
+    assert result.ret == 0
+    assert result.parseoutcomes()["passed"] >= len(names)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.says.replace(" ", "_"))
+def test_a_check_that_is_taken_out_makes_its_test_fail(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, mutation: Mutation
+) -> None:
+    standing = source(importlib.import_module(f"bench.{mutation.module}")).count(mutation.old)
+    assert standing == 1, f"{mutation.old!r} stands {standing} times in bench/{mutation.module}.py"
+    with run_anew(mutation.module, mutation.old, mutation.new):
+        result = run(pytester, monkeypatch, mutation.tests, mutation.noticed_by)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
