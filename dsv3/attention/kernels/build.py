@@ -6,7 +6,6 @@ Which instructions are used is decided when it runs, so that the cache may be sh
 processor.
 """
 
-import fcntl
 import functools
 import os
 import platform
@@ -81,6 +80,8 @@ def _digest(compiler: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # of Linux, as the whole build
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -8,7 +8,7 @@
 // grad_q comes out the same to the bit either way: each of its numbers is one chain of additions over the keys in
 // ascending order, and all that goes into it is computed by the same chains.
 
-constexpr int64_t LONG = 1024;  // keys whose scores are kept at a time: 64 x 1024 of them are a quarter of an L2 cache
+constexpr int64_t LONG = 512;  // keys whose scores are kept at a time: 64 x 512 of them are 128 KiB of the L2 cache
 
 // ---- where things lie
 
