@@ -93,7 +93,7 @@ def _compile(folder: Path) -> None:
         raise RuntimeError("ninja is missing, with which torch builds extensions; install it (pip install ninja)")
     from torch.utils import cpp_extension  # slow to import, and wanted here only
 
-    print("dsv3: compiling the attention kernel, once on this machine (about half a minute)", file=sys.stderr)
+    print("dsv3: compiling the attention kernel, once on this machine (about a minute)", file=sys.stderr)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with warnings.catch_warnings():

@@ -439,12 +439,12 @@ static void query_tile_of(const Problem& p, int64_t b, int64_t h, int64_t first,
   }
 }
 
-static size_t room_of(const Problem& p) {
+static int64_t room_of(const Problem& p) {
   int64_t width = padded(p.width), value = padded(p.value), lead = TILE;
   int64_t longest = p.listed ? least(LONG, p.most * padded(p.block_k)) : least(LONG, padded(p.keys));
   int64_t forward = width * lead + (longest + TILE) * lead + TILE * (width + 2 * value) + TILE / 2 * lead;
   int64_t backward = TILE * (7 * width + 6 * value) + 5 * TILE * lead;
-  return (forward > backward ? forward : backward) * 4 + 32 * 64;
+  return ((forward > backward ? forward : backward) * 4 + 32 * 64 + 63) / 64 * 64;
 }
 
 static void forward(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows, char* scratch) {
