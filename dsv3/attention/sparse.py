@@ -57,7 +57,7 @@ class _Block:
     rows: slice
     run: slice | None
     tokens: Int[Tensor, "B h n"]
-    penalty: Float[Tensor, "B h C n"]
+    penalty: Float[Tensor, "B heads C n"]
 
 
 class _Sparse(torch.autograd.Function):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import config as jaxtyping_config
 from torch import Tensor
 
 from dsv3.attention import Selection, SelectionCost, attend, implementation, reference, why_not_kernel
@@ -13,6 +14,13 @@ from dsv3.attention.select import per_head, window
 
 REASON = blocks.why_not()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
+
+
+@pytest.fixture
+def annotations_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The annotations, where a test run checks them, refuse before our own words do and are no code for a compiler."""
+    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
+
 
 # batch, heads, groups, heads of the selection, queries, positions, width, value, block_q, block_k
 SHAPES = {
@@ -280,6 +288,7 @@ def test_a_gradient_that_is_expanded_is_read_right() -> None:
 
 
 @needs_kernel
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_the_kernel_is_one_operator_to_the_compiler() -> None:
     shape = (2, 2, 2, 2, 100, 100, 16, 16, 64, 64)
     leaves, selection = draw(shape), select(shape)
@@ -335,6 +344,7 @@ def test_the_kernel_is_chosen_for_whole_blocks_alone() -> None:
     assert implementation(q.to("meta"), whole) == "plain"
 
 
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_what_the_kernel_cannot_compute_is_refused_by_name() -> None:
     q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="implementation='kernel': cannot be used here: it computes in float32 or"):

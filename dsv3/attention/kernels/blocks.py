@@ -3,7 +3,7 @@
     out, lse = dsv3_kernels::forward(q, k, v, selection...)          lse: the logarithm of each row's denominator
     grad_q, grad_k, grad_v, grad_weights = dsv3_kernels::backward(grad, q, k, v, out, lse, selection...)
 
-Scores of a tile of 64 queries against up to 1024 listed keys stay in the L2 cache, softmax and both products work on
+Scores of a tile of 64 queries against up to 512 listed keys stay in the L2 cache, softmax and both products work on
 them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only); backward computes them again from lse.
 Gradients of k and v go over the inverse of the selection, which blocks of queries list a block of keys, so that nobody
 adds to what another thread writes (the inverse index of MoBA's and NSA's kernels, arXiv 2502.13189 and 2502.11089): the

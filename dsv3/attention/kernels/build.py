@@ -6,7 +6,6 @@ Which instructions are used is decided when it runs, so that the cache may be sh
 processor.
 """
 
-import fcntl
 import functools
 import os
 import platform
@@ -81,6 +80,8 @@ def _digest(compiler: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    import fcntl  # of Linux, as the whole build
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -92,7 +93,7 @@ def _compile(folder: Path) -> None:
         raise RuntimeError("ninja is missing, with which torch builds extensions; install it (pip install ninja)")
     from torch.utils import cpp_extension  # slow to import, and wanted here only
 
-    print("dsv3: compiling the attention kernel, once on this machine (about half a minute)", file=sys.stderr)
+    print("dsv3: compiling the attention kernel, once on this machine (about a minute)", file=sys.stderr)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with warnings.catch_warnings():

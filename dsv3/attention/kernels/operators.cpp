@@ -11,8 +11,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -57,25 +55,17 @@ Tensor in_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x 
 
 int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
-struct Free {
-  void operator()(char* x) const { std::free(x); }
-};
-std::unique_ptr<char, Free> memory(size_t bytes) {
-  char* x = (char*)std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  TORCH_CHECK(x, "out of memory: ", bytes, " bytes");
-  return std::unique_ptr<char, Free>(x);
-}
-
-// Every number below `count` once, by whichever thread is free, each thread with its own scratch memory.
+// Every number below `count` once, by whichever thread is free. Each has `room` bytes of scratch memory, taken from
+// torch so that whoever measures memory sees it.
 template <class Work>
-void shared_out(int64_t count, size_t room, const Work& work) {
+void shared_out(int64_t count, int64_t room, const Work& work) {
+  int64_t threads = std::min<int64_t>(at::get_num_threads(), count), stride = (room + 63) / 64 * 64;
+  Tensor scratch = at::empty({threads * stride}, at::kByte);
+  char* memory = (char*)scratch.data_ptr();
   std::atomic<int64_t> next{0};
-  int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      auto scratch = memory(room);
-      for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch.get());
-    }
+    for (; begin < end; ++begin)
+      for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, memory + begin * stride);
   });
 }
 
@@ -226,11 +216,11 @@ void backward_by_head(const Problem& p, const Kernels& kernels) {
   int64_t group = p.heads / p.groups, stride = (p.width + 15) / 16 * 16;
   bool direct = !p.half && p.width == stride;  // grad_q itself holds the sums
   Tiles tiles(p.keys, p.block_k);
-  size_t room = kernels.room(p), sums = direct ? 0 : group * p.queries * stride * sizeof(float);
+  int64_t room = kernels.room(p), sums = direct ? 0 : group * p.queries * stride * sizeof(float);
   shared_out(p.batch * p.groups, room + sums, [&](int64_t i, char* scratch) {
     int64_t b = i / p.groups, g = i % p.groups, first, count;
     float* grad_q = direct ? (float*)p.grad_q.data + (b * p.heads + g * group) * p.queries * stride
-                           : (float*)(scratch + room / 64 * 64);
+                           : (float*)(scratch + room);
     std::fill(grad_q, grad_q + group * p.queries * stride, 0.0f);
     for (int64_t tile = 0; tile < tiles.count; ++tile)
       if (tiles.piece(tile, p.keys, &first, &count)) kernels.key_tile(p, b, g, first, count, grad_q, stride, scratch);
@@ -243,7 +233,7 @@ void backward_by_head(const Problem& p, const Kernels& kernels) {
 void backward_by_tile(const Problem& p, const Kernels& kernels) {
   Tiles queries(p.queries, p.block_q), keys(p.keys, p.block_k);
   int64_t stride = (p.width + 15) / 16 * 16;
-  size_t room = (kernels.room(p) + 63) / 64 * 64;
+  int64_t room = kernels.room(p);
   shared_out(p.batch * p.heads * queries.count, room + TILE * stride * 4, [&](int64_t i, char* scratch) {
     int64_t head = i / queries.count, b = head / p.heads, h = head % p.heads, first, rows;
     if (!queries.piece(queries.count - 1 - i % queries.count, p.queries, &first, &rows)) return;

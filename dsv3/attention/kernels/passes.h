@@ -8,7 +8,7 @@
 // grad_q comes out the same to the bit either way: each of its numbers is one chain of additions over the keys in
 // ascending order, and all that goes into it is computed by the same chains.
 
-constexpr int64_t LONG = 1024;  // keys whose scores are kept at a time: 64 x 1024 of them are a quarter of an L2 cache
+constexpr int64_t LONG = 512;  // keys whose scores are kept at a time: 64 x 512 of them are 128 KiB of the L2 cache
 
 // ---- where things lie
 
@@ -48,6 +48,15 @@ static Matrix as_left(const Rows& x, int64_t b, int64_t h, int64_t first, int64_
     __builtin_memcpy(room + i * lead, from + i * x.row * 2, width * 2);
   }
   return {room, lead};
+}
+
+// Ask for rows that will be read next: a list jumps about, and the processor foresees runs alone.
+template <bool HALF>
+INLINE void fetch(const Rows& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width) {
+  const char* from = at<HALF>(x, b, h, first);
+  int64_t size = HALF ? 2 : 4;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < width * size; c += 64) __builtin_prefetch(from + i * x.row * size + c, 0, 2);
 }
 
 // Rows as factor B of a product along the rows: bf16 in pairs of rows, fp32 as it lies where rows are whole vectors.
@@ -243,8 +252,15 @@ static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, in
     float before[TILE];
     for (int64_t i = 0; i < TILE; ++i) before[i] = top[i];
     int64_t tiles = 0, filled = 0;
-    while (tiles < LONG / LANES && filled + TILE <= LONG && (more = walk.next(&begins[tiles], &counts[tiles]))) {
-      int64_t begin = begins[tiles], count = counts[tiles];
+    while (tiles < LONG / LANES && filled + TILE <= LONG && (more = walk.next(&begins[tiles], &counts[tiles])))
+      filled += counts[tiles++];
+    filled = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      int64_t begin = begins[t], count = counts[t];
+      if (t + 1 < tiles)
+        fetch<HALF>(p.k, b, g, begins[t + 1], counts[t + 1], p.width);
+      else
+        fetch<HALF>(p.v, b, g, begins[0], counts[0], p.value);
       Matrix k = as_left<HALF>(p.k, b, g, begin, count, p.width, left);
       if (p.weights || p.rank) read_keys(p, b, h, begin, count, keys);
       Logits logits{score + filled * lead, lead,
@@ -253,7 +269,6 @@ static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, in
                     top};
       product<HALF, true>(count, lead, deep, k.data, k.lead, q, lead, logits);
       filled += count;
-      ++tiles;
     }
     if (!tiles) break;
     if (!fresh) {
@@ -268,6 +283,7 @@ static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, in
     filled = 0;
     for (int64_t t = 0; t < tiles; ++t, fresh = false) {
       float* weight = score + filled * lead;
+      if (t + 1 < tiles) fetch<HALF>(p.v, b, g, begins[t + 1], counts[t + 1], p.value);
       weigh<HALF>(weight, counts[t], lead, top, sum, pair);
       Matrix v = as_right<HALF>(p.v, b, g, begins[t], counts[t], p.value, right);
       product<HALF, false>(rows, value, words<HALF>(counts[t]), HALF ? pair : (const Word*)weight, lead, v.data, v.lead,
@@ -360,6 +376,17 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
       for (int64_t row = block * p.block_q; row < end; row += TILE) {
         int64_t rows = least(TILE, end - row);
         if (offset + row + rows - 1 < first) continue;
+        int64_t block_after = at_list + 1 < stop ? (p.listed ? p.inverse[at_list + 1] : at_list + 1) : blocks_q;
+        int64_t after = row + TILE < end ? row + TILE : block_after * p.block_q;
+        if (after < p.queries) {
+          int64_t rows_after = least(TILE, p.queries - after);
+          fetch<HALF>(p.q, b, h, after, rows_after, p.width);
+          fetch<HALF>(p.grad_out, b, h, after, rows_after, p.value);
+          if (grad_q) {
+            Rows sums{(char*)(grad_q + (h - g * group) * p.queries * stride), 0, 0, stride};
+            fetch<false>(sums, 0, 0, after, rows_after, p.width);
+          }
+        }
         read_queries(p, b, h, row, rows, true, queries);
         Seen which = seen(p, row, first, count, keys, queries);
         Matrix q = as_left<HALF>(p.q, b, h, row, rows, p.width, left);
@@ -439,12 +466,12 @@ static void query_tile_of(const Problem& p, int64_t b, int64_t h, int64_t first,
   }
 }
 
-static size_t room_of(const Problem& p) {
+static int64_t room_of(const Problem& p) {
   int64_t width = padded(p.width), value = padded(p.value), lead = TILE;
   int64_t longest = p.listed ? least(LONG, p.most * padded(p.block_k)) : least(LONG, padded(p.keys));
   int64_t forward = width * lead + (longest + TILE) * lead + TILE * (width + 2 * value) + TILE / 2 * lead;
   int64_t backward = TILE * (7 * width + 6 * value) + 5 * TILE * lead;
-  return (forward > backward ? forward : backward) * 4 + 32 * 64;
+  return ((forward > backward ? forward : backward) * 4 + 32 * 64 + 63) / 64 * 64;
 }
 
 static void forward(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows, char* scratch) {

@@ -3,7 +3,6 @@
 // processor may lack, and an inline function compiled beside it could replace the one that everybody else calls.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace dsv3 {
@@ -42,7 +41,7 @@ struct Problem {
 // number of threads changes no bit.
 struct Kernels {
   const char* name;
-  size_t (*room)(const Problem&);  // bytes of scratch memory that any of the passes may use, 64-byte aligned
+  int64_t (*room)(const Problem&);  // bytes of scratch memory that any of the passes may use, a multiple of 64
   // out and lse of up to TILE queries
   void (*forward)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t rows, char* scratch);
   // delta of up to TILE queries
