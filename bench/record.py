@@ -191,7 +191,7 @@ def append(path: Path | str, records: Iterable[Record]) -> None:
 def append_lines(path: Path | str, lines: str) -> None:
     """Add whole lines at the end of the file, all or none, on disk when this returns; the folder is made.
 
-    An unfinished last line, left by a crash of an earlier writer, is closed first so that it cannot swallow one of these.
+    An unfinished last line, left by a crash of an earlier writer, is closed first: it cannot swallow one of these.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
