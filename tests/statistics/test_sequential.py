@@ -24,9 +24,9 @@ BLOCKS = 120  # looks of a run
 RUNS = 4000
 
 FOUND = {
-    1.05: (1, 2, 9),
-    1.1: (9, 29, 97),
-    1.2: (78, 100, 100),
+    1.05: (1, 2, 3),
+    1.1: (11, 23, 80),
+    1.2: (76, 99, 100),
 }  # percent found, after 20, 40, 120 blocks
 NOISE = {  # of the logarithm of a block's ratio, its median 0; 13% is what blocks of a loaded machine scatter by
     "normal": lambda random, shape: 0.13 * random.standard_normal(shape),
