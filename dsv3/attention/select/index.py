@@ -137,7 +137,7 @@ def _summary(part: Float[Tensor, "B g N ratio W"], bound: bool) -> Float[Tensor,
     return torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
 
 
-def query_vectors(choice: Blocks, leaders: Float[Tensor, "B h n P"]) -> Float[Tensor, "B h n W"]:
+def query_vectors(choice: Blocks, leaders: Float[Tensor, "*rows P"]) -> Float[Tensor, "*rows W"]:
     """What a node is multiplied with: the query; for bounds its positive part against the largest numbers of the keys
     and its negative part against the smallest.
     """
