@@ -19,6 +19,7 @@ STUDIES           the studies, in the order of the report
 
 STUDIES: tuple[str, ...] = (
     "attention_sparsity",
+    "attention_hierarchical",
     "moe_capacity",
     "precision_modes",
     "pipeline_bubble",

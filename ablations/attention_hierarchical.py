@@ -1,0 +1,342 @@
+"""Attention to blocks found down a tree: how much faster than dense attention, and whether the tree earns its keep.
+
+One layer's attention without its projections (`bench.block_attention`): 4 heads of width 64, batch 1, random inputs,
+1024 keys per query in blocks of 64, choosing inside the time. A ratio to SDPA mixes two things, which stand beside it:
+
+    what the code gains      SDPA against our kernel's dense form
+    what the choice gains    our dense form against our kernel on the chosen blocks
+
+and a window of as many blocks says what is left when choosing costs nothing. Scores are counted, not timed: the closed
+form of `dsv3.attention.select.counts`, up to a million tokens, for blocks of queries and for single ones. One head of a
+million tokens, each choosing for itself, is computed once, to see that it can be.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ablations.evidence import Estimate, NoEvidence, estimate
+from ablations.study import Arm, Cell, Figure, Reading, Study, grid
+from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
+from bench.measurement import Measurement
+from bench.record import Profile, Record
+from dsv3.config import Blocks, Hierarchical
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+    from bench.block_attention import Inputs
+
+LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (4096,), "full": (4096, 16384, 32768, 65536)}
+DTYPES: Mapping[Profile, tuple[str, ...]] = {"quick": ("fp32",), "full": ("fp32", "bf16")}
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
+COUNTED = tuple(2**power for power in range(12, 21))
+MILLION = 2**20
+FLEX = 16384  # tokens at which FlexAttention is timed: it is compiled anew for every length
+TRACED = 16384  # tokens up to which bytes are counted
+PHASES = ("forward", "forward_backward")
+CHOOSING = ("blocks", "hierarchical", "best_first")
+
+
+def cells(profile: Profile) -> tuple[Cell, ...]:
+    """A process per length, format and seed at one thread; one of counts; in full, one of a million tokens."""
+    timed = tuple(
+        cell
+        for seed in range(SEEDS[profile])
+        for length in LENGTHS[profile]
+        for cell in grid(
+            seconds=20 + 8e-8 * length**2 * blocks(length),
+            seeds=(seed,),
+            part=("time",),
+            dtype=DTYPES[profile],
+            length=(length,),
+            threads=(1,),
+        )
+    )
+    counted = grid(seconds=5, timed=False, part=("counts",))
+    if profile == "quick":
+        return timed + counted
+    million = grid(seconds=90, part=("a million tokens",), length=(MILLION,), dtype=("fp32",), threads=(cores(),))
+    return timed + counted + million
+
+
+def blocks(length: int) -> int:
+    """Interleaved blocks of one process: fewer where a call lasts long enough to be told apart."""
+    return max(1, min(7, 65536 // length))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure(cell: Cell) -> list[Reading]:
+    """Counts, the run of a million tokens, or the times of every arm that agrees with the reference."""
+    match cell.axes["part"]:
+        case "counts":
+            return counts()
+        case "time":
+            return times(cell)
+        case _:
+            return million(cell)
+
+
+def counts() -> list[Reading]:
+    """Scores that choosing takes in one head over a whole sequence."""
+    from dsv3.attention.select.counts import scored_in_all
+
+    chosen: Mapping[str, Callable[[int], Blocks]] = {
+        "blocks": lambda size: Blocks(k=SEEN, block_q=size, block_k=BLOCK),
+        "hierarchical": lambda size: Hierarchical(k=SEEN, block_q=size, block_k=BLOCK, branching=BRANCHING),
+    }
+    return [
+        Reading(
+            arm=arm,
+            measurement=Measurement(metric="selection_scores", value=sum(scored_in_all(choice(size), 0, length))),
+            axes={"length": length, "queries per choice": size},
+        )
+        for arm, choice in chosen.items()
+        for size in (BLOCK, 1)
+        for length in COUNTED
+    ]
+
+
+def million(cell: Cell) -> list[Reading]:
+    """Wall and CPU time of one head's forward pass in which every token chooses for itself, and the last token's error.
+
+    The last query sees what the reference computes on its selection; the whole could not be checked in a day.
+    """
+    import torch
+
+    from bench.block_attention import last_query_error, per_token
+    from bench.meters.paired import process_clock
+
+    torch.set_num_threads(int(cell.axes["threads"]))
+    start = process_clock()
+    given, selection, out = per_token(int(cell.axes["length"]))
+    end = process_clock()
+    error = last_query_error(given, selection, out)
+    if error > 1e-5:
+        return [Reading(arm="hierarchical", metric="wall_seconds", failed=f"the last query differs by {error:.2g}")]
+    axes = {"phase": "forward"}
+    return [
+        Reading(arm="hierarchical", measurement=Measurement(metric=name, value=value), axes=axes)
+        for name, value in (("wall_seconds", end.wall - start.wall), ("cpu_seconds", end.cpu - start.cpu))
+    ]
+
+
+def times(cell: Cell) -> list[Reading]:
+    """Times of every arm that agrees with the reference, and once, bytes."""
+    import torch
+
+    from bench import block_attention
+
+    torch.set_num_threads(int(cell.axes["threads"]))
+    length = int(cell.axes["length"])
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[str(cell.axes["dtype"])]
+    given = block_attention.inputs(length, dtype, seed=cell.seed or 0)
+    arms, readings = [], []
+    for arm in block_attention.arms(dtype, "forward"):
+        if arm == "flex" and length != FLEX:
+            continue
+        if missing := block_attention.why_not(arm, given):
+            readings.append(Reading(arm=arm, metric="forward_cpu_ratio", pending=missing))
+            continue
+        try:
+            block_attention.check(arm, given)
+            arms.append(arm)
+        except AssertionError as error:
+            readings.append(Reading(arm=arm, metric="forward_cpu_ratio", failed=str(error)))
+    readings += [row for phase in PHASES for row in _timed(cell, arms, given, phase)]
+    if cell.seed == 0 and length <= TRACED:
+        readings += _bytes(arms, length, dtype)
+    return readings
+
+
+def _timed(cell: Cell, arms: Sequence[str], given: "Inputs", phase: str) -> list[Reading]:
+    """Seconds of each arm, its ratio to SDPA and, of the forward pass, the part that goes into choosing."""
+    from bench import block_attention
+    from bench.meters.paired import process_clock, ratios, summary, time_block
+
+    call = {"forward": block_attention.inference, "forward_backward": block_attention.training}[phase]
+    able = [arm for arm in arms if phase == "forward" or arm not in block_attention.FORWARD_ONLY]
+    calls: dict[str, Callable[[], object]] = {arm: partial(call, arm, given) for arm in able}
+    choosing = {arm: f"{arm}, choosing" for arm in able if arm in CHOOSING and phase == "forward"}
+    calls |= {name: partial(block_attention.choose, arm, given) for arm, name in choosing.items()}
+    # processes begin with different arms, since a process of long calls has few blocks in which the order could turn
+    first = 2 * (cell.seed or 0)
+    taken = [time_block(calls, first + block, 1, process_clock) for block in range(blocks(int(cell.axes["length"])))]
+    readings = []
+    for arm in able:
+        for row in summary(taken, arm, "sdpa", phase, ("cpu",)):
+            axes = {"phase": phase} if row.metric.endswith("_seconds") else {}
+            readings.append(Reading(arm=arm, measurement=row, axes=axes))
+    for arm, name in choosing.items():
+        share = _over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
+        readings.append(Reading(arm=arm, measurement=share))
+    return readings
+
+
+def _over_blocks(name: str, samples: Sequence[float]) -> Measurement:
+    from statistics import median
+
+    from bench.interval import of_median
+
+    middle, interval = median(samples), of_median(samples)
+    return Measurement(
+        metric=name, value=middle, n=len(samples), over="blocks", interval=interval, samples=tuple(samples)
+    )
+
+
+def _bytes(arms: Sequence[str], length: int, dtype: Any) -> list[Reading]:
+    """Peak bytes of both phases, inputs apart."""
+    from bench import block_attention
+    from bench.meters.memory import peak_bytes
+
+    readings = []
+    for phase, call in zip(PHASES, (block_attention.inference, block_attention.training), strict=True):
+        for arm in arms:
+            if phase == "forward_backward" and arm in block_attention.FORWARD_ONLY:
+                continue
+            peak = peak_bytes(lambda: block_attention.inputs(length, dtype), partial(call, arm))[0]
+            readings.append(Reading(arm=arm, measurement=peak, axes={"phase": phase}))
+    return readings
+
+
+def answer(records: Sequence[Record]) -> str:
+    """The tree against SDPA at the longest sequence measured, split; against its rivals; and its memory."""
+    lengths = [int(row.axes["length"]) for row in records if row.metric == "forward_cpu_ratio" and row.error is None]
+    if not lengths:
+        raise NoEvidence("no forward pass was timed")
+    longest = max(lengths)
+    parts = []
+    for phase, words in zip(PHASES, ("a forward pass", "forward and backward"), strict=True):
+        tree, dense = (_faster(records, arm, phase, longest) for arm in ("hierarchical", "dense"))
+        parts.append(f"{words} {tree} times as fast as SDPA, where the kernel's dense form is {dense} times as fast")
+    share = estimate(records, arm="hierarchical", metric="selection_cpu_share", length=longest, dtype="fp32")
+    return f"At {longest} tokens in fp32 the tree makes {'; '.join(parts)}. Choosing is {share} of the forward pass."
+
+
+def _faster(records: Sequence[Record], arm: str, phase: str, length: int) -> Estimate:
+    ratio = estimate(records, arm=arm, metric=f"{phase}_cpu_ratio", length=length, dtype="fp32")
+    return ratio.map(lambda share: 1 / share)
+
+
+def scores(table: Any) -> "Picture":
+    """Scores per token against length on logarithmic scales: a flat search's grow as n, a tree's as log n."""
+    from matplotlib.figure import Figure as Picture
+
+    rows = table[table["metric"] == "selection_scores"]
+    if rows.empty:
+        raise NoEvidence("no record of selection_scores yet")
+    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
+    axes = picture.subplots()
+    for size in (1, BLOCK):
+        for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73")):
+            line = rows[(rows["arm"] == arm) & (rows["queries per choice"] == size)].sort_values("length")
+            label = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
+            style = "-" if size == 1 else "--"
+            axes.plot(line["length"], line["value"] / line["length"], style, marker="o", color=colour, label=label)
+    ticks = sorted({int(length) for length in rows["length"]})
+    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="scores per token, one head")
+    axes.set_title("What choosing takes")
+    axes.set_xticks(ticks, [f"{tick // 1024}K" if tick < MILLION else "1M" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, which="major")
+    picture.legend(loc="outside right center")
+    return picture
+
+
+def growth(table: Any) -> "Picture":
+    """Forward seconds in fp32 against length, each line with its slope, and where n log n would lead from 4K."""
+    import numpy as np
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure as Picture
+
+    rows = table[(table["metric"] == "cpu_seconds") & (table["phase"] == "forward") & (table["part"] == "time")]
+    rows = rows[(rows["dtype"] == "fp32") & (rows["arm"] != "flex")]
+    if rows.empty:
+        raise NoEvidence("no record of forward cpu_seconds yet")
+    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
+    axes = picture.subplots()
+    for arm in BLOCK_ARMS:
+        line = rows[rows["arm"] == arm].sort_values("length")
+        if len(line) > 1:
+            slope = np.polyfit(np.log(line["length"].astype(float)), np.log(line["value"]), 1)[0]
+            ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
+            axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}", **ink)
+            if arm == "hierarchical":
+                n = line["length"].astype(float)
+                ideal = line["value"].iloc[0] * (n * np.log(n)) / (n.iloc[0] * np.log(n.iloc[0]))
+                axes.plot(n, ideal, ":", color="#7f7f7f", label="n log n")
+    ticks = sorted({int(length) for length in rows["length"]})
+    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one thread")
+    axes.set_title("How forward time grows with length, fp32")
+    axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(visible=True, which="major")
+    picture.legend(loc="outside right center", title="slope of the line")
+    return picture
+
+
+def _figures() -> tuple[Figure, ...]:
+    ratios = tuple(
+        Figure(
+            f"{phase}_{dtype}",
+            f"{words} time against SDPA in {dtype}, one thread: below 1 is faster",
+            metric=f"{phase}_cpu_ratio",
+            x="length",
+            where={"dtype": dtype},
+            log="xy",
+        )
+        for dtype in ("fp32", "bf16")
+        for phase, words in zip(PHASES, ("Forward", "Forward and backward"), strict=True)
+    )
+    share = Figure(
+        "choosing",
+        "Share of the forward pass that goes into choosing, fp32",
+        metric="selection_cpu_share",
+        x="length",
+        where={"dtype": "fp32"},
+        log="x",
+    )
+    memory = Figure(
+        "memory",
+        "Peak bytes of forward and backward in fp32, beyond the inputs",
+        metric="peak_bytes",
+        x="length",
+        where={"phase": "forward_backward", "dtype": "fp32"},
+        log="xy",
+    )
+    counted = Figure("scores", "Scores per token that choosing takes: the tree's grow as log n", draw=scores)
+    return (*ratios, Figure("growth", "How forward time grows with length", draw=growth), counted, share, memory)
+
+
+STUDY = Study(
+    name="attention_hierarchical",
+    question="How much faster is attention to blocks found down a tree, and does the tree earn its keep?",
+    arms=tuple(Arm(name, words) for name, words in BLOCK_ARMS.items()),
+    baseline="sdpa",
+    metrics=(
+        "forward_cpu_ratio",
+        "forward_backward_cpu_ratio",
+        "cpu_seconds",
+        "wall_seconds",
+        "selection_cpu_share",
+        "selection_scores",
+        "peak_bytes",
+    ),
+    seeds=SEEDS,
+    cells=cells,
+    measure=measure,
+    figures=_figures(),
+    answer=answer,
+    limits=(
+        "Attention alone: a model's projections and experts grow with n and dilute every ratio.",
+        "Inputs are random, and so are the chosen blocks: real ones lie closer together, in nearer caches.",
+        "What a choice costs in quality is not asked here.",
+        "torch's bf16 attention is slow on processors without bf16 matrix tiles: sdpa_fp32 is the fairer peer there.",
+        "FlexAttention has no backward pass on a CPU and is timed at one length.",
+    ),
+)

@@ -1,0 +1,87 @@
+"""The study of attention down a tree: its cells, its counts, and what it makes of records."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from ablations import attention_hierarchical as hierarchical
+from ablations.evidence import NoEvidence
+from bench.fingerprint import provenance
+from bench.measurement import Measurement, Point, record
+from bench.record import Record
+from reports import twins
+
+WHERE = provenance("full")
+TIMED: dict[str, str | int] = {"part": "time", "dtype": "fp32", "threads": 1}
+
+
+def kept(arm: str, metric: str, value: float, seed: int, **axes: str | int) -> Record:
+    study = hierarchical.STUDY
+    point = Point(study=study.name, arm=arm, baseline=study.baseline, seed=seed, axes={"device": "cpu"} | axes)
+    return record(point, WHERE, Measurement(metric=metric, value=value))
+
+
+def timed(length: int, tree: float, dense: float) -> list[Record]:
+    rows = []
+    for seed in range(6):
+        for phase in hierarchical.PHASES:
+            for arm, ratio in (("hierarchical", tree), ("dense", dense)):
+                rows.append(kept(arm, f"{phase}_cpu_ratio", ratio, seed, length=length, **TIMED))
+        rows.append(kept("hierarchical", "selection_cpu_share", 0.1, seed, length=length, **TIMED))
+    return rows
+
+
+def test_a_process_per_length_format_and_seed_and_fewer_blocks_of_long_calls() -> None:
+    full = hierarchical.cells("full")
+    assert len(full) == 6 * 4 * 2 + 2
+    assert [hierarchical.blocks(length) for length in (4096, 16384, 65536, 131072)] == [7, 4, 1, 1]
+    assert {cell.axes["part"] for cell in hierarchical.cells("quick")} == {"time", "counts"}
+
+
+def test_a_flat_search_scores_per_token_what_grows_as_n_and_a_tree_what_grows_as_log_n() -> None:
+    found = {
+        (row.arm, row.axes["queries per choice"], row.axes["length"]): row.measurement.value
+        for row in hierarchical.counts()
+        if row.measurement is not None
+    }
+    for size in (1, 64):
+        flat = [found["blocks", size, length] / length for length in hierarchical.COUNTED[-2:]]
+        tree = [found["hierarchical", size, length] / length for length in hierarchical.COUNTED[-5::2]]
+        assert flat[1] / flat[0] == pytest.approx(2, rel=0.01)
+        # each fourfold length adds a level of the tree, and so the same number of scores
+        assert tree[2] - tree[1] == pytest.approx(tree[1] - tree[0], rel=0.05)
+    # 1M tokens in blocks of 64: 16384 blocks, of which the average query has half before it, all but two scored
+    assert found["blocks", 1, 2**20] / 2**20 == pytest.approx(16384 / 2 - 2, rel=0.01)
+
+
+def test_the_answer_names_the_longest_length_and_splits_the_ratio() -> None:
+    said = hierarchical.answer(timed(4096, 0.5, 0.6) + timed(16384, 0.1, 0.4))
+    assert "16384 tokens" in said
+    assert "10 times as fast as SDPA" in said
+    assert "2.5 times as fast" in said
+    with pytest.raises(NoEvidence):
+        hierarchical.answer([])
+
+
+def test_pictures_show_scores_per_token_and_the_slope_of_time() -> None:
+    counted = [
+        {"metric": "selection_scores", "arm": row.arm, "value": row.measurement.value, **row.axes}
+        for row in hierarchical.counts()
+        if row.measurement is not None
+    ]
+    lines = hierarchical.scores(pd.DataFrame(counted)).axes[0].lines
+    assert len(lines) == 4
+    seconds = [
+        {"metric": "cpu_seconds", "phase": "forward", "arm": arm, "length": n, "value": 1e-9 * n**power, **TIMED}
+        for arm, power in (("sdpa", 2.0), ("hierarchical", 1.0))
+        for n in (4096, 16384, 65536)
+    ]
+    picture = hierarchical.growth(pd.DataFrame(seconds))
+    labels = [line.get_label() for line in picture.axes[0].lines]
+    assert labels == ["sdpa: n^2.00", "hierarchical: n^1.00", "n log n"]
+    ideal = picture.axes[0].lines[2].get_ydata()
+    assert ideal[-1] / ideal[0] == pytest.approx(16 * math.log(65536) / math.log(4096))
+    assert twins.of_picture(picture, "growth")
+    with pytest.raises(NoEvidence):
+        hierarchical.growth(pd.DataFrame(columns=["metric", "phase", "part", "dtype", "arm"]))

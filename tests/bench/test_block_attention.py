@@ -1,0 +1,55 @@
+"""Arms of attention to blocks: each is checked against the reference, and a wrong one is found."""
+
+import pytest
+import torch
+
+from bench import block_attention
+from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
+from dsv3.attention import attend, reference
+
+LENGTH = (SEEN + 3) * BLOCK
+
+
+def test_every_arm_has_a_line_in_the_table_and_the_baseline_comes_first() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for phase in ("forward", "forward_backward"):
+            arms = block_attention.arms(dtype, phase)
+            assert arms[0] == "sdpa"
+            assert set(arms) <= set(BLOCK_ARMS)
+    assert set(block_attention.arms(torch.bfloat16, "forward")) == set(BLOCK_ARMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arm", [arm for arm in BLOCK_ARMS if arm != "flex"])
+def test_every_arm_agrees_with_the_reference(arm: str, dtype: torch.dtype) -> None:
+    given = block_attention.inputs(LENGTH, dtype, heads=2)
+    if reason := block_attention.why_not(arm, given):
+        pytest.skip(reason)
+    block_attention.check(arm, given)
+
+
+def test_an_arm_that_misses_a_key_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_key_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return attend(q, k, torch.cat((torch.zeros_like(v[:, :, :1]), v[:, :, 1:]), dim=2))
+
+    monkeypatch.setattr(block_attention, "attend", one_key_short)
+    with pytest.raises(AssertionError, match="sdpa"):
+        block_attention.check("sdpa", block_attention.inputs(LENGTH, torch.float32, heads=2))
+
+
+def test_the_window_is_the_last_blocks_and_counts_what_it_keeps() -> None:
+    length = LENGTH - 5
+    selection = block_attention.last_blocks(length)
+    seen = reference.selected(selection, heads=1, queries=length, total=length)
+    kept = 0
+    for position in range(length):
+        first = max(0, position // BLOCK - SEEN + 1) * BLOCK
+        assert list(seen(0, 0, position)) == list(range(first, position + 1))
+        kept += position + 1 - first
+    assert selection.cost.kept == kept
+
+
+def test_tokens_that_choose_for_themselves_agree_with_the_reference_and_an_error_is_seen() -> None:
+    given, selection, out = block_attention.per_token(LENGTH + 7)
+    assert block_attention.last_query_error(given, selection, out) < 1e-5
+    assert block_attention.last_query_error(given, selection, out + 0.01) > 1e-3
