@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import attention, decoding
+from bench import attention, block_attention, block_decoding, decoding
 from bench.attention import Inputs
 from bench.attention_sizes import ARMS
 from bench.cases import Figures
@@ -55,6 +55,55 @@ def bench_selected(
     )
     for arm in arms:
         keep(arm, _costs(arm, phase, length, device), baseline="sdpa", axes={"length": length, "phase": phase})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("phase", PHASES)
+def bench_blocks(
+    measure_arms: Callable[..., Figures], device: torch.device, profile: Profile, phase: str, dtype: torch.dtype
+) -> None:
+    """Attention to blocks, chosen flat and down a tree, against SDPA, plain PyTorch and FlexAttention.
+
+    On a CPU the study attention_hierarchical has the time at one thread; this adds wall time at all cores.
+    """
+    if profile == "quick":
+        pytest.skip("the study attention_hierarchical has it; --profile full measures it here too")
+    length, given = LENGTHS[profile], block_attention.inputs(LENGTHS[profile], dtype, device)
+    call = {"forward": block_attention.inference, "forward_backward": block_attention.training}[phase]
+    arms = [arm for arm in block_attention.arms(dtype, phase) if block_attention.why_not(arm, given) is None]
+
+    def check() -> None:
+        for arm in arms:
+            block_attention.check(arm, given)
+
+    measure_arms(
+        phase=phase,
+        baseline="sdpa",
+        arms={arm: partial(call, arm, given) for arm in arms},
+        check=check,
+        axes={"length": length, "dtype": str(dtype).removeprefix("torch.")},
+        tokens=length,
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def bench_decode_blocks(measure_arms: Callable[..., Figures], profile: Profile, batch: int) -> None:
+    """One token's attention after a long cache that lies in memory, on a CPU: all of it, or chosen blocks."""
+    if profile == "quick":
+        pytest.skip("its caches take gigabytes: --profile full")
+    given = block_decoding.step(block_decoding.LENGTH, batch)
+
+    def check() -> None:
+        for arm in block_decoding.CHOICES:
+            block_decoding.check(arm)
+
+    measure_arms(
+        phase="decode",
+        baseline="sdpa",
+        arms={arm: partial(block_decoding.decode, arm, given) for arm in ("sdpa", *block_decoding.CHOICES)},
+        check=check,
+        axes={"length": block_decoding.LENGTH, "batch": batch},
+    )
 
 
 def bench_decode(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import block_attention
+from bench import block_attention, block_decoding
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
 from dsv3.attention import attend, reference
 
@@ -53,3 +53,17 @@ def test_tokens_that_choose_for_themselves_agree_with_the_reference_and_an_error
     given, selection, out = block_attention.per_token(LENGTH + 7)
     assert block_attention.last_query_error(given, selection, out) < 1e-5
     assert block_attention.last_query_error(given, selection, out + 0.01) > 1e-3
+
+
+@pytest.mark.parametrize("arm", block_decoding.CHOICES)
+def test_a_token_after_a_cache_attends_as_the_whole_forward_does(arm: str) -> None:
+    block_decoding.check(arm)
+
+
+def test_calls_take_the_caches_in_turn() -> None:
+    given = block_decoding.step(LENGTH, 1)
+    first, second = (block_decoding.decode("sdpa", given) for _ in range(2))
+    assert not torch.equal(first, second)
+    for _ in range(len(given.caches) - 2):
+        block_decoding.decode("sdpa", given)
+    torch.testing.assert_close(block_decoding.decode("sdpa", given), first, rtol=0.0, atol=0.0)
