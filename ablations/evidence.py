@@ -6,9 +6,8 @@ r and 1/r are each other's mirror. An exact metric that is equal in all replicat
 region of values: an estimate whose whole interval lies inside holds, one whose whole interval lies outside does not,
 and one across the border decides nothing.
 
-The exact sign-flip test assumes only that an effect's sign is arbitrary when there is none: with n pairs its least p is
-2 / 2^n, hence 6 pairs for one comparison at 0.05, and 1 + log2(m / 0.05) for m of them under Holm. Both are scipy's and
-statsmodels'.
+The exact sign-flip test, scipy's, assumes only that an effect's sign is arbitrary when there is none: with n pairs its
+least p is 2 / 2^n, hence 6 pairs for one comparison at 0.05, and 1 + log2(m / 0.05) for m of them under Holm.
 
 Of traced records (`ablations.traced`) every estimate knows the records that it comes from.
 """
@@ -195,13 +194,6 @@ def sign_flip(differences: Sequence[float]) -> float:
         return 1.0  # either sign is as good, and scipy wants two
     values = (np.asarray(differences, dtype=float),)
     return float(permutation_test(values, np.mean, permutation_type="samples", n_resamples=np.inf).pvalue)
-
-
-def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, bool]:
-    """Which of several comparisons differ, at a family-wise error of `alpha` (Holm)."""
-    from statsmodels.stats.multitest import multipletests
-
-    return dict(zip(p_values, multipletests(list(p_values.values()), alpha, method="holm")[0].tolist(), strict=True))
 
 
 def seeds_needed(comparisons: int = 1, alpha: float = 0.05) -> int:

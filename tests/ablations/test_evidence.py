@@ -14,7 +14,6 @@ from ablations.evidence import (
     compare,
     decide,
     estimate,
-    holm,
     mean,
     seeds_needed,
     sign_flip,
@@ -143,11 +142,6 @@ def test_six_pairs_of_one_sign_are_the_fewest_that_decide() -> None:
     assert sign_flip([1, 2, 3, 1, 2]) == pytest.approx(2 / 2**5)
     assert seeds_needed() == 6
     assert seeds_needed(10) == 9
-
-
-def test_holm_asks_more_of_the_best_of_several() -> None:
-    assert holm({"a": 0.03, "b": 0.04}) == {"a": False, "b": False}
-    assert holm({"a": 0.01, "b": 0.04}) == {"a": True, "b": True}
 
 
 def test_one_difference_has_no_sign_to_test() -> None:

@@ -13,7 +13,16 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import ttost_paired
 
 from ablations.evidence import sign_flip
-from ablations.significance import detectable, equivalence, holm_adjusted, paired_t, sign_flip_interval
+from ablations.significance import (
+    detectable,
+    detectable_by_flips,
+    equivalence,
+    flips_decide,
+    holm_adjusted,
+    judge_family,
+    paired_t,
+    sign_flip_interval,
+)
 
 WHOLE = st.integers(-1000, 1000).map(float)
 SIX = (1.0, 2.0, 3.0, 4.0, 5.0, 7.0)
@@ -130,6 +139,55 @@ def test_the_detectable_difference_is_detected_in_four_of_five_simulated_studies
     assert abs(found.mean() - 0.8) < 3 * math.sqrt(0.16 / trials)
 
 
+def test_six_pairs_are_found_when_all_signs_agree() -> None:
+    """So the effect d in standard deviations is that with Phi(d)^6 = 0.8: beyond what the t test sees."""
+    size = detectable_by_flips(list(range(6))) / float(np.std(range(6), ddof=1))
+    assert float(stats.norm.cdf(size)) ** 6 == pytest.approx(0.8)
+    assert size > 1.2 * TTestPower().solve_power(nobs=6, alpha=0.05, power=0.8)
+
+
+def test_what_flips_see_is_found_in_four_of_five_studies_by_the_test_itself() -> None:
+    """9 seeds, 3 arms: scipy's own p under alpha / 3. 300 studies, each signed in 512 ways."""
+    alpha, trials = 0.05 / 3, 300
+    size = detectable_by_flips(list(range(9)), alpha) / float(np.std(range(9), ddof=1))
+    draws = np.random.default_rng(4).normal(size, 1.0, (trials, 9)).tolist()
+    found = sum(sign_flip(draw) <= alpha for draw in draws) / trials
+    assert abs(found - 0.8) < 3 * math.sqrt(0.16 / trials)
+
+
+def test_too_few_pairs_see_nothing_however_large_and_many_see_what_t_does() -> None:
+    assert detectable_by_flips(SIX, 0.05 / 3) == math.inf
+    many = list(range(15))
+    assert detectable_by_flips(many, 0.01) == detectable(many, 0.01)
+    last = list(range(14))  # that is simulated
+    assert detectable_by_flips(last, 0.01) == pytest.approx(detectable(last, 0.01), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "comparisons, seeds, exact",
+    [(1, 5, False), (1, 6, True), (3, 6, False), (3, 7, True), (10, 9, True), (1, 21, False)],
+)
+def test_which_test_decides_is_known_from_how_many_there_are(comparisons: int, seeds: int, exact: bool) -> None:
+    assert flips_decide(comparisons, seeds) is exact
+
+
+def test_a_family_counts_the_members_that_are_not_there() -> None:
+    differences = {"a": SIX, "b": (1.0, -2.0, 0.5, 0.1, -0.3, 0.2)}
+    found = judge_family(differences, comparisons=4, seeds=6)
+    p_values = [paired_t(values) for values in differences.values()]
+    expected = multipletests([*p_values, 1.0, 1.0], method="holm")[1]
+    assert [one.adjusted for one in found.values()] == pytest.approx(list(expected)[:2])
+    assert found["a"].flipped == 2 / 64
+    assert found["a"].detectable == pytest.approx(detectable(SIX, 0.05 / 4))
+    assert judge_family({}, comparisons=4, seeds=6) == {}
+
+
+@pytest.mark.parametrize("seeds", [5, 7])
+def test_a_member_with_another_number_of_pairs_than_declared_is_refused(seeds: int) -> None:
+    with pytest.raises(ValueError, match=rf"a\.n=6: must be the {seeds} declared"):
+        judge_family({"a": SIX}, comparisons=1, seeds=seeds)
+
+
 def test_tost_finds_no_equivalence_at_the_margin_more_often_than_it_says() -> None:
     chance, trials = np.random.default_rng(2), 400
     claims = sum(equivalence(chance.normal(1.0, 0.3, 8).tolist(), 1.0) <= 0.05 for _ in range(trials))
@@ -143,3 +201,4 @@ def test_holm_is_statsmodels_and_worked_by_hand(p_values: dict[str, float]) -> N
     assert list(holm_adjusted(p_values).values()) == list(multipletests(list(p_values.values()), method="holm")[1])
     assert holm_adjusted({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
     assert holm_adjusted({}) == {}
+    assert holm_adjusted({"a": 0.01, "b": 0.02}, 4) == pytest.approx({"a": 0.04, "b": 0.06})

@@ -3,7 +3,7 @@
 sign-flip interval    covers at least 95% of symmetric data, whatever their tails; of skewed data less
 paired t              finds nothing in 5% of nulls at most; two equal readings of a coarse clock fool it
 TOST                  calls a difference as large as the margin "the same" in at most 5%
-what could be seen    is found in 80% of repetitions
+what could be seen    is found in 80% of repetitions by the test that decides; the sign-flip test needs larger effects
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ablations.significance import detectable, equivalence, paired_t, sign_flip_interval
+from ablations.significance import detectable, detectable_by_flips, equivalence, paired_t, sign_flip_interval
 from tests.statistics.draws import LAWS, TRIALS, Numbers, chance, law, pairs
 
 
@@ -163,6 +163,29 @@ def test_what_could_have_been_seen_is_seen_in_four_of_five(name: str, n: int) ->
     print(f"{name:12} {n:2} pairs: {100 * found:.1f} found")
     low, high = POWER[name]
     assert low / 100 <= found <= high / 100
+
+
+def found_by_flips(values: Numbers, alpha: float) -> float:
+    """How often the exact sign-flip test at alpha finds a mean above zero: zero lies below the inverted interval."""
+    n = values.shape[1]
+    outside = int(alpha * 2 ** (n - 1))
+    means = np.sort(values @ subsets(n), axis=1)
+    return float(np.mean(means[:, outside - 1] > 0))
+
+
+SHORT = {6: 0.62, 7: 0.77, 8: 0.78, 10: 0.79}  # power of the sign-flip test at the effect that the t test would see
+
+
+@pytest.mark.parametrize("n, comparisons", [(6, 1), (7, 1), (8, 1), (10, 1), (7, 3), (8, 3), (9, 9), (10, 9)])
+def test_what_the_sign_flip_test_could_have_seen_is_seen_in_four_of_five(n: int, comparisons: int) -> None:
+    alpha = 0.05 / comparisons
+    unit = (np.arange(n) / np.std(np.arange(n), ddof=1)).tolist()
+    draws = np.random.default_rng([n, comparisons]).standard_normal((FLIPS, n))
+    flips, t = (found_by_flips(draws + size(unit, alpha), alpha) for size in (detectable_by_flips, detectable))
+    print(f"{n:2} pairs, {comparisons} comparisons: {100 * flips:.1f} found, {100 * t:.1f} at the t test's effect")
+    assert abs(flips - 0.8) <= math.sqrt(2) * chance(0.8, 4000)  # the effect is simulated too, from 4000 draws
+    if comparisons == 1:
+        assert t == pytest.approx(SHORT[n], abs=chance(0.8, FLIPS))
 
 
 @pytest.mark.parametrize("n, low, high", [(2, 7, 99), (3, 11, 99), (6, 29, 98), (10, 40, 97), (20, 54, 94)])
