@@ -1,23 +1,28 @@
 """Every arm of a study against its baseline, on the metrics for which the study declares what would not matter.
 
-A study says `compared=(Compared("loss", margin=0.01, why="..."),)`. At each point of the axes all arms form one family:
-paired differences by seed with a t interval; the exact sign-flip test, adjusted by Holm over the family; TOST against
-the margin, adjusted likewise; and the smallest difference that would have been found. With so few seeds that the
-sign-flip test of so many arms can find nothing (1 + log2(m / alpha) are needed), Holm takes the paired t test, which
-assumes normal differences. Which of the two depends on the number of seeds and arms alone, not on what they show.
+A study says `compared=(Compared("loss", margin=0.01, why="..."),)`. At each point of the axes all arms that it names
+form one family: paired differences by seed with a t interval; a test of whether there is a difference, adjusted by Holm
+over the family; TOST against the margin, adjusted likewise; and the smallest difference that would have been found.
+
+The family and its number of seeds are those declared, not those that have records, and so is which test decides
+(`ablations.significance`). An arm without all declared seeds is shown with its interval and has no verdict; seeds
+beyond the declared ones change none.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
-from ablations.evidence import Estimate, compare, seeds_needed, sign_flip
+from ablations.evidence import Estimate, compare, seeds_needed
 from ablations.significance import (
     ALPHA,
     MOST,
-    detectable,
+    Judged,
     equivalence,
+    flips_decide,
     holm_adjusted,
-    paired_t,
+    judge_family,
     sign_flip_interval,
 )
 from bench.metrics import metric as metric_named
@@ -29,17 +34,19 @@ Value = str | int | float
 
 @dataclass(frozen=True)
 class Compared:
-    """A metric on which all arms are compared with the baseline.
+    """A metric on which arms are compared with the baseline.
 
     margin   the difference, in the metric's unit, below which two arms count as the same
     why      where the margin comes from: not from these records
     where    axes that select the points
+    arms     those that ever have the metric; all but the baseline where none are named
     """
 
     metric: str
     margin: float
     why: str
     where: Mapping[str, Value] = field(default_factory=dict)
+    arms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         metric_named(self.metric)
@@ -49,32 +56,31 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One arm against the baseline, over the seeds that both have; the p-values are None with a single seed.
+    """One arm against the baseline, over the seeds that both have.
 
-    difference    arm - baseline: mean and 95% t interval
+    seeds         how many are declared
+    difference    arm - baseline: mean and 95% t interval; None with no seed
     interval      the exact one, that of the inverted sign-flip test; None with fewer than 6 seeds
-    flipped       p of the exact sign-flip test
-    adjusted      p of the family's test after Holm
-    equivalent    p of TOST after Holm
-    detectable    smallest difference that a t test at alpha / m finds with 80% power
+    judged        what the family's tests say; None before the last declared seed
+    equivalent    p of TOST after Holm, likewise
     records       ids of what was compared, in pairs
     """
 
     arm: str
-    difference: Estimate
+    seeds: int
+    difference: Estimate | None = None
     interval: tuple[float, float] | None = None
-    flipped: float | None = None
-    adjusted: float | None = None
+    judged: Judged | None = None
     equivalent: float | None = None
-    detectable: float | None = None
     records: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
         """What the two families of tests say together, at a family-wise error of 5% each."""
-        if self.adjusted is None or self.equivalent is None:
-            return "one seed: no verdict"
-        match self.adjusted <= ALPHA, self.equivalent <= ALPHA:
+        if self.judged is None or self.equivalent is None:
+            n = 0 if self.difference is None else self.difference.n
+            return f"needs the full profile ({n} of {self.seeds} seeds)"
+        match self.judged.adjusted <= ALPHA, self.equivalent <= ALPHA:
             case True, True:
                 return "different, within the margin"
             case True, False:
@@ -87,25 +93,49 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """All arms at one point of the axes; `exact` when Holm is over the sign-flip tests, else over paired t tests."""
+    """The declared arms at one point of the axes, a row each."""
 
     compared: Compared
+    baseline: str
+    arms: tuple[str, ...]
+    seeds: int
     axes: Mapping[str, Value]
-    exact: bool
-    needed: int
     rows: tuple[Comparison, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether Holm is over the sign-flip tests, else over paired t tests."""
+        return flips_decide(len(self.arms), self.seeds)
+
+    @property
+    def needed(self) -> int:
+        """The seeds with which the sign-flip test of so many arms can find anything."""
+        return seeds_needed(len(self.arms), ALPHA)
+
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name what was declared: equal ones on two pages mean that nothing was moved
+        between them.
+        """
+        told = self.compared
+        parts = (told.metric, told.margin, told.why, sorted(told.where.items()), self.baseline, self.arms, self.seeds)
+        return sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def families(
-    records: Sequence[Record], compared: Iterable[Compared], arms: Sequence[str], baseline: str
+    records: Sequence[Record], compared: Iterable[Compared], *, arms: Sequence[str], baseline: str, seeds: int
 ) -> tuple[Family, ...]:
-    """The comparisons at every point that the baseline and another arm share, in the order of the records."""
-    return tuple(
-        family
+    """The comparisons at every point that the baseline and another arm share, in the order of the records.
+
+    `arms` and `seeds` are those that the study declares, whatever has been measured.
+    """
+    others = tuple(arm for arm in arms if arm != baseline)
+    found = (
+        _family(records, declared, axes, concerned, baseline, seeds)
         for declared in compared
+        if (concerned := declared.arms or others)
         for axes in _points(records, declared, baseline)
-        if (family := _family(records, declared, axes, arms, baseline)).rows
     )
+    return tuple(family for family in found if any(row.records for row in family.rows))
 
 
 def _points(records: Sequence[Record], declared: Compared, baseline: str) -> list[dict[str, Value]]:
@@ -118,34 +148,40 @@ def _points(records: Sequence[Record], declared: Compared, baseline: str) -> lis
 
 
 def _family(
-    records: Sequence[Record], declared: Compared, axes: Mapping[str, Value], arms: Sequence[str], baseline: str
+    records: Sequence[Record],
+    declared: Compared,
+    axes: Mapping[str, Value],
+    arms: tuple[str, ...],
+    baseline: str,
+    seeds: int,
 ) -> Family:
     there = [row for row in records if row.error is None and row.metric == declared.metric and row.axes == axes]
-    paired = {arm: found for arm in arms if arm != baseline and (found := _paired(there, arm, baseline))}
+    paired = {arm: _paired(there, arm, baseline)[:seeds] for arm in arms}
     pairs = {arm: [float(a.value or 0.0) - float(b.value or 0.0) for a, b in found] for arm, found in paired.items()}
-    needed = seeds_needed(max(1, len(pairs)))
-    tested = {arm: values for arm, values in pairs.items() if len(values) > 1}
-    exact = all(needed <= len(values) <= MOST for values in tested.values())
-    flipped = {arm: sign_flip(values) for arm, values in tested.items() if len(values) <= MOST}
-    adjusted = holm_adjusted(flipped if exact else {arm: paired_t(values) for arm, values in tested.items()})
-    equivalent = holm_adjusted({arm: equivalence(values, declared.margin) for arm, values in tested.items()})
+    whole = {arm: values for arm, values in pairs.items() if len(values) == seeds}
+    judged = judge_family(whole, comparisons=len(arms), seeds=seeds)
+    equivalent = holm_adjusted({arm: equivalence(values, declared.margin) for arm, values in whole.items()}, len(arms))
     rows = tuple(
         Comparison(
             arm=arm,
-            difference=compare(there, arm=arm, baseline=baseline, metric=declared.metric),
-            interval=sign_flip_interval(values) if len(values) <= MOST else None,
-            flipped=flipped.get(arm),
-            adjusted=adjusted.get(arm),
+            seeds=seeds,
+            difference=_difference(found, arm, baseline, declared.metric),
+            interval=sign_flip_interval(pairs[arm]) if 0 < len(found) <= MOST else None,
+            judged=judged.get(arm),
             equivalent=equivalent.get(arm),
-            detectable=detectable(values, ALPHA / len(pairs)) if arm in tested else None,
-            records=tuple(row.id for pair in paired[arm] for row in pair),
+            records=tuple(row.id for pair in found for row in pair),
         )
-        for arm, values in pairs.items()
+        for arm, found in paired.items()
     )
-    return Family(compared=declared, axes=axes, exact=exact, needed=needed, rows=rows)
+    return Family(compared=declared, baseline=baseline, arms=arms, seeds=seeds, axes=axes, rows=rows)
 
 
 def _paired(records: Sequence[Record], arm: str, baseline: str) -> list[tuple[Record, Record]]:
-    """The arm's record and the baseline's at every seed that has both."""
+    """The arm's record and the baseline's at every seed that has both, in the order of the seeds."""
     ours, theirs = ({row.seed: row for row in records if row.arm == name} for name in (arm, baseline))
-    return [(row, theirs[seed]) for seed, row in ours.items() if seed in theirs]
+    return [(ours[seed], theirs[seed]) for seed in sorted(ours, key=lambda seed: seed or 0) if seed in theirs]
+
+
+def _difference(found: Sequence[tuple[Record, Record]], arm: str, baseline: str, metric: str) -> Estimate | None:
+    records = [row for pair in found for row in pair]
+    return compare(records, arm=arm, baseline=baseline, metric=metric) if records else None

@@ -11,8 +11,10 @@ effect of a set of factors is a contrast of the 2^k arms (Box, Hunter and Hunter
     effect(S) = mean of y where the product of the codes of S is +1 - mean of y where it is -1
 
 so an interaction of two factors is half the difference that one makes to the effect of the other. Each seed that all
-arms have gives one value of each effect: pairs by design, with a t interval over seeds and the exact sign-flip test,
-Holm over all effects.
+arms have gives one value of each effect: pairs by design, with a t interval over seeds; all effects are one family of
+tests (`ablations.significance`) over the declared seeds.
+
+A study that sets `design=factorial(...)` has a table of its effects in the report; ablations/moe_factorial.py is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,8 +24,8 @@ from itertools import combinations, product
 from math import prod
 from typing import Any
 
-from ablations.evidence import Estimate, NoEvidence, mean, replicates, seeds_needed, sign_flip
-from ablations.significance import MOST, holm_adjusted, paired_t
+from ablations.evidence import Estimate, NoEvidence, mean, replicates
+from ablations.significance import ALPHA, Judged, judge_family
 from ablations.study import Arm
 from bench.record import Record
 from dsv3.config import Config, vary
@@ -57,26 +59,59 @@ class Design:
     levels: Mapping[str, tuple[str, ...]]
     words: tuple[frozenset[str], ...] = ()
 
+    @property
+    def crossed(self) -> bool:
+        """Whether effects can be told from it: two levels of each factor, in all combinations or a fraction of them."""
+        two = all(len(factor.levels) == 2 for factor in self.factors)
+        return two and len(self.arms) * (len(self.words) + 1) == 2 ** len(self.factors)
+
     def aliases(self, effect: frozenset[str]) -> tuple[frozenset[str], ...]:
         """The effects that no arm of this design tells apart from `effect`, the shortest first."""
         return tuple(sorted((effect ^ word for word in self.words), key=_length))
+
+    def told_apart(self, most: int = 2) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """The effects of up to `most` factors that can be estimated, each with its aliases by name: of effects that are
+        aliases the one with the fewest factors stands.
+        """
+        names = [factor.name for factor in self.factors]
+        shown: dict[tuple[str, ...], tuple[str, ...]] = {}
+        hidden = set(self.words)
+        for chosen in (chosen for size in range(1, most + 1) for chosen in combinations(names, size)):
+            effect = frozenset(chosen)
+            if effect not in hidden:
+                hidden |= {effect, *self.aliases(effect)}
+                shown[chosen] = tuple(_signed(effect, alias, names) for alias in self.aliases(effect))
+        return shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effect:
     """What a factor, or factors together, do to a metric, plus what its aliases do (minus, where a name begins with
-    "-"). p is after Holm over all effects, None with a single seed.
+    "-").
+
+    seeds     how many are declared
+    judged    what the tests say, all effects being one family; None before every arm has its last declared seed
+    records   ids of what it was computed from
     """
 
     factors: tuple[str, ...]
     found: Estimate
-    p: float | None
+    seeds: int
+    judged: Judged | None = None
     aliases: tuple[str, ...] = ()
+    records: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The factors joined: "lr x depth"."""
         return told(self.factors)
+
+    @property
+    def verdict(self) -> str:
+        """What the test that decides says, at a family-wise error of 5%."""
+        if self.judged is None:
+            return f"needs the full profile ({self.found.n} of {self.seeds} seeds)"
+        return "different" if self.judged.adjusted <= ALPHA else "not enough evidence"
 
 
 def one_factor(base: Config, *factors: Factor) -> Design:
@@ -127,35 +162,34 @@ def fractional(base: Config, *factors: Factor, generators: Mapping[str, Sequence
 
 
 def effects(
-    records: Sequence[Record], design: Design, metric: str, *, most: int = 2, **where: Value
+    records: Sequence[Record], design: Design, metric: str, *, seeds: int, most: int = 2, **where: Value
 ) -> tuple[Effect, ...]:
-    """Main effects and the interactions of up to `most` factors, over the seeds that every arm has.
-
-    Of effects that are aliases the one with the fewest factors stands, with the others' names beside it.
+    """Main effects and the interactions of up to `most` factors, over the seeds that every arm has, of `seeds` declared
+    ones.
 
     Raises:
         ValueError: factors without exactly two levels, or a design of one factor at a time.
         NoEvidence: an arm has no record, or no seed is in all of them.
     """
     _require_two_levels(design.factors)
-    names = [factor.name for factor in design.factors]
-    full = len(design.arms) * (len(design.words) + 1) == 2 ** len(names)
-    require(full, "arms", len(design.arms), "must be a factorial design or a fraction of one", "use factorial")
-    values = _values(records, design, metric, where)
-    found: dict[tuple[str, ...], list[float]] = {}
-    shown: dict[tuple[str, ...], tuple[str, ...]] = {}
-    hidden = set(design.words)
-    for size in range(1, most + 1):
-        for chosen in combinations(names, size):
-            effect = frozenset(chosen)
-            if effect not in hidden:
-                hidden |= {effect, *design.aliases(effect)}
-                found[chosen] = _contrast(design, effect, values)
-                shown[chosen] = tuple(_signed(effect, alias, names) for alias in design.aliases(effect))
-    p = _adjusted(found)
+    require(
+        design.crossed, "arms", len(design.arms), "must be a factorial design or a fraction of one", "use factorial"
+    )
+    rows = _rows(records, design, metric, where)[:seeds]
+    shown = design.told_apart(most)
+    found = {told(chosen): _contrast(design, frozenset(chosen), rows) for chosen in shown}
+    whole = found if len(rows) == seeds > 1 else {}
+    judged = judge_family(whole, comparisons=len(found), seeds=seeds)
     return tuple(
-        Effect(factors=chosen, found=mean(each), p=p.get(told(chosen)), aliases=shown[chosen])
-        for chosen, each in found.items()
+        Effect(
+            factors=chosen,
+            found=mean(found[told(chosen)]),
+            seeds=seeds,
+            judged=judged.get(told(chosen)),
+            aliases=aliases,
+            records=tuple(record.id for row in rows for record in row.values()),
+        )
+        for chosen, aliases in shown.items()
     )
 
 
@@ -176,9 +210,10 @@ def _design(
     arms, levels = [], {}
     for row in rows:
         chosen = {f.field: f.levels[level] for f, level in zip(factors, row, strict=True)}
-        moved = [f"{f.name}={level}" for f, level in zip(factors, row, strict=True) if level != next(iter(f.levels))]
-        name = ",".join(moved) or BASELINE
-        arms.append(Arm(name, " and ".join(moved) or "every factor at its first level", vary(base, **chosen)))
+        moved = [(f, level) for f, level in zip(factors, row, strict=True) if level != next(iter(f.levels))]
+        name = ",".join(f"{f.name}={level}" for f, level in moved) or BASELINE
+        changed = " and ".join(f"{level} instead of {next(iter(f.levels))}" for f, level in moved) or ", ".join(row)
+        arms.append(Arm(name, changed, vary(base, **chosen)))
         levels[name] = row
     return Design(factors=tuple(factors), arms=tuple(arms), levels=levels, words=tuple(words))
 
@@ -193,18 +228,18 @@ def _group(generating: Sequence[frozenset[str]]) -> tuple[frozenset[str], ...]:
     return tuple(sorted(words, key=_length))
 
 
-def _values(
+def _rows(
     records: Sequence[Record], design: Design, metric: str, where: Mapping[str, Value]
-) -> list[dict[str, float]]:
-    """For each seed that every arm has, the arms' values."""
-    rows = {arm.name: replicates(records, arm=arm.name, metric=metric, **where) for arm in design.arms}
-    seeds = [seed for seed in rows[design.arms[0].name] if all(seed in found for found in rows.values())]
+) -> list[dict[str, Record]]:
+    """For each seed that every arm has, in order, the arms' records."""
+    found = {arm.name: replicates(records, arm=arm.name, metric=metric, **where) for arm in design.arms}
+    seeds = [seed for seed in found[design.arms[0].name] if all(seed in rows for rows in found.values())]
     if not seeds:
         raise NoEvidence(f"no seed has {metric} of all {len(design.arms)} arms")
-    return [{arm: float(found[seed].value or 0.0) for arm, found in rows.items()} for seed in seeds]
+    return [{arm: rows[seed] for arm, rows in found.items()} for seed in sorted(seeds, key=lambda seed: seed or 0)]
 
 
-def _contrast(design: Design, effect: frozenset[str], values: Sequence[Mapping[str, float]]) -> list[float]:
+def _contrast(design: Design, effect: frozenset[str], rows: Sequence[Mapping[str, Record]]) -> list[float]:
     """By seed: the mean of the arms whose codes of the effect multiply to +1, minus that of the others."""
     signs = {
         arm: prod(
@@ -214,15 +249,9 @@ def _contrast(design: Design, effect: frozenset[str], values: Sequence[Mapping[s
         )
         for arm, levels in design.levels.items()
     }
-    return [2 * sum(signs[arm] * value for arm, value in found.items()) / len(signs) for found in values]
-
-
-def _adjusted(found: Mapping[tuple[str, ...], Sequence[float]]) -> dict[str, float]:
-    seeds = len(next(iter(found.values())))
-    if seeds < 2:
-        return {}
-    test = sign_flip if seeds_needed(len(found)) <= seeds <= MOST else paired_t
-    return holm_adjusted({told(chosen): test(values) for chosen, values in found.items()})
+    return [
+        2 * sum(signs[arm] * float(record.value or 0.0) for arm, record in row.items()) / len(signs) for row in rows
+    ]
 
 
 def _require_two_levels(factors: Sequence[Factor]) -> None:

@@ -249,6 +249,7 @@ STUDY = Study(
             margin=0.01,
             why="the margin of claim DS1",
             where={"look": "training"},
+            arms=tuple(FORMS)[1:],
         ),
     ),
     configs={arm: configured(arm, tokens=2048, steps=120) for arm in FORMS},

@@ -360,6 +360,7 @@ STUDY = Study(
             margin=0.0125,
             why="0.25% of 5 nat, the relative error that DeepSeek-V3 states for FP8 (arXiv:2412.19437, section 3.3)",
             where={"look": "training"},
+            arms=tuple(TRAINED)[1:],
         ),
     ),
     configs={name: trained(precision) for name, precision in TRAINED.items()},

@@ -41,9 +41,13 @@ import torch; `measure` does so inside, because it runs in a fresh process per c
         limits=("One layer, batch 1: a model's other layers dilute the effect.",),
     )
 
-Then add the name to `STUDIES` in ablations/__init__.py. Whatever a cell depends on stands in its arm, seed or axes (a
-number of steps too): the axes identify the point in every table. A seed is also the replicate: of a timing, the number
-of the fresh process.
+Arms that combine factors come from a design (ablations/designs.py): with `DESIGN = factorial(base, Factor(...), ...)`
+say `arms=DESIGN.arms, baseline=BASELINE, design=DESIGN`, and the page has a table of the effects on every metric that
+is compared. moe_factorial.py is such a study.
+
+Then add the name to `STUDIES` in ablations/__init__.py; a study that is not there is run by its path. Whatever a cell
+depends on stands in its arm, seed or axes (a number of steps too): the axes identify the point in every table. A seed
+is also the replicate: of a timing, the number of the fresh process.
 """
 
 import ast
@@ -52,7 +56,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ablations.claims import Claim, Verdict, ledger
 from ablations.code import definitions_reached
@@ -62,6 +66,9 @@ from bench.metrics import metric
 from bench.record import Profile, Record
 from dsv3.config import Config
 from dsv3.config.rules import require
+
+if TYPE_CHECKING:
+    from ablations.designs import Design
 
 Value = str | int | float
 
@@ -163,7 +170,10 @@ class Rule:
     judge: Judge
 
     def text(self) -> str:
-        """Everything the verdict depends on, as text: the words, the number of seeds, the code of the decision."""
+        """What the verdict depends on, as text: the words, the number of seeds, and the code of the decision as far as
+        it stands in the study's own file. What that code imports (`ablations.evidence`) is no part of it, nor are the
+        margins of `compared`: the table of each comparison bears a digest of its own.
+        """
         claim = ledger()[self.claim]
         words = (claim.id, claim.value, claim.unit, claim.estimand, claim.scope, claim.margin)
         return json.dumps([*words, self.seeds, *map(ast.dump, definitions_reached(self.judge))])
@@ -200,6 +210,7 @@ class Study:
     configs   by arm, the whole run of the full profile, where it is more than the arm's own config says; shown as what
               the arm changes, and no part of what names a cell
     compared  metrics on which every arm is tested against the baseline, with the margin that would not matter
+    design    which of the arms combine which levels of which factors, where they do
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
     seeds     replicates per profile; "full" has at least what the rules ask
     answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' answers
@@ -220,6 +231,7 @@ class Study:
     limits: tuple[str, ...] = ()
     configs: Mapping[str, Config] = field(default_factory=dict)
     compared: tuple[Compared, ...] = ()
+    design: "Design | None" = None
 
     def __post_init__(self) -> None:
         names = tuple(arm.name for arm in self.arms)
@@ -230,9 +242,7 @@ class Study:
         require(set(self.seeds) == {"quick", "full"}, "seeds", dict(self.seeds), "must have quick and full", "add it")
         for name in (*self.metrics, *(figure.metric for figure in self.figures if figure.draw is None)):
             metric(name)
-        for compared in self.compared:
-            there = compared.metric in self.metrics
-            require(there, "compared", compared.metric, f"must be one of {', '.join(self.metrics)}", "declare it there")
+        self._check_compared()
         for rule in self.rules:
             known = ledger()
             require(
@@ -242,6 +252,18 @@ class Study:
             require(
                 rule.seeds <= most, "seeds", rule.seeds, f"must be at most the full profile's {most}", "declare more"
             )
+
+    def _check_compared(self) -> None:
+        most = self.seeds["full"]
+        require(not self.compared or most > 1, "seeds", most, "must be at least 2 to compare arms", "declare more")
+        others = [arm.name for arm in self.arms if arm.name != self.baseline]
+        for compared in self.compared:
+            there = compared.metric in self.metrics
+            require(there, "compared", compared.metric, f"must be one of {', '.join(self.metrics)}", "declare it there")
+            strangers = [arm for arm in compared.arms if arm not in others]
+            require(not strangers, "compared.arms", strangers, f"must be of {', '.join(others)}", "name arms")
+        strangers = [arm.name for arm in self.design.arms if arm not in self.arms] if self.design else []
+        require(not strangers, "design", strangers, "must have arms of the study", "pass arms=design.arms")
 
     def arm(self, name: str) -> Arm:
         """The arm of that name.
