@@ -15,6 +15,9 @@ run.py            every cell in a fresh process (cell.py), once (cache.py, and c
 ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
 STUDIES           the studies, in the order of the report
+
+Run by their paths alone, as the report has a time budget: multi_token_tuned.py, which tunes every arm, and
+moe_factorial.py, a factorial design.
 """
 
 STUDIES: tuple[str, ...] = (

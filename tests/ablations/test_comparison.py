@@ -264,6 +264,7 @@ def margin(name: str) -> float:
 def test_a_margin_that_stands_twice_is_the_same() -> None:
     assert margin("latent_attention") == margin("multi_token") == ledger()["DS1"].margin
     assert margin(str(ROOT / "ablations" / "multi_token_tuned.py")) == margin("multi_token")
+    assert margin(str(ROOT / "ablations" / "moe_factorial.py")) == margin("moe_capacity")
 
 
 def test_a_verdict_needs_both_families() -> None:
