@@ -50,7 +50,6 @@ depends on stands in its arm, seed or axes (a number of steps too): the axes ide
 is also the replicate: of a timing, the number of the fresh process.
 """
 
-import ast
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +63,7 @@ from ablations.comparison import Compared
 from bench.measurement import Measurement
 from bench.metrics import metric
 from bench.record import Profile, Record
+from bench.syntax import dump
 from dsv3.config import Config
 from dsv3.config.rules import require
 
@@ -176,7 +176,7 @@ class Rule:
         """
         claim = ledger()[self.claim]
         words = (claim.id, claim.value, claim.unit, claim.estimand, claim.scope, claim.margin)
-        return json.dumps([*words, self.seeds, *map(ast.dump, definitions_reached(self.judge))])
+        return json.dumps([*words, self.seeds, *map(dump, definitions_reached(self.judge))])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ The file keeps of every block the ratios to the base, and which measuring code m
 refused, since they say nothing of today's.
 """
 
-import ast
 import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from bench.ab.judge import added
 from bench.fingerprint import machine_id
 from bench.record import append_lines
 from bench.revision import checked_out
+from bench.syntax import dump, parse
 from dsv3.config.rules import require
 
 NULL_BLOCKS = Path(__file__).parent / "null_blocks.jsonl"
@@ -108,16 +108,8 @@ def load(path: Path) -> list[NullBlock]:
 def code() -> str:
     """A digest of what measures: the cases, the worker and the design of a block; docstrings do not count."""
     design = (ARMS, block.ROUNDS, block.CALLS, block.SLOW)
-    parts = [str(design), *(ast.dump(_bare(Path(str(room.__file__)))) for room in (cases, worker))]
+    parts = [str(design), *(dump(parse(Path(str(room.__file__)))) for room in (cases, worker))]
     return sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def _bare(path: Path) -> ast.Module:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return tree
 
 
 def calibrate(recorded: Sequence[NullBlock], *, budget: float, seed: int, trials: int = TRIALS) -> Calibration:
