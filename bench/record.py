@@ -5,7 +5,7 @@ Files only grow: a record is appended whole or not at all, and a run killed at a
 writing. Reading never fails on a bad line, whatever its bytes; it names it, and `Loaded.left_out` counts them. A
 measurement that failed is a record too, with `error` in place of a value.
 
-Lines with equal `id` measure the same thing again; the later one stands (`latest`).
+Lines with equal `id` measure the same thing again; the later one stands.
 """
 
 import json
@@ -226,11 +226,6 @@ def load(path: Path | str) -> Loaded:
         except (ValueError, TypeError) as error:
             skipped.append(Skipped(line=number, reason=_short(str(error))))
     return Loaded(records=tuple(records), skipped=tuple(skipped))
-
-
-def latest(records: Iterable[Record]) -> tuple[Record, ...]:
-    """One record per id, the last of each, in the order in which the ids first came."""
-    return tuple({record.id: record for record in records}.values())
 
 
 def other_machines(records: Iterable[Record]) -> str:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.record import SCHEMA, Record, append, from_line, latest, load, other_machines, to_line
+from bench.record import SCHEMA, Record, append, from_line, load, other_machines, to_line
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Record(
@@ -124,7 +124,6 @@ def test_the_id_names_what_was_measured_and_not_what_came_out() -> None:
     again = replace(PLAIN, value=0.25, samples=(0.2, 0.25, 0.3), time="2026-01-02T00:00:00+00:00")
     elsewhere = replace(PLAIN, axes={"factor": 1.25})
     assert again.id == PLAIN.id != elsewhere.id
-    assert latest([PLAIN, elsewhere, again]) == (again, elsewhere)
 
 
 def test_appended_records_load_in_order(tmp_path: Path) -> None:
