@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-from ablations.evidence import Estimate, compare, seeds_needed
+from ablations.evidence import Estimate, compare, matched, seeds_needed
 from ablations.significance import (
     ALPHA,
     MOST,
@@ -179,7 +179,7 @@ def _family(
 def _paired(records: Sequence[Record], arm: str, baseline: str) -> list[tuple[Record, Record]]:
     """The arm's record and the baseline's at every seed that has both, in the order of the seeds."""
     ours, theirs = ({row.seed: row for row in records if row.arm == name} for name in (arm, baseline))
-    return [(ours[seed], theirs[seed]) for seed in sorted(ours, key=lambda seed: seed or 0) if seed in theirs]
+    return sorted(matched(ours, theirs), key=lambda pair: pair[0].seed or 0)
 
 
 def _difference(found: Sequence[tuple[Record, Record]], arm: str, baseline: str, metric: str) -> Estimate | None:

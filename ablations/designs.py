@@ -234,6 +234,7 @@ def _rows(
     """For each seed that every arm has, in order, the arms' records."""
     found = {arm.name: replicates(records, arm=arm.name, metric=metric, **where) for arm in design.arms}
     seeds = [seed for seed in found[design.arms[0].name] if all(seed in rows for rows in found.values())]
+    seeds = [seed for seed in seeds if len({rows[seed].corpus for rows in found.values()}) == 1]
     if not seeds:
         raise NoEvidence(f"no seed has {metric} of all {len(design.arms)} arms")
     return [{arm: rows[seed] for arm, rows in found.items()} for seed in sorted(seeds, key=lambda seed: seed or 0)]

@@ -77,23 +77,35 @@ def estimate(records: Sequence[Record], *, arm: str, metric: str, **where: Value
 def compare(
     records: Sequence[Record], *, arm: str, baseline: str, metric: str, ratio: bool = False, **where: Value
 ) -> Estimate:
-    """The paired difference (or ratio) of an arm's metric from the baseline's, over the seeds that both have.
+    """The paired difference (or ratio) of an arm's metric from the baseline's, over the seeds that both have on equal
+    texts.
 
     Raises:
         NoEvidence: no seed has both, or the baseline of a ratio is 0.
         ValueError: the axes in `where` leave more than one point.
     """
     ours, theirs = (_point(records, name, metric, where) for name in (arm, baseline))
-    shared = [seed for seed in ours if seed in theirs]
-    if not shared:
-        raise NoEvidence(f"no seed has {metric} of both {arm} and {baseline}{_at(where)}")
-    pairs = [(_value(ours[seed]), _value(theirs[seed])) for seed in shared]
-    exact = all(ours[seed].noise == theirs[seed].noise == "exact" for seed in shared)
+    both = matched(ours, theirs)
+    if not both:
+        apart = ", of one corpus" if ours.keys() & theirs.keys() else ""
+        raise NoEvidence(f"no seed has {metric} of both {arm} and {baseline}{apart}{_at(where)}")
+    pairs = [(_value(mine), _value(other)) for mine, other in both]
+    exact = all(mine.noise == other.noise == "exact" for mine, other in both)
     if ratio:
         if not all(b for _, b in pairs):
             raise NoEvidence(f"{metric} of {baseline} is 0{_at(where)}: nothing has a ratio to it")
         return mean([a / b for a, b in pairs], exact=exact, geometric=True)
     return mean([a - b for a, b in pairs], exact=exact)
+
+
+def matched(
+    ours: Mapping[int | None, Record], theirs: Mapping[int | None, Record]
+) -> tuple[tuple[Record, Record], ...]:
+    """The two records of every seed that both have, unless they read unequal texts: such two differ in more than the
+    arm.
+    """
+    both = ((row, theirs[seed]) for seed, row in ours.items() if seed in theirs)
+    return tuple((mine, other) for mine, other in both if mine.corpus == other.corpus)
 
 
 def replicates(records: Sequence[Record], *, arm: str, metric: str, **where: Value) -> dict[int | None, Record]:

@@ -1,6 +1,6 @@
 """The verdict on every claim, from the records that are there.
 
-What may speak: the records of one machine (that of the study's newest record), each point once (the newest), measured
+What may speak: the records of one machine (that of the study's newest figure), each point once (the newest), measured
 under the rules as they stand now; those of an older rule are exploratory. There is no verdict with fewer replicates
 than the rule declares.
 
@@ -10,11 +10,12 @@ An answer is plain text that knows which records each of its numbers comes from 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from ablations.cell import PENDING
 from ablations.claims import Claim, Outcome, Verdict, ledger
 from ablations.evidence import NoEvidence
 from ablations.study import Rule, Study
-from ablations.traced import Count, Prose, tracing
-from bench.record import Record
+from ablations.traced import Count, Prose, mark, tracing
+from bench.record import Record, speaking
 
 
 def verdicts(studies: Iterable[Study], records: Sequence[Record]) -> dict[str, Verdict]:
@@ -39,17 +40,16 @@ def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record
 
 
 def standing(study: Study, records: Iterable[Record]) -> tuple[Record, ...]:
-    """The study's records that stand: of the newest one's machine, the newest of each point, in file order.
+    """The study's records that stand: of the machine that speaks, the newest of each point, in file order.
 
     An error stands until something of its arm and seed is measured where it failed.
     """
-    ours = [record for record in records if record.study == study.name]
-    ours = [record for record in ours if record.machine == ours[-1].machine]
+    ours = speaking([record for record in records if record.study == study.name])
     points: dict[tuple[object, ...], Record] = {}
     for row in ours:
         if row.error is None:
             points = {key: old for key, old in points.items() if not _repairs(row, old)}
-        key = (row.arm, row.seed, row.metric, tuple(sorted(row.axes.items())), row.error is None)
+        key = (row.arm, row.seed, *_place(row), row.error is None)
         points.pop(key, None)
         points[key] = row
     return tuple(points.values())
@@ -61,6 +61,35 @@ def current(study: Study, records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple(record for record in records if record.rule == digest)
 
 
+def mixed(records: Sequence[Record], baseline: str) -> str:
+    """Which means and pairs are of records that differ in more than their seed or arm, as when only some cells were
+    run again; "" where none are.
+    """
+    means = dict[tuple[object, ...], list[Record]]()
+    for row in records:
+        means.setdefault((row.arm, *_place(row)), []).append(row)
+    against = {(row.seed, *_place(row)): row for row in records if row.arm == baseline}
+    others = [row for row in records if row.arm != baseline and (row.seed, *_place(row)) in against]
+    pairs = [(row, against[row.seed, *_place(row)]) for row in others]
+    said = [
+        _several(means.values(), "config", "points average records of several configs"),
+        _several(means.values(), "revision", "points average records of several revisions"),
+        _several(means.values(), "corpus", "points average records of several texts"),
+        _several(pairs, "revision", f"pairs with {baseline} are of two revisions"),
+        _several(pairs, "corpus", f"pairs with {baseline} are of two texts and left out"),
+    ]
+    return " ".join(filter(None, said))
+
+
+def _place(record: Record) -> tuple[object, ...]:
+    return record.metric, tuple(sorted(record.axes.items()))
+
+
+def _several(groups: Iterable[Sequence[Record]], part: str, what: str) -> str:
+    found = [len({getattr(row, part) for row in rows}) > 1 for rows in groups]
+    return f"{'All' if all(found) else 'Some'} {what}." if any(found) else ""
+
+
 def _repairs(row: Record, old: Record) -> bool:
     same = old.error is not None and (old.arm, old.seed) == (row.arm, row.seed)
     return same and old.axes.items() <= row.axes.items()
@@ -69,8 +98,7 @@ def _repairs(row: Record, old: Record) -> bool:
 def _judge(claim: Claim, study: Study, rule: Rule, records: Sequence[Record]) -> Verdict:
     rows = [record for record in current(study, records) if record.error is None]
     if not rows:
-        why = "its records are of an older rule, exploratory" if records else "not run yet"
-        return _pending(f"{why}: python -m ablations run {study.name} --profile full")
+        return _pending(f"{_missing(study, records)}: python -m ablations run {study.name} --profile full")
     by_seed = {record.seed: record.id for record in rows}
     seeds = Count(len(by_seed), by_seed.values())
     if seeds < rule.seeds:
@@ -83,6 +111,17 @@ def _judge(claim: Claim, study: Study, rule: Rule, records: Sequence[Record]) ->
     if found.outcome is not Outcome.PENDING and found.n < rule.seeds:
         return replace(_pending(f"needs the full profile ({found.n} of {rule.seeds} seeds)"), n=int(found.n))
     return _plain(found)
+
+
+def _missing(study: Study, records: Sequence[Record]) -> str:
+    """Why no figure may speak, among records that stand."""
+    lost = current(study, records)
+    if lost:
+        failed = [row for row in lost if not str(row.error).startswith(PENDING)]
+        first = (failed or lost)[0]
+        why = mark(str(first.error).removeprefix(PENDING), (first.id,))
+        return f"every cell failed, first: {why}" if failed else f"cannot be measured here ({why})"
+    return "its records are of an older rule, exploratory" if records else "not run yet"
 
 
 def _plain(found: Verdict) -> Verdict:

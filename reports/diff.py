@@ -3,7 +3,7 @@
 An exact figure has changed if it differs at any seed that both have. A noisy one has changed if the two 95% intervals
 have nothing in common, which chance alone does to one figure in 200; where an interval is missing nothing can be said,
 nor where it is that of one process, since another process of the same code often lies outside it. Of each folder the
-machine of the newest record speaks; on two machines only figures that transfer between machines are compared.
+machine of the newest figure speaks; on two machines only figures that transfer between machines are compared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ablations.evidence import Estimate, summarise
 from bench.fingerprint import saved
 from bench.metrics import metric
-from bench.record import Record, load, other_machines
+from bench.record import Record, load, other_machines, speaking
 from reports.known import known
 
 Verdict = Literal["changed", "same", "no interval", "one process", "gone", "new"]
@@ -77,7 +77,7 @@ def _speaking(folder: Path) -> tuple[tuple[Record, ...], list[str]]:
             f"{found.left_out}{strange}"
         )
     notes = [f"{folder}: {note}" for note in (found.left_out, strange, other_machines(records)) if note]
-    return tuple(row for row in records if row.machine == records[-1].machine), notes
+    return speaking(records), notes
 
 
 def _machine(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from ablations.code import ROOT
 from ablations.evidence import NoEvidence
 from ablations.study import Study
 from ablations.traced import Prose, mark, tracing
-from ablations.verdicts import current, standing, verdicts
+from ablations.verdicts import current, mixed, standing, verdicts
 from bench.metrics import METRICS, Metric, metric
-from bench.record import Profile, Record, other_machines
+from bench.record import Profile, Record, other_machines, speaking
 from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
@@ -123,15 +123,14 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         metrics=tuple(row for row in METRICS if row.name in used),
         commands=(f"python -m ablations run {study.name} --profile {_profile(rows)}", "python -m reports build"),
         origin=_origin(rows, study.rule_digest()),
-        aside=other_machines(record for record in records if record.study == study.name),
+        aside=other_machines([record for record in records if record.study == study.name]),
         declared=declared(study, rows),
     )
 
 
 def bench_page(name: str, records: Sequence[Record]) -> Page:
     """The page of a benchmark file: its cases' figures without a verdict."""
-    newest = [record for record in records if record.machine == records[-1].machine]
-    rows = list({(r.arm, r.seed, r.metric, tuple(sorted(r.axes.items()))): r for r in newest}.values())
+    rows = list({(r.arm, r.seed, r.metric, tuple(sorted(r.axes.items()))): r for r in speaking(records)}.values())
     used = tuple(dict.fromkeys(record.metric for record in rows))
     arms = tuple(dict.fromkeys(record.arm for record in rows))
     baselines = ", ".join(dict.fromkeys(record.baseline for record in rows if record.baseline))
@@ -175,7 +174,7 @@ def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> 
     pending.
     """
     if not any(record.error is None for record in rows):
-        return ("Pending: not run yet.",)
+        return ("Pending: no cell could be measured; see why below." if rows else "Pending: not run yet.",)
     if not any(record.error is None for record in current(study, rows)):
         return ("Pending: the rule of verdict was changed after these records; run again.", _headline(study, rows))
     if study.answer is not None:
@@ -203,7 +202,7 @@ def _headline(study: Study, rows: Sequence[Record]) -> Prose:
 
 
 def _warning(study: Study, rows: Sequence[Record]) -> str:
-    """What a reader must know before believing a number: few seeds, an older rule, another machine."""
+    """What a reader must know before believing a number: few seeds, an older rule, records renewed in part."""
     measured = [record for record in rows if record.error is None]
     if not measured:
         return ""
@@ -216,7 +215,7 @@ def _warning(study: Study, rows: Sequence[Record]) -> str:
         )
     if len(current(study, measured)) < len(measured):
         said.append("Some records are of an older rule of verdict: exploratory, shown here, and decide nothing.")
-    return " ".join(said)
+    return " ".join(filter(None, (*said, mixed(measured, study.baseline))))
 
 
 def _drawn(study: Study, figure: Any, rows: Sequence[Record]) -> Drawn:

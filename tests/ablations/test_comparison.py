@@ -153,6 +153,18 @@ def test_only_seeds_that_both_have_are_paired_and_errors_are_none() -> None:
     assert found.verdict == "different"
 
 
+def test_records_of_unequal_texts_are_no_pair() -> None:
+    records = rows({"arm": 1.0})
+    reread = [
+        replace(record, corpus="new") if (record.arm, record.seed) == ("arm", 0) else record for record in records
+    ]
+    (found,) = only(reread).rows
+    assert found.difference is not None
+    assert (found.difference.n, found.verdict) == (5, "needs the full profile (5 of 6 seeds)")
+    apart = [replace(record, corpus=record.arm) for record in records]
+    assert families(apart, [LOSS], arms=["arm"], baseline="base", seeds=6) == ()
+
+
 def test_the_smallest_effect_in_sight_is_that_of_the_test_that_decides() -> None:
     (found,) = only(rows({"arm": 0.01})).rows
     values = [0.01 + own for own in SPREAD]

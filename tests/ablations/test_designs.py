@@ -96,6 +96,8 @@ def test_only_seeds_that_every_arm_has_speak() -> None:
     apart = [row for row in rows if row.seed == (0 if row.arm == BASELINE else 1)]
     with pytest.raises(NoEvidence, match="no seed has loss of all 2 arms"):
         effects(apart, design, "loss", seeds=3)
+    reread = [replace(row, corpus="new") if (row.arm, row.seed) == (BASELINE, 2) else row for row in rows]
+    assert effects(reread, design, "loss", seeds=3)[0].found.n == 2, "a seed whose arms read unequal texts does not"
 
 
 def test_one_seed_gives_effects_without_an_interval_or_a_p() -> None:

@@ -110,6 +110,15 @@ def test_a_comparison_pairs_seeds_and_drops_those_with_one_side() -> None:
         compare([ours[2], *theirs], arm="b", baseline="a", metric="loss")
 
 
+def test_records_of_unequal_texts_are_no_pair() -> None:
+    ours = [record(3.0, arm="b", seed=seed, corpus="one") for seed in (0, 1)]
+    theirs = [record(1.0, seed=0, corpus="one"), record(9.0, seed=1, corpus="another")]
+    found = compare([*ours, *theirs], arm="b", baseline="a", metric="loss")
+    assert (found.value, found.n) == (2.0, 1)
+    with pytest.raises(NoEvidence, match="no seed has loss of both b and a, of one corpus"):
+        compare([ours[1], theirs[1]], arm="b", baseline="a", metric="loss")
+
+
 @pytest.mark.parametrize(
     "low, high, outcome",
     [

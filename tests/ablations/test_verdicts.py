@@ -5,7 +5,8 @@ import pytest
 from ablations.cell import to_record
 from ablations.claims import Outcome, ledger
 from ablations.study import Cell, Reading, Study
-from ablations.verdicts import standing, verdict, verdicts
+from ablations.traced import Prose
+from ablations.verdicts import mixed, standing, verdict, verdicts
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement
 from bench.record import Record
@@ -96,3 +97,54 @@ def test_every_claim_has_a_verdict_without_any_record(coin: Study) -> None:
     assert found["C1"].answer == CLAIMS["C1"].pending
     assert "is not part of this report" in found["B2"].answer
     assert found["A1"].answer == "its study, attention_sparsity, has no rule for it"
+
+
+def test_an_error_of_another_machine_silences_no_figure(coin: Study) -> None:
+    lost = replace(error(coin, "bent", 6), machine="other")
+    assert {row.machine for row in standing(coin, [*tossed(coin, 6), lost])} == {"m"}
+    assert verdict(CLAIMS["A3"], {coin.name: coin}, [*tossed(coin, 6), lost]).outcome is Outcome.HOLDS
+
+
+def test_where_no_cell_could_be_measured_the_first_reason_is_told(coin: Study) -> None:
+    command = ": python -m ablations run attention_sparsity --profile full"
+    failed = [replace(error(coin, "bent", seed), error=f"lost {seed} times") for seed in (3, 4)]
+    found = verdict(CLAIMS["A3"], {coin.name: coin}, failed)
+    assert (found.outcome, found.answer) == (Outcome.PENDING, f"every cell failed, first: lost 3 times{command}")
+    assert isinstance(found.answer, Prose)
+    assert [span.sources for span in found.answer.references] == [{failed[0].id}], "its numbers have a source"
+    old = [replace(row, rule="0" * 12) for row in tossed(coin, 6)]
+    assert "every cell failed" in verdict(CLAIMS["A3"], {coin.name: coin}, [*old, *failed]).answer
+    absent = replace(failed[0], error="pending: needs a table")
+    assert "cannot be measured here (needs a table)" in verdict(CLAIMS["A3"], {coin.name: coin}, [absent]).answer
+    assert "every cell failed" in verdict(CLAIMS["A3"], {coin.name: coin}, [absent, *failed]).answer
+
+
+@pytest.mark.parametrize(
+    "change, renewed, said",
+    [
+        ({"revision": "r2"}, "seed", "Some points average records of several revisions."),
+        ({"config": "c2"}, "seed", "Some points average records of several configs."),
+        (
+            {"corpus": "t2"},
+            "arm",
+            "All pairs with fair are of two texts and left out.",
+        ),
+        ({"revision": "r2"}, "arm", "All pairs with fair are of two revisions."),
+        ({"config": "c2"}, "arm", ""),
+        ({"corpus": "t2"}, "all", ""),
+    ],
+)
+def test_a_history_that_was_renewed_in_part_is_said_to_be(
+    coin: Study, change: dict[str, str], renewed: str, said: str
+) -> None:
+    def new(row: Record) -> bool:
+        return {"seed": row.seed == 0 and row.metric == "loss", "arm": row.arm == "bent", "all": True}[renewed]
+
+    rows = [replace(row, **change) if new(row) else row for row in tossed(coin, 3)]
+    assert mixed(rows, "fair") == said
+    assert mixed(tossed(coin, 3), "fair") == ""
+
+
+def test_of_every_text_apart_all_is_said(coin: Study) -> None:
+    rows = [replace(row, corpus=str(row.seed)) for row in tossed(coin, 3)]
+    assert mixed(rows, "fair") == "All points average records of several texts."

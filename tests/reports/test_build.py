@@ -157,6 +157,25 @@ def test_no_records_make_a_report_that_says_so(coin: Study, tmp_path: Path) -> N
     Page(html(report))
 
 
+def test_where_every_cell_failed_the_page_does_not_say_that_none_ran(coin: Study, run: Run) -> None:
+    out = run(failing="bent")
+    rows = [row for row in load(out / "records.jsonl").records if row.error]
+    (out / "records.jsonl").unlink()
+    append(out / "records.jsonl", [replace(row, error="7 faces") for row in rows])
+    page = build(out, [coin]).pages[0]
+    assert page.answers == ("Pending: no cell could be measured; see why below.",)
+    assert page.rulings[0].verdict.answer.startswith("every cell failed, first: 7 faces: python -m")
+
+
+def test_a_page_says_that_its_means_are_of_several_revisions(coin: Study, run: Run) -> None:
+    out = run("full")
+    rows = load(out / "records.jsonl").records
+    append(out / "records.jsonl", [replace(row, revision="def456") for row in rows if row.seed == 0])
+    page = build(out, [coin]).pages[0]
+    assert page.warning == "All points average records of several revisions."
+    assert page.warning in build(out, [coin]).files["index.html"].decode()
+
+
 def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path: Path) -> None:
     point = Point(study="bench_coin", arm="fair", axes={"size": 3})
     where = Provenance(machine="m", revision="r", profile="quick")
