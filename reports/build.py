@@ -21,7 +21,7 @@ from bench.metrics import METRICS
 from bench.record import Record, load
 from reports import budget, references
 from reports.known import known
-from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
+from reports.pages import MARKS, Page, Ruling, bench_page, rulings, stranger_page, study_page
 from reports.training import training_page
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -96,15 +96,21 @@ def _figures(out: Path) -> list[str]:
 
 
 def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[Ruling]) -> list[Page]:
-    """A page per study, also for one that has not run, then one per benchmark file; none without any record."""
+    """A page per study, also for one that has not run, then one per benchmark file or unknown study; none without any
+    record.
+    """
     if not records:
         return []
     found = {row.claim.id: row.verdict for row in ruled}
     pages = [study_page(study, records, found) for study in studies]
     pages.append(budget.budget_page(records, found))
     known = {study.name for study in studies} | {budget.STUDY}
-    others = dict.fromkeys(record.study for record in records if record.study not in known)
-    return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
+    others: dict[str, list[Record]] = {}
+    for record in records:
+        if record.study not in known:
+            others.setdefault(record.study, []).append(record)
+    made = {True: bench_page, False: stranger_page}
+    return pages + [made[name.startswith("bench_")](name, rows) for name, rows in others.items()]
 
 
 def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:
