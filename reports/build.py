@@ -122,13 +122,16 @@ def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:
     prose = []
     for page in pages:
         words = [*page.words, *(word for row in page.rulings for word in row.words)]
-        for text in (*page.answers, page.warning, *(row.verdict.answer for row in page.rulings)):
-            references.check(page.name, text, words, page.declared)
+        said = [(text, text.startswith("Pending: ")) for text in (*page.answers, page.warning)]
+        said += [(row.verdict.answer, row.verdict.outcome is Outcome.PENDING) for row in page.rulings]
+        for text, pending in said:
+            references.check(page.name, text, words, page.declared, pending=pending)
             prose.append(text)
     shown = {row.claim.id for page in pages for row in page.rulings}
     for row in ruled:
         if row.claim.id not in shown:
-            references.check("claims", row.verdict.answer, row.words, ())
+            pending = row.verdict.outcome is Outcome.PENDING
+            references.check("claims", row.verdict.answer, row.words, references.Declared(), pending=pending)
             prose.append(row.verdict.answer)
     return [text for text in prose if isinstance(text, Prose)]
 

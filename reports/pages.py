@@ -7,7 +7,7 @@ that the report was not given. The ledger's page has every claim.
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
 from reports.numbers import interval, number, place
-from reports.references import declared
+from reports.references import Declared, declared
 from reports.tables import Table, failures, results, title
 from reports.tuned import chosen
 
@@ -99,7 +99,7 @@ class Page:
     commands: tuple[str, ...]
     origin: tuple[tuple[str, str], ...]
     aside: str = ""
-    declared: frozenset[float] = frozenset()
+    declared: Declared = field(default_factory=Declared)
 
     @property
     def words(self) -> tuple[str, ...]:
