@@ -97,7 +97,7 @@ def _build(command: Build, console: Console) -> int:
     write(command.out, report.files)
     console.print(_table(report))
     for said in report.left_out:
-        console.print(f"records.jsonl: {said}", style="yellow", markup=False)
+        console.print(said, style="yellow", markup=False)
     console.print(f"{report.references} numbers in the prose refer to their records", markup=False)
     console.print(f"report: {command.out / 'index.html'}", markup=False, soft_wrap=True)
     return 0

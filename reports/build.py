@@ -47,9 +47,11 @@ def build(out: Path, studies: Sequence[Study]) -> Report:
     """
     loaded = load(out / "records.jsonl")
     records, strangers = known(loaded.records, studies)
-    left_out = tuple(filter(None, (loaded.left_out, strangers)))
+    records, adrift = budget.placed(records)
     ruled = rulings(studies, records)
-    training = training_page(out / "train" / "log.jsonl")
+    training, lost = training_page(out / "train" / "log.jsonl")
+    said = (f"records.jsonl: {left}" for left in (loaded.left_out, strangers, adrift) if left)
+    left_out = (*said, *filter(None, (lost,)))
     pages = [*([training] if training else []), *_pages(records, studies, ruled)]
     prose = _checked(pages, ruled)
     numbers = references.numbered(prose)

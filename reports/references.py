@@ -197,7 +197,7 @@ def _elsewhere(source: str, folder: Path) -> str:
     line = _LINE.fullmatch(source)
     if line is not None:
         path, number = folder / line[1], int(line[2])
-        if path.is_file() and number <= len(path.read_text().splitlines()):
+        if path.is_file() and number <= len(path.read_bytes().split(b"\n")):
             return f"{line[1]}, line {number}"
     elif not _RECORD.fullmatch(source) and _defines(source):
         return f"by arithmetic: {source}"

@@ -194,8 +194,8 @@ def test_records_of_what_this_version_does_not_know_are_counted_and_left_out(coi
     append(out / "records.jsonl", [row, Record(**strange), row])
     report = build(out, [coin])
     assert report.left_out == (
-        "3 records are of what this version does not know and were left out: arm 'lost' of attention_sparsity (2), "
-        "metric 'sparkle' (1).",
+        "records.jsonl: 3 records are of what this version does not know and were left out: arm 'lost' of "
+        "attention_sparsity (2), metric 'sparkle' (1).",
     )
     assert "lost" not in {arm for page in report.pages for arm, _ in page.arms}
 
