@@ -139,7 +139,8 @@ def _compare(command: Compare, console: Console) -> int:
     count = Counter(point.verdict for point in found.points)
     said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(count.items()))
     apart = f"; {found.left_out} left out, as figures of two machines" if found.left_out else ""
-    console.print(f"{len(found.points)} points: {said}{apart}")
+    chance = f"; {found.by_chance}" if found.by_chance else ""
+    console.print(f"{len(found.points)} points: {said}{apart}{chance}")
     for note in found.notes:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     return 0
