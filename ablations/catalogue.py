@@ -1,13 +1,16 @@
 """The studies by name. A study outside this repository is named by the path of its file: `run my_study.py`."""
 
 import importlib
+import inspect
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 from ablations import STUDIES
+from ablations.code import ROOT
 from ablations.study import Study
 
 
@@ -27,9 +30,29 @@ def load(name: str) -> Study:
     return study
 
 
-def every() -> tuple[Study, ...]:
-    """The studies of this repository, in the order of the report."""
-    return tuple(load(name) for name in STUDIES)
+def every(others: Iterable[str] = ()) -> tuple[Study, ...]:
+    """The studies of this repository, in the order of the report, and after them others by name or path.
+
+    Raises:
+        ValueError: what `load` raises, or another study that has the name of one before it.
+    """
+    studies: dict[str, Study] = {}
+    for name in dict.fromkeys((*STUDIES, *others)):
+        study = load(name)
+        if study.name in studies:
+            raise ValueError(f"study={name!r}: names itself {study.name!r}, as one before it does; rename either")
+        studies[study.name] = study
+    return tuple(studies.values())
+
+
+def typed(study: Study) -> str:
+    """What stands for a study on the command line: its name, or, of one that is not in the list, its file's path."""
+    if study.name in STUDIES:
+        return study.name
+    source = inspect.getsourcefile(study.measure)
+    assert source is not None, f"{study.name}: measure has no source file"
+    path = Path(source).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -169,6 +169,10 @@ def gantt(schedules: Sequence[str], ranks: int, microbatches: int) -> Callable[[
     return draw
 
 
+def _listed(which: int) -> str:
+    return " / ".join(str(fewest(ranks)[which]) for ranks in RANKS)
+
+
 STUDY = Study(
     name="pipeline_bubble",
     question="How much time does each pipeline schedule leave idle, at what memory, and where is 12% reached?",
@@ -232,6 +236,8 @@ STUDY = Study(
         "messages behind computation is not in these figures.",
         f"DeepSeek's {MEASURED:.1%} is measured on hardware, over a number of microbatches that is not published: it "
         "does not test the simulated share.",
+        f"The fewest microbatches with which 1F1B idles 12% are arithmetic: {_listed(0)} for its time and {_listed(1)} "
+        f"for its work, on {' / '.join(map(str, RANKS))} ranks; simulated plans meet them.",
         "Activations count microbatches, not bytes; an input gradient frees none of them here.",
         "A missing cell: the schedule is not defined for that number of microbatches.",
     ),

@@ -59,11 +59,6 @@ class Tuned:
     trainings: int
     flops: float
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best value is the first or last of the grid: the optimum may lie beyond it."""
-        return self.value in (self.tuning.values[0], self.tuning.values[-1])
-
 
 def tune(
     tuning: Tuning, configs: Mapping[str, Config], *, result_seeds: Iterable[int], trial: Trial

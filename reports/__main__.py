@@ -29,6 +29,8 @@ class Build:
 
     out: Path = _OUT
     """folder with records.jsonl; the report goes there too"""
+    study: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """the file of a study that is not in the list, which then has a page too; may be given again"""
     check: bool = False
     """write nothing; fail where the report does not match the records"""
 
@@ -39,6 +41,8 @@ class Verify:
 
     out: Path = _OUT
     """folder with records.jsonl and the report on them"""
+    study: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """as the report was built with"""
 
 
 @dataclass(frozen=True)
@@ -86,20 +90,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(command: Build, console: Console) -> int:
-    report = build(command.out, every())
+    report = build(command.out, every(command.study))
     if command.check:
-        return _say_stale(stale(command.out, report.files), f"python -m reports build --out {command.out}", console)
+        remedy = " ".join(("python -m reports build --out", str(command.out), *_given(command.study)))
+        return _say_stale(stale(command.out, report.files), remedy, console)
     write(command.out, report.files)
     console.print(_table(report))
     for said in report.left_out:
-        console.print(f"records.jsonl: {said}", style="yellow", markup=False)
+        console.print(said, style="yellow", markup=False)
     console.print(f"{report.references} numbers in the prose refer to their records", markup=False)
     console.print(f"report: {command.out / 'index.html'}", markup=False, soft_wrap=True)
     return 0
 
 
+def _given(studies: tuple[str, ...]) -> list[str]:
+    return [word for study in studies for word in ("--study", study)]
+
+
 def _verify(command: Verify, console: Console) -> int:
-    found = verify(command.out, every())
+    found = verify(command.out, every(command.study))
     for line in found.wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
     console.print(summary(found, command.out), markup=False, soft_wrap=True)
@@ -130,7 +139,8 @@ def _compare(command: Compare, console: Console) -> int:
     count = Counter(point.verdict for point in found.points)
     said = ", ".join(f"{number} {verdict}" for verdict, number in sorted(count.items()))
     apart = f"; {found.left_out} left out, as figures of two machines" if found.left_out else ""
-    console.print(f"{len(found.points)} points: {said}{apart}")
+    chance = f"; {found.by_chance}" if found.by_chance else ""
+    console.print(f"{len(found.points)} points: {said}{apart}{chance}")
     for note in found.notes:
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     return 0
@@ -151,7 +161,7 @@ def _readme(command: Readme, console: Console) -> int:
 def _say_stale(names: list[str], remedy: str, console: Console) -> int:
     for name in names:
         console.print(f"stale: {name}", style="red", markup=False)
-    console.print(f"run: {remedy}" if names else "everything matches its records", markup=False)
+    console.print(f"run: {remedy}" if names else "everything matches its records", markup=False, soft_wrap=True)
     return 1 if names else 0
 
 

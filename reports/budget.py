@@ -1,9 +1,10 @@
 """The page of the budgets: what a training step of a true-size model takes, and the claims that arithmetic answers.
 
-From the records of `python -m bench.budget`. Figures of arithmetic and traces are exact and of no machine, so the last
-record of each stands.
+From the records of `python -m bench.budget`, of which the last of each stands. Figures of arithmetic and traces are of
+no machine; the allocator's, beside them, were measured on one.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from bench.record import Record
 from reports import figures, twins
 from reports.numbers import number, place, plain
 from reports.pages import Drawn, Page, ruling
-from reports.tables import MISSING, Table
+from reports.tables import MISSING, Table, failures
 
 STUDY = "budget"
 CLAIMS = ("H1", "H2")
@@ -32,12 +33,36 @@ LIMITS = (
     "Hours and prices are arithmetic on a utilisation that is assumed, for the final run alone.",
 )
 Where = Mapping[str, Any]
+_MICROBATCH = {"model", "recipe", "recompute", "sequences", "length"}
+# By arm the axes that a figure is found by, one set or another.
+_PLACES: Mapping[str, tuple[set[str], ...]] = {
+    "analytic": (_MICROBATCH,),
+    "traced": (_MICROBATCH,),
+    "allocator": (_MICROBATCH,),
+    "rank": (_MICROBATCH | {"split", "kind"},),
+    "published": ({"model", "quantity", "source", "note"}, {"change"}),
+    "ours": ({"model", "quantity", "source", "note"},),
+    "run": ({"change"}, {"curve", "cards"}, {"peer"}),
+}
+
+
+def placed(records: Sequence[Record]) -> tuple[list[Record], str]:
+    """The records without those of budgets that stand nowhere on the page, and in a sentence which these are."""
+    kept, strange = [], Counter[str]()
+    for row in records:
+        if row.study == STUDY and not any(place <= row.axes.keys() for place in _PLACES.get(row.arm, ())):
+            strange[f"{row.metric} of {row.arm}"] += 1
+        else:
+            kept.append(row)
+    named = ", ".join(f"{what} ({count})" for what, count in strange.items())
+    said = f"{strange.total()} records of {STUDY} lack the axes that they are found by and were left out: {named}."
+    return kept, said if strange else ""
 
 
 def budget_page(records: Sequence[Record], found: Mapping[str, Verdict]) -> Page:
     """The page; one without records says how to get them."""
     newest = {(row.arm, row.metric, tuple(sorted(row.axes.items()))): row for row in records if row.study == STUDY}
-    rows = tuple(newest.values())
+    rows = tuple(row for row in newest.values() if row.error is None)
     used = {row.metric for row in rows}
     return Page(
         name=STUDY,
@@ -50,7 +75,7 @@ def budget_page(records: Sequence[Record], found: Mapping[str, Verdict]) -> Page
         figures=(_ranks_figure(rows), _hours_figure(rows)) if rows else (),
         rulings=tuple(ruling(ledger()[claim], found[claim]) for claim in CLAIMS if claim in found),
         tables=_tables(rows),
-        failures=None,
+        failures=failures([row for row in newest.values() if row.error is not None]),
         limits=LIMITS,
         metrics=tuple(row for row in METRICS if row.name in used),
         commands=(COMMAND, "python -m reports build"),
@@ -60,14 +85,14 @@ def budget_page(records: Sequence[Record], found: Mapping[str, Verdict]) -> Page
 
 def _answer(rows: Sequence[Record]) -> Prose:
     traced = _where(rows, arm="traced")
-    pairs = [(_partner(rows, row, "analytic"), row) for row in traced if row.metric != "live_bytes"]
+    pairs = _pairs(rows, [row for row in traced if row.metric != "live_bytes"], "analytic")
     if not pairs:
         return Prose.of(f"Pending: {COMMAND}")
     worst, other = max(pairs, key=lambda pair: abs(_deviation(*pair)))
     models = ", ".join(dict.fromkeys(str(row.axes["model"]) for row in traced))
     apart = mark(number(abs(_deviation(worst, other)), "share"), (worst.id, other.id))
     said = f"Arithmetic and trace of {models} differ by at most {apart} in size, states, kept activations and FLOPs"
-    peaks = [(_partner(rows, row, "traced"), row) for row in _where(rows, arm="allocator")]
+    peaks = _pairs(rows, _where(rows, arm="allocator"), "traced")
     if peaks:
         first, second = max(peaks, key=lambda pair: abs(_deviation(*pair)))
         most = mark(number(abs(_deviation(first, second)), "share"), (first.id, second.id))
@@ -77,7 +102,7 @@ def _answer(rows: Sequence[Record]) -> Prose:
 
 def _tables(rows: Sequence[Record]) -> tuple[Table, ...]:
     made = [_agreement(rows), _published(rows)]
-    for model in dict.fromkeys(str(row.axes["model"]) for row in rows if "kind" in row.axes):
+    for model in dict.fromkeys(str(row.axes["model"]) for row in _where(rows, arm="rank")):
         mine = [row for row in rows if row.axes.get("model") == model]
         made += [_modules(mine, model), _ranks(mine, model), _sent(mine, model)]
     return tuple(table for table in (*made, _runs(rows), _ratios(rows)) if table.rows)
@@ -88,10 +113,10 @@ def _agreement(rows: Sequence[Record]) -> Table:
     traced, lines = _where(rows, arm="traced"), []
     for at in dict.fromkeys(_of(row) for row in traced):
         here = {row.metric: row for row in traced if _of(row) == at}
-        cells = [_compared(_partner(rows, here[name], "analytic"), here[name]) for name in metrics]
+        cells = [_compared(_partner(rows, here.get(name), "analytic"), here.get(name)) for name in metrics]
         real = [row for row in _where(rows, arm="allocator") if _of(row) == at]
-        peak = _compared(here["live_bytes"], real[0]) if real else MISSING
-        lines.append((", ".join(at), *cells, _cell(here["live_bytes"]), peak))
+        peak = here.get("live_bytes")
+        lines.append((", ".join(at), *cells, _cell(peak), _compared(peak, real[0] if real else None)))
     names = tuple(name.replace("_", " ") for name in metrics)
     return Table(
         caption="Arithmetic against the trace of one device",
@@ -125,7 +150,7 @@ def _ranks(rows: Sequence[Record], model: str) -> Table:
     by_split = {(str(row.axes["split"]), str(row.axes["recompute"]), str(row.axes["kind"])): row for row in found}
     names = dict.fromkeys((split, policy) for split, policy, _ in by_split)
     kinds = (*KINDS, "total")
-    lines = [(*name, *(_cell(by_split[*name, kind]) for kind in kinds)) for name in names]
+    lines = [(*name, *(_cell(by_split.get((*name, kind))) for kind in kinds)) for name in names]
     caption = f"Fullest rank: {model}"
     return Table(caption=caption, note=_said(found), head=("split", "recompute", *kinds), rows=tuple(lines), texts=2)
 
@@ -140,9 +165,9 @@ def _runs(rows: Sequence[Record]) -> Table:
     lines = []
     for change in dict.fromkeys(str(row.axes["change"]) for row in changes):
         here = {row.metric: row for row in changes if row.axes["change"] == change}
-        inputs = here["run_hours"].axes
+        inputs = next(iter(here.values())).axes
         told = [str(inputs.get("run")), *(_input(inputs, name) for name in ("tokens", "cards", "utilisation", "price"))]
-        lines.append((change, *told, _cell(here["run_hours"]), _cell(here["run_dollars"])))
+        lines.append((change, *told, _cell(here.get("run_hours")), _cell(here.get("run_dollars"))))
     head = ("changed", "model", "tokens", "cards", "share of peak", "dollars an hour", "hours", "dollars")
     return Table(
         caption="A run by arithmetic", note="one input changed at a time", head=head, rows=tuple(lines), texts=2
@@ -157,6 +182,8 @@ def _ratios(rows: Sequence[Record]) -> Table:
 
 def _ranks_figure(rows: Sequence[Record]) -> Drawn:
     found = [row for row in rows if row.metric == "rank_bytes"]
+    if not found:
+        return _pending("ranks", "Memory of the fullest rank by kind")
     model = str(max(found, key=lambda row: row.value or 0).axes["model"])
     here = _last([row for row in found if row.axes["model"] == model], "kind")
     bars = _bars(here)
@@ -172,7 +199,8 @@ def _bars(rows: Sequence[Record]) -> dict[str, dict[str, float]]:
     for row in rows:
         name = f"{row.axes['split']}, {row.axes['recompute']}"
         bars.setdefault(name, {})[str(row.axes["kind"])] = float(row.value or 0)
-    return {name: kinds for name, kinds in bars.items() if kinds["total"] <= DRAWN_UP_TO}
+    whole = {name: kinds for name, kinds in bars.items() if {*KINDS, "total"} <= kinds.keys()}
+    return {name: kinds for name, kinds in whole.items() if kinds["total"] <= DRAWN_UP_TO}
 
 
 def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
@@ -196,7 +224,10 @@ def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def _hours_figure(rows: Sequence[Record]) -> Drawn:
-    found = [row for row in rows if "curve" in row.axes]
+    caption = "Hours of a run on 14.8 trillion tokens at DeepSeek-V3's share of the bf16 peak, by how many cards"
+    found = [row for row in rows if "curve" in row.axes and not isinstance(row.axes["cards"], str)]
+    if not found:
+        return _pending("hours", caption)
     with figures.styled():
         picture = Picture(figsize=(6.0, 3.4), layout="constrained")
         axes = picture.subplots()
@@ -211,8 +242,11 @@ def _hours_figure(rows: Sequence[Record]) -> Drawn:
         axes.xaxis.set_major_formatter(lambda value, _: place(value))
         axes.grid(True)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-    caption = "Hours of a run on 14.8 trillion tokens at DeepSeek-V3's share of the bf16 peak, by how many cards"
     return _drawn("hours", caption, picture, found)
+
+
+def _pending(kind: str, caption: str) -> Drawn:
+    return _drawn(kind, caption, figures.pending(caption, f"no record of it yet: {COMMAND}"), ())
 
 
 def _drawn(kind: str, caption: str, picture: Picture, rows: Sequence[Record]) -> Drawn:
@@ -256,9 +290,17 @@ def _where(rows: Iterable[Record], *, arm: str) -> list[Record]:
     return [row for row in rows if row.arm == arm]
 
 
-def _partner(rows: Iterable[Record], row: Record, arm: str) -> Record:
-    """The record of the same point by another arm."""
-    return next(other for other in rows if (other.arm, other.metric, other.axes) == (arm, row.metric, row.axes))
+def _pairs(rows: Sequence[Record], of: Iterable[Record], arm: str) -> list[tuple[Record, Record]]:
+    """Each of these records after that of the same point by the other arm, where that is there and a share of it is."""
+    found = [(_partner(rows, row, arm), row) for row in of if row.value]
+    return [(partner, row) for partner, row in found if partner is not None]
+
+
+def _partner(rows: Iterable[Record], row: Record | None, arm: str) -> Record | None:
+    """The record of the same point by another arm; None where it is missing."""
+    if row is None:
+        return None
+    return next((other for other in rows if (other.arm, other.metric, other.axes) == (arm, row.metric, row.axes)), None)
 
 
 def _deviation(first: Record, second: Record) -> float:
@@ -267,12 +309,16 @@ def _deviation(first: Record, second: Record) -> float:
     return first.value / second.value - 1
 
 
-def _compared(first: Record, second: Record) -> Prose:
+def _compared(first: Record | None, second: Record | None) -> str:
+    if first is None or second is None or not second.value:
+        return MISSING
     return Prose.of(mark(f"{100 * _deviation(first, second):+.2f}%", (first.id, second.id)))
 
 
-def _cell(row: Record) -> Prose:
-    assert row.value is not None, "a budget's records have values"
+def _cell(row: Record | None) -> str:
+    if row is None:
+        return MISSING
+    assert row.value is not None, "records without a value are among the failures"
     return Prose.of(mark(number(row.value, row.unit), (row.id,)))
 
 

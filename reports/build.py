@@ -21,7 +21,7 @@ from bench.metrics import METRICS
 from bench.record import Record, load
 from reports import budget, references
 from reports.known import known
-from reports.pages import MARKS, Page, Ruling, bench_page, rulings, study_page
+from reports.pages import MARKS, Page, Ruling, bench_page, rulings, stranger_page, study_page
 from reports.training import training_page
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -47,9 +47,11 @@ def build(out: Path, studies: Sequence[Study]) -> Report:
     """
     loaded = load(out / "records.jsonl")
     records, strangers = known(loaded.records, studies)
-    left_out = tuple(filter(None, (loaded.left_out, strangers)))
+    records, adrift = budget.placed(records)
     ruled = rulings(studies, records)
-    training = training_page(out / "train" / "log.jsonl")
+    training, lost = training_page(out / "train" / "log.jsonl")
+    said = (f"records.jsonl: {left}" for left in (loaded.left_out, strangers, adrift) if left)
+    left_out = (*said, *filter(None, (lost,)))
     pages = [*([training] if training else []), *_pages(records, studies, ruled)]
     prose = _checked(pages, ruled)
     numbers = references.numbered(prose)
@@ -96,15 +98,21 @@ def _figures(out: Path) -> list[str]:
 
 
 def _pages(records: Sequence[Record], studies: Sequence[Study], ruled: Sequence[Ruling]) -> list[Page]:
-    """A page per study, also for one that has not run, then one per benchmark file; none without any record."""
+    """A page per study, also for one that has not run, then one per benchmark file or unknown study; none without any
+    record.
+    """
     if not records:
         return []
     found = {row.claim.id: row.verdict for row in ruled}
     pages = [study_page(study, records, found) for study in studies]
     pages.append(budget.budget_page(records, found))
     known = {study.name for study in studies} | {budget.STUDY}
-    others = dict.fromkeys(record.study for record in records if record.study not in known)
-    return pages + [bench_page(name, [record for record in records if record.study == name]) for name in others]
+    others: dict[str, list[Record]] = {}
+    for record in records:
+        if record.study not in known:
+            others.setdefault(record.study, []).append(record)
+    made = {True: bench_page, False: stranger_page}
+    return pages + [made[name.startswith("bench_")](name, rows) for name, rows in others.items()]
 
 
 def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:
@@ -116,13 +124,16 @@ def _checked(pages: Sequence[Page], ruled: Sequence[Ruling]) -> list[Prose]:
     prose = []
     for page in pages:
         words = [*page.words, *(word for row in page.rulings for word in row.words)]
-        for text in (*page.answers, page.warning, *(row.verdict.answer for row in page.rulings)):
-            references.check(page.name, text, words, page.declared)
+        said = [(text, text.startswith("Pending: ")) for text in (*page.answers, page.warning)]
+        said += [(row.verdict.answer, row.verdict.outcome is Outcome.PENDING) for row in page.rulings]
+        for text, pending in said:
+            references.check(page.name, text, words, page.declared, pending=pending)
             prose.append(text)
     shown = {row.claim.id for page in pages for row in page.rulings}
     for row in ruled:
         if row.claim.id not in shown:
-            references.check("claims", row.verdict.answer, row.words, ())
+            pending = row.verdict.outcome is Outcome.PENDING
+            references.check("claims", row.verdict.answer, row.words, references.Declared(), pending=pending)
             prose.append(row.verdict.answer)
     return [text for text in prose if isinstance(text, Prose)]
 

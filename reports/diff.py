@@ -1,9 +1,11 @@
 """What changed between two runs: the machines first, then every point that both measured, then what only one has.
 
 An exact figure has changed if it differs at any seed that both have. A noisy one has changed if the two 95% intervals
-have nothing in common, which chance alone does to one figure in 200; where an interval is missing nothing can be said,
-nor where it is that of one process, since another process of the same code often lies outside it. Of each folder the
-machine of the newest figure speaks; on two machines only figures that transfer between machines are compared.
+have nothing in common. Chance alone does that to one figure in 180 or so (z or t intervals, at any number of
+replicates; to fewer where both runs read the same seeds): of many points some differ though nothing has changed, and
+`by_chance` says how many. Where an interval is missing nothing can be said, nor where it is that of one process, since
+another process of the same code often lies outside it. Of each folder the machine of the newest figure speaks; on two
+machines only figures that transfer between machines are compared.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,13 +22,16 @@ from reports.known import known
 Verdict = Literal["changed", "same", "no interval", "one process", "gone", "new"]
 Key = tuple[str, str, str, str, tuple[tuple[str, Any], ...]]
 Seeds = dict[int | None, Record]
+BY_CHANCE = 1 / 180  # of pairs of 95% intervals: |z| > 2 x 1.96 / sqrt(2)
 
 _PASSING = ("time", "load", "steal_share", "revision", "corpus")  # of a fingerprint: not the machine's
 
 
 @dataclass(frozen=True)
 class Change:
-    """A point of two runs; `before` or `after` is None where only one has measured it."""
+    """A point of two runs; `before` or `after` is None where only one has measured it, `noisy` says whether intervals
+    decided.
+    """
 
     study: str
     arm: str
@@ -35,6 +40,7 @@ class Change:
     before: Estimate | None
     after: Estimate | None
     verdict: Verdict
+    noisy: bool
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class Diff:
     points: tuple[Change, ...]
     left_out: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def by_chance(self) -> str:
+        """How many points chance alone would show as changed, in words; "" where none was decided by intervals."""
+        noisy = sum(point.noisy for point in self.points)
+        return f"about {BY_CHANCE * noisy:.1g} of {noisy} noisy points differ by chance" if noisy else ""
 
 
 def diff(before: Path, after: Path) -> Diff:
@@ -104,15 +116,25 @@ def _points(records: Iterable[Record]) -> dict[Key, Seeds]:
 def _change(key: Key, before: Seeds, after: Seeds) -> Change:
     study, arm, name, _, axes = key
     old, new = (summarise(list(rows.values())) if rows else None for rows in (before, after))
-    return Change(study, arm, name, dict(axes), old, new, _verdict(before, after, old, new))
+    exact = _exact_verdict(before, after)
+    verdict = exact or _noisy_verdict(old, new)
+    noisy = exact is None and verdict in ("changed", "same")
+    return Change(study, arm, name, dict(axes), old, new, verdict, noisy)
 
 
-def _verdict(before: Seeds, after: Seeds, old: Estimate | None, new: Estimate | None) -> Verdict:
-    if old is None or new is None:
-        return "new" if old is None else "gone"
+def _exact_verdict(before: Seeds, after: Seeds) -> Verdict | None:
+    """The verdict on a point that only one run has, or that is exact at every seed that both have."""
+    if not before or not after:
+        return "gone" if before else "new"
     shared = before.keys() & after.keys()
     if shared and all(rows[seed].noise == "exact" for rows in (before, after) for seed in shared):
         return "changed" if any(before[seed].value != after[seed].value for seed in shared) else "same"
+    return None
+
+
+def _noisy_verdict(old: Estimate | None, new: Estimate | None) -> Verdict:
+    assert old is not None, "both runs have the point"
+    assert new is not None, "both runs have the point"
     if old.low is None or old.high is None or new.low is None or new.high is None:
         return "no interval"
     if 1 in (old.n, new.n):

@@ -7,6 +7,7 @@ from numbers import Real
 
 from ablations.traced import mark, sources_of
 
+UNITS = {"length": "tokens"}  # of axes whose name does not say it
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _COUNTS = ("", "K", "M", "G", "T", "P", "E")
 

@@ -1,15 +1,20 @@
 """What each page says, as values: the templates only lay it out.
 
 A study's page: question, answer, figures, verdicts, tables, what failed, limits, how to do it again, where it comes
-from. A benchmark file whose cases left records has the same page without a question. The ledger's page has every
-claim.
+from. A benchmark file whose cases left records has the same page without a question, and so have records of a study
+that the report was not given. The ledger's page has every claim.
 """
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from ablations import STUDIES
+from ablations.catalogue import typed
 from ablations.claims import Claim, Outcome, Verdict, ledger
 from ablations.code import ROOT
 from ablations.evidence import NoEvidence
@@ -22,8 +27,9 @@ from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
 from reports.numbers import interval, number, place
-from reports.references import declared
+from reports.references import Declared, declared
 from reports.tables import Table, failures, results, title
+from reports.tuned import chosen
 
 MARKS = {
     Outcome.HOLDS: "holds",
@@ -50,7 +56,7 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True)
 class Ruling:
-    """A claim with its verdict, as a row: `mark` is the verdict's name in the style sheet, `claimed` and `edge` are
+    """A claim with its verdict, as a row: `mark` is the verdict's name in the style sheet, `claimed` and `margin` are
     text.
     """
 
@@ -93,7 +99,7 @@ class Page:
     commands: tuple[str, ...]
     origin: tuple[tuple[str, str], ...]
     aside: str = ""
-    declared: frozenset[float] = frozenset()
+    declared: Declared = field(default_factory=Declared)
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -107,6 +113,8 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
     rows = standing(study, records)
     claims = ledger()
     used = {record.metric for record in rows}
+    again = f"python -m ablations run {typed(study)} --profile {_profile(rows)}"
+    arms = [arm.name for arm in study.arms]
     return Page(
         name=study.name,
         title=study.name.replace("_", " "),
@@ -117,11 +125,11 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         baseline=study.baseline,
         figures=tuple(_drawn(study, figure, rows) for figure in study.figures),
         rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
-        tables=(*against_baseline(study, rows), *results(rows, study.metrics, [arm.name for arm in study.arms])),
+        tables=(*against_baseline(study, rows), *chosen(rows), *results(rows, study.metrics, arms)),
         failures=failures(rows),
         limits=study.limits,
         metrics=tuple(row for row in METRICS if row.name in used),
-        commands=(f"python -m ablations run {study.name} --profile {_profile(rows)}", "python -m reports build"),
+        commands=(again, "python -m reports build" + ("" if study.name in STUDIES else f" --study {typed(study)}")),
         origin=_origin(rows, study.rule_digest()),
         aside=other_machines([record for record in records if record.study == study.name]),
         declared=declared(study, rows),
@@ -130,16 +138,39 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
 
 def bench_page(name: str, records: Sequence[Record]) -> Page:
     """The page of a benchmark file: its cases' figures without a verdict."""
+    room = name.removeprefix("bench_")
+    measure = f"python -m bench {room} --profile {_profile(records)}"
+    commands = (measure, "python -m reports build")
+    return _bare(name, records, title=f"{room.replace('_', ' ')} benchmark", question=_opening(name), commands=commands)
+
+
+def stranger_page(name: str, records: Sequence[Record]) -> Page:
+    """The page of a study that the report was not given: its figures, and how to have the rest."""
+    ours = Path("ablations", f"{name}.py")
+    path = ours.as_posix() if (ROOT / ours).is_file() else f"PATH/{name}.py"
+    warning = (
+        "These records name a study that this report was not given: here are its figures, without question, tests or "
+        "verdict. Build again with the file of the study, as said below."
+    )
+    commands = (f"python -m reports build --study {path}",)
+    said = f"No study of this report is named {name}."
+    return _bare(name, records, title=name.replace("_", " "), question=said, commands=commands, warning=warning)
+
+
+def _bare(
+    name: str, records: Sequence[Record], *, title: str, question: str, commands: tuple[str, ...], warning: str = ""
+) -> Page:
+    """What records say by themselves, of their newest machine, each point once."""
     rows = list({(r.arm, r.seed, r.metric, tuple(sorted(r.axes.items()))): r for r in speaking(records)}.values())
     used = tuple(dict.fromkeys(record.metric for record in rows))
     arms = tuple(dict.fromkeys(record.arm for record in rows))
     baselines = ", ".join(dict.fromkeys(record.baseline for record in rows if record.baseline))
     return Page(
         name=name,
-        title=name.removeprefix("bench_").replace("_", " ") + " benchmark",
-        question=_opening(name),
+        title=title,
+        question=question,
         answers=(),
-        warning="",
+        warning=warning,
         arms=tuple((arm, "") for arm in arms),
         baseline=baselines,
         figures=(),
@@ -148,7 +179,7 @@ def bench_page(name: str, records: Sequence[Record]) -> Page:
         failures=failures(rows),
         limits=(),
         metrics=tuple(row for row in METRICS if row.name in used),
-        commands=(f"python -m bench --profile {_profile(rows)}", "python -m reports build"),
+        commands=commands,
         origin=_origin(rows, None),
         aside=other_machines(records),
     )
@@ -170,7 +201,7 @@ def rulings(studies: Sequence[Study], records: Sequence[Record]) -> tuple[Ruling
 
 
 def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> tuple[str, ...]:
-    """The study's own sentence, else those of its verdicts; its first metric at the last place, while some are
+    """The study's own sentence, else those of its verdicts; what it compares first, at the last place, while some are
     pending.
     """
     if not any(record.error is None for record in rows):
@@ -188,9 +219,7 @@ def _answers(study: Study, rows: Sequence[Record], found: Sequence[Verdict]) -> 
 
 
 def _headline(study: Study, rows: Sequence[Record]) -> Prose:
-    points = summary(rows)
-    name = next(name for name in study.metrics if name in set(points["metric"]))
-    points = points[points["metric"] == name]
+    points, name = _first_compared(study, summary(rows))
     varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
     last = points.sort_values(varying, kind="stable").iloc[-1] if varying else points.iloc[-1]
     there = points[(points[varying] == last[varying]).all(axis=1)]
@@ -199,6 +228,18 @@ def _headline(study: Study, rows: Sequence[Record]) -> Prose:
     told = ", ".join(f"{row['arm']} {mark(text, row['records'])}" for row, text in said)
     where = "".join(f" at {axis} {place(last[axis])}" for axis in varying)
     return Prose.of(f"{title(name).capitalize()}{where}: {told}.")
+
+
+def _first_compared(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The points of what the study compares first, or, where there are none, of its first metric."""
+    for compared in study.compared[:1]:
+        found = points[points["metric"] == compared.metric]
+        for axis, value in compared.where.items():
+            found = found[found[axis] == value] if axis in found else found.iloc[:0]
+        if not found.empty:
+            return found, compared.metric
+    name = next(name for name in study.metrics if name in set(points["metric"]))
+    return points[points["metric"] == name], name
 
 
 def _warning(study: Study, rows: Sequence[Record]) -> str:

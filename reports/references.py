@@ -2,14 +2,18 @@
 
 A reference is a span of `Prose` with its sources, each of which must be there: the id of a record in records.jsonl, a
 line of the training log, or a function of this repository. Declared is what no measurement can change: a number in the
-page's own words (question, arms, limits, claims), a value of an axis, a number of seeds, a constant that the study's
-rule or answer names. The check reads the finished sentence, so it does not matter how a number got into it.
+page's own words (question, arms, limits, claims), a number of seeds, a constant that the study's rule or answer names,
+and a value of an axis where the text says so: beside the axis's name or unit ("2048 tokens", "on 4 / 8 / 16 ranks").
+
+Checked are a page's answers and warning and the answers of its verdicts, as finished sentences, so that it does not
+matter how a number got into them. Not checked: what counts records and lines (other machines, what was left out, the
+notes of tables), places in captions, and cells of tables, which carry their ids themselves.
 """
 
 import ast
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -20,13 +24,17 @@ from ablations.code import ROOT, definitions_reached
 from ablations.study import Study
 from ablations.traced import Prose, Sources
 from bench.record import Record
-from reports.numbers import place
+from reports.numbers import UNITS, place
 
 # Part of a word (fp16, 1F1B, V3, zero_bubble_h1), of a version (2.13.0) or of a power (n^2), digits are no number.
 _NUMERAL = re.compile(r"(?<![\w.^])([+-]?\d+(?:,\d{3})*(?:\.(\d+))?(?:e[+-]?\d+)?)(K|x|%)?(?!\w|\.\d)")
 _RECORD = re.compile(r"[0-9a-f]{12}")
 _LINE = re.compile(r"(.+\.jsonl):(\d+)")
 _ABOUT = re.compile(r", \w+=$")  # before the value of an axis in the words of NoEvidence
+_LISTED = r"[\d.,]*\d[K%x]?"
+_BETWEEN = r"(?: / |, | and | or | to )"
+_BEFORE = re.compile(rf"(\w+)[ =](?:{_LISTED}{_BETWEEN})*$")
+_AFTER = re.compile(rf"(?:{_BETWEEN}{_LISTED})* (\w+)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,19 @@ class Numeral:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Declared:
+    """What no measurement can change: numbers that need no word beside them, and by axis the values that do."""
+
+    numbers: frozenset[float] = frozenset()
+    axes: Mapping[str, frozenset[float]] = field(default_factory=dict)
+
+    def has(self, numeral: Numeral, prose: str) -> bool:
+        """Whether the number, which stands in this text, is one of them."""
+        axes = [name for name, values in self.axes.items() if any(map(numeral.shows, values))]
+        return any(map(numeral.shows, self.numbers)) or any(_said_to_be_on(axis, numeral, prose) for axis in axes)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Entry:
     """What a reference leads to: its number on the page, and for each point, line or function what it is and the
     ids.
@@ -63,45 +84,52 @@ def numerals(text: str) -> Iterator[Numeral]:
         yield Numeral(found.start(), found.end(), value, len(found[2] or ""), percent=found[3] == "%")
 
 
-def declared(study: Study, records: Iterable[Record]) -> frozenset[float]:
+def declared(study: Study, records: Iterable[Record]) -> Declared:
     """The numbers that the study has set before any measurement: axes, seeds, and constants of its rules and answer."""
-    axes = [record.axes for record in records]
-    axes += [cell.axes for profile in study.seeds for cell in study.cells(profile)]
-    found = {float(value) for point in axes for value in point.values() if isinstance(value, int | float)}
-    found |= {float(seeds) for seeds in (*study.seeds.values(), *(rule.seeds for rule in study.rules))}
+    points = [record.axes for record in records]
+    points += [cell.axes for profile in study.seeds for cell in study.cells(profile)]
+    axes: dict[str, set[float]] = {}
+    for name, value in (pair for axes_of_one in points for pair in axes_of_one.items()):
+        if isinstance(value, int | float):
+            axes.setdefault(name, set()).add(float(value))
     judging: list[Callable[..., object]] = [rule.judge for rule in study.rules]
-    for function in judging + ([study.answer] if study.answer else []):
-        found |= _constants(function)
-    return frozenset(found)
+    judging += [study.answer] if study.answer else []
+    constants = {number for function in judging for number in _constants(function)}
+    seeds = {float(seeds) for seeds in (*study.seeds.values(), *(rule.seeds for rule in study.rules))}
+    # Lengths that are measured stand in a constant too: as everything on an axis they need their word.
+    alone = constants - set().union(*axes.values()) | seeds
+    return Declared(numbers=frozenset(alone), axes={name: frozenset(values) for name, values in axes.items()})
 
 
-def unreferenced(prose: str, words: Iterable[str], numbers: Iterable[float]) -> list[str]:
-    """The numbers of a text that are neither references nor written in the words nor among the numbers."""
+def unreferenced(prose: str, words: Iterable[str], known: Declared, *, pending: bool = False) -> list[str]:
+    """The numbers of a text that are neither references nor written in the words nor declared; of a pending one the
+    axes of what is missing, `, length=512`, are left out.
+    """
     spans = prose.references if isinstance(prose, Prose) else ()
-    known = {(numeral.value, numeral.percent) for text in words for numeral in numerals(text)}
-    known |= {(value / 100, False) for value, percent in known if percent}
-    numbers = tuple(numbers)
+    written = {(numeral.value, numeral.percent) for text in words for numeral in numerals(text)}
+    written |= {(value / 100, False) for value, percent in written if percent}
     return [
         prose[numeral.start : numeral.end]
         for numeral in numerals(prose)
         if not any(span.start <= numeral.start and numeral.end <= span.end for span in spans)
-        and (numeral.value, numeral.percent) not in known
-        and not any(numeral.shows(number) for number in numbers)
-        and not _ABOUT.search(prose[: numeral.start])
+        and (numeral.value, numeral.percent) not in written
+        and not known.has(numeral, prose)
+        and not (pending and _ABOUT.search(prose[: numeral.start]))
     ]
 
 
-def check(page: str, prose: str, words: Iterable[str], numbers: Iterable[float]) -> None:
+def check(page: str, prose: str, words: Iterable[str], known: Declared, *, pending: bool = False) -> None:
     """Fail where a number of a page's sentence has no reference.
 
     Raises:
         ValueError: names the page, the sentence and the number.
     """
-    missing = unreferenced(prose, words, numbers)
+    missing = unreferenced(prose, words, known, pending=pending)
     if missing:
         raise ValueError(
             f"page={page!r}: {', '.join(missing)} in {str(prose)!r} has no reference: write the number of an Estimate "
-            "or a traced record into the sentence itself, or declare it: an axis, a constant of the study, a claim"
+            "or a traced record into the sentence itself, or declare it: a constant of the study, a claim, or an axis "
+            "whose name or unit stands beside it"
         )
 
 
@@ -169,7 +197,7 @@ def _elsewhere(source: str, folder: Path) -> str:
     line = _LINE.fullmatch(source)
     if line is not None:
         path, number = folder / line[1], int(line[2])
-        if path.is_file() and number <= len(path.read_text().splitlines()):
+        if path.is_file() and number <= len(path.read_bytes().split(b"\n")):
             return f"{line[1]}, line {number}"
     elif not _RECORD.fullmatch(source) and _defines(source):
         return f"by arithmetic: {source}"
@@ -183,6 +211,16 @@ def _defines(name: str) -> bool:
     base = ROOT.joinpath(*module.split("."))
     paths = [path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()]
     return any(own == getattr(node, "name", None) for path in paths for node in ast.parse(path.read_text()).body)
+
+
+def _said_to_be_on(axis: str, numeral: Numeral, prose: str) -> bool:
+    """Whether the axis's name or unit stands beside the number, or beside the list that it is in."""
+    beside = _BEFORE.search(prose[: numeral.start]), _AFTER.match(prose[numeral.end :])
+    return any(_singular(found[1]) in map(_singular, (axis, UNITS.get(axis, axis))) for found in beside if found)
+
+
+def _singular(word: str) -> str:
+    return word.lower().removesuffix("s")
 
 
 def _constants(function: Callable[..., object]) -> set[float]:

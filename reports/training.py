@@ -1,7 +1,7 @@
 """The page of a training run, from the log that `python -m dsv3.train --out <out>/train` leaves beside the records.
 
 The question is the least one may ask of a language model: does it predict held-out text better than counting words
-does?
+does? Only whole lines of the log speak; others are named and counted, and the page stands on the rest.
 """
 
 import json
@@ -17,20 +17,26 @@ from ablations.traced import Prose, mark
 from reports import figures, twins
 from reports.numbers import plain
 from reports.pages import Drawn, Page
-from reports.tables import Table
+from reports.tables import MISSING, Table
 
+_SHOWN = 5  # lines that are named one by one
 _CAPTION = "Bits per byte of held-out text, and how far the fullest expert is above the mean load"
 
 
-def training_page(log: Path) -> Page | None:
-    """The page of the run that wrote this log; None where there is none, or it has no evaluation yet."""
-    lines = _lines(log)
+def training_page(log: Path) -> tuple[Page | None, str]:
+    """The page of the run that wrote this log, None where there is none or it has no evaluation yet; and in a sentence
+    which lines were left out, "" for none.
+    """
+    lines, left_out = _lines(log)
     run = next((line for line in lines if line["kind"] == "run"), None)
     steps = [line for line in lines if line["kind"] == "step"]
     held_out = [line for line in lines if line["kind"] == "validation"]
     if run is None or not steps or not held_out:
-        return None
-    tests = [line for line in lines if line["kind"] == "test"]
+        return None, left_out
+    return _page(run, steps, held_out, [line for line in lines if line["kind"] == "test"]), left_out
+
+
+def _page(run: Mapping[str, Any], steps: Sequence[Any], held_out: Sequence[Any], tests: Sequence[Any]) -> Page:
     return Page(
         name="training",
         title="training",
@@ -50,15 +56,61 @@ def training_page(log: Path) -> Page | None:
     )
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
-    """The lines of a log, each with its `source`; a last line that a kill cut in two is left out."""
-    lines = []
-    for number, line in enumerate(log.read_text().splitlines() if log.is_file() else (), start=1):
-        try:
-            lines.append(json.loads(line) | {"source": f"{log.parent.name}/{log.name}:{number}"})
-        except json.JSONDecodeError:
+def _lines(log: Path) -> tuple[list[dict[str, Any]], str]:
+    """The whole lines of a log, each with its `source`, and in a sentence which were left out."""
+    found, bad, layers = list[dict[str, Any]](), list[str](), set[int]()
+    for number, line in enumerate(log.read_bytes().split(b"\n") if log.is_file() else (), start=1):
+        if not line.strip():
             continue
-    return lines
+        try:
+            parsed = _parsed(line)
+            if parsed["kind"] == "step":
+                layers = layers or {len(parsed["max_vio"])}
+                if len(parsed["max_vio"]) not in layers:
+                    raise ValueError("has another number of layers than the steps before it")
+            found.append(parsed | {"source": f"{log.parent.name}/{log.name}:{number}"})
+        except (ValueError, RecursionError) as error:
+            bad.append(f"line {number} ({error})")
+    more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    said = f"{len(bad)} of {len(bad) + len(found)} lines are none of a training log and were left out"
+    return found, f"{log.parent.name}/{log.name}: {said}: {'; '.join(bad[:_SHOWN])}{more}." if bad else ""
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A line of a log, which has what the page reads of its kind.
+
+    Raises:
+        ValueError: any other.
+    """
+    parsed = json.loads(line)
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("kind"), str):
+        raise ValueError("no object with a kind")
+    match parsed["kind"]:
+        case "run":
+            fine = "bigram" in _named(parsed, "baselines") and {"seed", "corpus"} <= parsed.keys()
+        case "step":
+            several = parsed.get("max_vio")
+            fine = bool(_named(parsed, "losses")) and isinstance(several, list) and all(map(_is_number, several))
+            fine = fine and all(_is_number(parsed.get(name)) for name in ("step", "grad_norm", "lr"))
+        case "validation" | "test":
+            fine = bool(_named(parsed, "by_domain"))
+            fine = fine and all(_is_number(parsed.get(name)) for name in ("step", "bits_per_byte"))
+        case _:
+            fine = True  # a kind that this page does not read
+    if not fine:
+        raise ValueError(f"lacks a part of a {parsed['kind']}, or has one that is no number")
+    return parsed
+
+
+def _named(line: Mapping[str, Any], name: str) -> Mapping[str, float]:
+    """Numbers by name; none where one of them is no number."""
+    found = line.get(name)
+    return found if isinstance(found, dict) and all(map(_is_number, found.values())) else {}
+
+
+def _is_number(value: object) -> bool:
+    """Also NaN, which a skipped step may report; no whole number that a float cannot hold."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
 def _answer(run: Mapping[str, Any], held_out: Sequence[Any], tests: Sequence[Any]) -> Prose:
@@ -122,10 +174,12 @@ def _held_out_table(run: Mapping[str, Any], held_out: Sequence[Any], tests: Sequ
     domains, baselines = list(held_out[-1]["by_domain"]), run["baselines"]
     named = [("validation", held_out[-1]), *(("test", line) for line in tests[-1:])]
     rows = [
-        (f"model, {split}", *_cells(line, line["bits_per_byte"], *(line["by_domain"][name] for name in domains)))
+        (f"model, {split}", *_cells(line, line["bits_per_byte"], *map(line["by_domain"].get, domains)))
         for split, line in named
     ]
-    rows += [(f"{name}, validation", *_cells(run, bits), *("-" for _ in domains)) for name, bits in baselines.items()]
+    rows += [
+        (f"{name}, validation", *_cells(run, bits), *(MISSING for _ in domains)) for name, bits in baselines.items()
+    ]
     return Table(caption="Bits per byte", note="one run", head=("", "all text", *domains), rows=tuple(rows))
 
 
@@ -133,12 +187,12 @@ def _step_table(steps: Sequence[Any]) -> Table:
     names = list(steps[-1]["losses"])
     shown = [steps[at] for at in sorted({0, len(steps) // 2, len(steps) - 1})]
     rows = tuple(
-        (str(line["step"]), *_cells(line, *(line["losses"][name] for name in names), line["grad_norm"], line["lr"]))
+        (str(line["step"]), *_cells(line, *map(line["losses"].get, names), line["grad_norm"], line["lr"]))
         for line in shown
     )
     head = ("step", *(name.replace("_", " ") for name in names), "gradient norm", "learning rate")
     return Table(caption="Parts of the loss", note="first, middle and last step", head=head, rows=rows)
 
 
-def _cells(line: Mapping[str, Any], *values: float) -> tuple[Prose, ...]:
-    return tuple(Prose.of(_from(line, plain(value))) for value in values)
+def _cells(line: Mapping[str, Any], *values: float | None) -> tuple[str, ...]:
+    return tuple(MISSING if value is None else Prose.of(_from(line, plain(value))) for value in values)

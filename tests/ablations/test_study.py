@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ablations import STUDIES
-from ablations.catalogue import load
+from ablations.catalogue import every, load, typed
 from ablations.code import ROOT, code_digest, definitions_reached, files_reached
 from ablations.study import Arm, Cell, Figure, Reading, Rule, Study, grid
 from bench.measurement import Measurement
@@ -127,6 +127,18 @@ def test_an_unknown_study_is_refused_with_the_near_names(tmp_path: Path) -> None
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="the file defines no STUDY"):
         load(str(tmp_path / "empty.py"))
+
+
+def test_a_study_by_path_stands_after_the_others_under_a_name_of_its_own(tmp_path: Path) -> None:
+    path = ROOT / "ablations" / "multi_token_tuned.py"
+    studies = every([str(path), STUDIES[0]])
+    assert [study.name for study in studies] == [*STUDIES, "multi_token_tuned"]
+    assert [typed(study) for study in studies] == [*STUDIES, "ablations/multi_token_tuned.py"]
+    outside = tmp_path / "mine.py"
+    outside.write_text(path.read_text().replace('"multi_token_tuned"', '"mine"'))
+    assert typed(load(str(outside))) == str(outside)
+    with pytest.raises(ValueError, match="names itself 'multi_token', as one before it does"):
+        every([str(path.with_name("multi_token.py"))])
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -1,14 +1,16 @@
 """The page of the budgets, from records that the command wrote."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ablations.claims import ledger
 from bench.budget.__main__ import main
-from bench.record import Record, load
-from reports.budget import budget_page
+from bench.record import Record, append, load
+from reports.budget import budget_page, placed
 from reports.build import build
+from reports.pages import Page
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,62 @@ def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Rec
 def test_running_the_command_again_changes_no_number_of_the_page(records: tuple[Record, ...]) -> None:
     once, twice = budget_page(records, {}), budget_page([*records, *records], {})
     assert once == twice
+
+
+def cells(page: Page, caption: str) -> list[str]:
+    (table,) = (table for table in page.tables if table.caption == caption)
+    return [cell for row in table.rows for cell in row]
+
+
+@pytest.mark.parametrize(
+    "arm, caption", [("analytic", "Arithmetic against the trace of one device"), ("ours", "Published figures")]
+)
+def test_a_missing_partner_is_drawn_as_missing(records: tuple[Record, ...], arm: str, caption: str) -> None:
+    alone = [row for row in records if row.arm != arm or row.metric == "rank_bytes"]
+    assert "-" not in cells(budget_page(records, {}), caption)
+    assert "-" in cells(budget_page(alone, {}), caption)
+    assert len(cells(budget_page(alone, {}), caption)) == len(cells(budget_page(records, {}), caption))
+
+
+def test_without_any_pair_the_answer_is_pending(records: tuple[Record, ...]) -> None:
+    (answer,) = budget_page([row for row in records if row.arm == "traced"], {}).answers
+    assert answer.startswith("Pending: ")
+
+
+def test_a_rank_that_lacks_a_kind_has_a_gap_in_its_row_and_no_bar(records: tuple[Record, ...]) -> None:
+    lacking = [row for row in records if row.axes.get("kind") != "total" or row.axes["model"] != "tiny"]
+    assert cells(budget_page(lacking, {}), "Fullest rank: tiny").count("-") == len(
+        [row for row in records if row.metric == "rank_bytes" and row not in lacking]
+    )
+
+
+def test_figures_without_their_records_are_pending(records: tuple[Record, ...]) -> None:
+    page = budget_page([row for row in records if row.arm == "published"], {})
+    assert [figure.name for figure in page.figures] == ["budget-ranks", "budget-hours"]
+    assert all(b"pending: no record of it yet" in figure.files["svg"] for figure in page.figures)
+    assert all(not figure.twin for figure in page.figures)
+
+
+def test_an_error_stands_among_what_was_not_measured(records: tuple[Record, ...]) -> None:
+    lost = replace(next(row for row in records if row.arm == "allocator"), value=None, n=0, error="out of memory")
+    page = budget_page([*records, lost], {})
+    assert page.failures is not None
+    assert "out of memory" in page.failures.rows[0]
+    assert cells(page, "Arithmetic against the trace of one device")[-1] == "-"
+
+
+def test_records_that_stand_nowhere_on_the_page_are_counted(out: Path, records: tuple[Record, ...]) -> None:
+    row = next(row for row in records if row.arm == "rank")
+    adrift = [replace(row, axes={"model": "tiny", "kind": kind}) for kind in ("total", "working")]
+    kept, said = placed([*records, *adrift, replace(row, arm="nobody")])
+    assert tuple(kept) == records
+    assert said == (
+        "3 records of budget lack the axes that they are found by and were left out: rank_bytes of rank (2), "
+        "rank_bytes of nobody (1)."
+    )
+    torn = out.with_name("torn")
+    append(torn / "records.jsonl", [*records, *adrift])
+    assert build(torn, []).left_out[0].startswith("records.jsonl: 2 records of budget lack")
 
 
 def test_the_report_has_the_page_with_both_figures_and_their_tables(out: Path) -> None:

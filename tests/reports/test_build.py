@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from ablations import catalogue
 from ablations.catalogue import every
+from ablations.cell import to_record
+from ablations.comparison import Compared
 from ablations.study import Study
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, record
-from bench.record import append, load
+from bench.record import Profile, append, load
 from reports import __main__ as command
 from reports.build import Report, build, stale, write
 from reports.readme import REFERENCE
@@ -63,6 +66,13 @@ def html(report: Report) -> str:
 def words(report: Report) -> str:
     """What a reader sees."""
     return Page(html(report)).text
+
+
+def measured(study: Study, out: Path, profile: Profile = "quick") -> None:
+    """Leave the records of a study without rules, as a run would."""
+    where = Provenance(machine="m", revision="r", profile=profile)
+    for cell in study.cells(profile):
+        append(out / "records.jsonl", [to_record(study, cell, row, where, None) for row in study.measure(cell)])
 
 
 def test_the_page_refers_to_nothing_outside_itself(coin: Study, run: Run) -> None:
@@ -187,6 +197,45 @@ def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path:
     assert "missing: no machines/m.json" in html(report)
 
 
+def test_a_study_that_the_report_was_not_given_is_said_to_be_one(coin: Study, run: Run) -> None:
+    out = run("full")
+    text = words(build(out, []))
+    assert "No study of this report is named attention_sparsity." in text
+    assert "here are its figures, without question, tests or verdict" in text
+    assert "python -m reports build --study ablations/attention_sparsity.py" in text
+    assert "attention sparsity benchmark" not in text
+    assert build(out, [coin]).pages[0].tables == build(out, []).pages[-1].tables
+
+
+def test_a_study_given_by_path_has_the_page_of_a_study(
+    coin: Study, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tosses.py"
+    coin_file = (ROOT / "tests" / "ablations" / "coin_study.py").read_text()
+    path.write_text(re.sub(r"    rules=.*\n", "", coin_file.replace('name="attention_sparsity"', 'name="tosses"')))
+    tosses, out = catalogue.load(str(path)), tmp_path / "out"
+    measured(tosses, out)
+    given = ["--out", str(out), "--study", str(path)]
+    assert command.main(["build", *given]) == 0
+    text = Page((out / "index.html").read_text()).text
+    assert "Which coin shows more heads?" in text
+    assert f"python -m ablations run {path} --profile quick\npython -m reports build --study {path}" in text
+    assert command.main(["verify", *given]) == command.main(["build", "--check", *given]) == 0
+    capsys.readouterr()
+    (out / "report.md").write_text("edited")
+    assert command.main(["build", "--check", *given]) == 1
+    assert f"run: python -m reports build --out {out} --study {path}\n" in capsys.readouterr().out
+
+
+def test_a_study_without_rules_answers_with_what_it_compares(coin: Study, tmp_path: Path) -> None:
+    few = replace(coin, rules=(), compared=(Compared("loss", margin=0.1, why="a tenth", where={"tosses": 100}),))
+    measured(few, tmp_path, "full")
+    (answer,) = build(tmp_path, [few]).pages[0].answers
+    assert answer.startswith("Loss (nat/token): fair 0.5")
+    (last,) = build(tmp_path, [replace(few, compared=())]).pages[0].answers
+    assert last.startswith("Loss (nat/token) at tosses 1000: fair 0.497")
+
+
 def test_records_of_an_older_rule_are_shown_and_said_to_be(coin: Study, run: Run) -> None:
     out = run("full")
     changed = replace(coin, rules=coin.rules[:1])
@@ -215,10 +264,10 @@ def test_bad_lines_are_named_and_counted_and_the_rest_is_shown(
     with (out / "records.jsonl").open("a") as file:
         file.write(spoil((out / "records.jsonl").read_text().splitlines()[0]) + "\n")
     report = build(out, [coin])
-    assert report.left_out[0].startswith("1 of 9 lines are no records and were left out: line 9 (")
+    assert report.left_out[0].startswith("records.jsonl: 1 of 9 lines are no records and were left out: line 9 (")
     assert reason in report.left_out[0]
-    assert f"records.jsonl: {report.left_out[0]}" in words(report)
-    assert f"records.jsonl: {report.left_out[0]}" in report.files["report.md"].decode()
+    assert report.left_out[0] in words(report)
+    assert report.left_out[0] in report.files["report.md"].decode()
     assert [page.tables for page in report.pages] == [page.tables for page in before.pages]
 
 

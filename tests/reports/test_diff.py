@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import t
 
 from bench.record import Record, append
 from reports.__main__ import main
-from reports.diff import Diff, diff
+from reports.diff import BY_CHANCE, Diff, diff
 
 
 def record(value: float | None, **more: object) -> Record:
@@ -45,6 +47,33 @@ def test_a_noisy_figure_has_changed_if_its_intervals_are_apart(tmp_path: Path, s
     before = [record(value, seed=seed, noise="absolute") for seed, value in enumerate((1.0, 1.1, 0.9))]
     after = [record(value + shift, seed=seed, noise="absolute") for seed, value in enumerate((1.0, 1.1, 0.9))]
     assert verdicts(diff(*runs(tmp_path, before, after))) == [verdict]
+
+
+def test_how_many_noisy_points_differ_by_chance_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*more: Record) -> list[Record]:
+        three = [(seed, 1.0 + seed / 10) for seed in range(3)]
+        rows = [record(v, seed=s, noise="absolute", axes={"at": at}) for at in range(90) for s, v in three]
+        return [*rows, record(1.0, arm="exact"), record(1.0, arm="alone", noise="absolute"), *more]
+
+    before, after = runs(tmp_path, run(), run(record(1.0, arm="new")))
+    assert diff(before, after).by_chance == "about 0.5 of 90 noisy points differ by chance"
+    assert main(["diff", str(before), str(after)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "93 points: 1 new, 1 no interval, 91 same; about 0.5 of 90 noisy points differ by chance" in out
+
+
+def test_exact_points_differ_by_no_chance(tmp_path: Path) -> None:
+    assert diff(*runs(tmp_path, [record(1.0)], [record(2.0)])).by_chance == ""
+
+
+@pytest.mark.parametrize("replicates", [3, 6])
+def test_two_intervals_of_the_same_thing_are_apart_as_often_as_said(replicates: int) -> None:
+    pairs = 200_000
+    draws = np.random.default_rng(0).normal(size=(2, pairs, replicates))
+    half = t.ppf(0.975, replicates - 1) * draws.std(axis=2, ddof=1) / replicates**0.5
+    apart = np.abs(np.subtract(*draws.mean(axis=2))) > half.sum(axis=0)
+    # A fifth around it: what the number of replicates moves it by, and four standard errors of this many pairs.
+    assert apart.mean() == pytest.approx(BY_CHANCE, rel=0.2)
 
 
 def test_a_figure_without_interval_has_no_verdict_and_points_come_and_go(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record, append, load
 from reports.build import build
-from reports.references import Numeral, check, entries, numbered, numerals, unreferenced
+from reports.references import Declared, Numeral, check, declared, entries, numbered, numerals, unreferenced
 from reports.verify import mentioned
 
 Run = Callable[..., Path]
@@ -53,13 +53,42 @@ def test_a_declared_number_may_be_rounded_but_not_to_one_figure(text: str, numbe
 
 
 def test_words_and_declared_numbers_need_no_reference_and_others_do() -> None:
-    marked = Prose.of(f"A share of 0.3 at 16K tokens takes {Traced(0.62, ('x',)):.2f}, not 0.42, as n=5 say.")
-    assert unreferenced(marked, ["keeps 0.3"], [16384.0]) == ["0.42", "5"]
-    assert unreferenced("pending: no record of loss of window, length=512, tosses=3", [], []) == []
+    marked = Prose.of(f"A share of 0.3 at 16K tokens takes {Traced(0.62, ('x',)):.2f}, not 0.42, of 7 as n=5 say.")
+    known = Declared(numbers=frozenset({7.0}), axes={"length": frozenset({16384.0})})
+    assert unreferenced(marked, ["keeps 0.3"], known) == ["0.42", "5"]
+
+
+@pytest.mark.parametrize(
+    "text, missing",
+    [
+        ("With 4 microbatches it idles on 4 / 8 / 16 ranks, at ranks 4 and 8, ranks=16", []),
+        ("12% takes 22 / 52 or 64 microbatches", ["12%", "52"]),
+        ("At 16K tokens, faster from 2048 tokens on; length 2048", []),
+        ("It takes 2048 of them, 2048 bytes, and 4 times as long at 16", ["2048", "2048", "4", "16"]),
+    ],
+)
+def test_a_value_of_an_axis_needs_the_axis_or_its_unit_beside_it(text: str, missing: list[str]) -> None:
+    axes = {"microbatches": {4, 22, 64}, "ranks": {4, 8, 16}, "length": {2048, 16384}}
+    known = Declared(axes={name: frozenset(map(float, values)) for name, values in axes.items()})
+    assert unreferenced(text, [], known) == missing
+
+
+def test_the_axes_of_what_is_missing_need_no_reference_in_a_pending_sentence_alone() -> None:
+    said = "no record of loss of window, length=512, tosses=3"
+    assert unreferenced(said, [], Declared(), pending=True) == []
+    measured = "The gap is small, loss=0.123 and, speedup=7.31"
+    assert unreferenced(measured, [], Declared()) == ["0.123", "7.31"]
+
+
+def test_what_a_study_declares_tells_its_axes_from_its_constants(coin: Study) -> None:
+    known = declared(coin, [])
+    assert known.axes == {"tosses": {100.0, 1000.0}}
+    assert 6.0 in known.numbers
+    assert not known.numbers & {100.0, 1000.0}
 
 
 def test_a_digit_beside_a_reference_is_not_covered_by_it() -> None:
-    assert unreferenced(Prose.of(f"7{Traced(0.5, ('x',))}"), [], []) == ["70.5"]
+    assert unreferenced(Prose.of(f"7{Traced(0.5, ('x',))}"), [], Declared()) == ["70.5"]
 
 
 def planted(records: Sequence[Record]) -> str:
@@ -75,6 +104,24 @@ def honest(records: Sequence[Record]) -> str:
 def test_a_planted_number_stops_the_build_and_is_named(coin: Study, run: Run) -> None:
     with pytest.raises(ValueError, match=r"page='attention_sparsity': 0\.777 in 'Bent coins show .* has no reference"):
         build(run("full"), [replace(coin, answer=planted)])
+
+
+def about_an_axis(records: Sequence[Record]) -> str:
+    lower = compare(records, arm="bent", baseline="fair", metric="loss", tosses=1000)
+    return f"The gap is small, loss=0.123, at {lower}."
+
+
+def test_a_number_that_looks_like_an_axis_stops_the_build(coin: Study, run: Run) -> None:
+    with pytest.raises(ValueError, match=r"0\.123 in 'The gap is small, .* axis whose name or unit stands beside it"):
+        build(run("full"), [replace(coin, answer=about_an_axis)])
+
+
+def test_what_is_missing_is_named_with_its_place(coin: Study, run: Run) -> None:
+    def asks_for_more(records: Sequence[Record]) -> str:
+        return f"{estimate(records, arm='bent', metric='loss', tosses=77)}"
+
+    (answer, _) = build(run("full"), [replace(coin, answer=asks_for_more)]).pages[0].answers
+    assert answer == "Pending: no record of loss of bent, tosses=77."
 
 
 def test_a_planted_number_in_a_verdict_stops_the_build_too(coin: Study, run: Run) -> None:
@@ -135,7 +182,7 @@ def test_a_number_by_arithmetic_names_the_function(tmp_path: Path) -> None:
 
 
 def test_a_plain_sentence_without_numbers_passes() -> None:
-    check("p", "Pending: not run yet.", (), ())
+    check("p", "Pending: not run yet.", (), Declared())
 
 
 def test_records_of_what_this_version_does_not_know_are_counted_and_left_out(coin: Study, run: Run) -> None:
@@ -147,8 +194,8 @@ def test_records_of_what_this_version_does_not_know_are_counted_and_left_out(coi
     append(out / "records.jsonl", [row, Record(**strange), row])
     report = build(out, [coin])
     assert report.left_out == (
-        "3 records are of what this version does not know and were left out: arm 'lost' of attention_sparsity (2), "
-        "metric 'sparkle' (1).",
+        "records.jsonl: 3 records are of what this version does not know and were left out: arm 'lost' of "
+        "attention_sparsity (2), metric 'sparkle' (1).",
     )
     assert "lost" not in {arm for page in report.pages for arm, _ in page.arms}
 
