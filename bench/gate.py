@@ -8,38 +8,49 @@
 
 Structure (`bench.structure`) is compared with bench/expectations.json, equal both ways: an unexpected saving fails too,
 since either it is real, and the next loss of it must be noticed, or something is no longer measured. Figures depend on
-the versions of torch and Python and on which kernels the processor gets, so expectations are kept per such key.
-Instructions (`bench.instructions`) are compared with those of a base revision, counted beside: HEAD if dsv3/ or bench/
-differ from it, otherwise HEAD~1, or --base REVISION. Fewer are printed and are no failure. What differs is measured
-again: figures that do not repeat have no verdict. Each run is noted in gate.jsonl.
+the versions of torch and Python, on which kernels the processor gets and on whether our own C++ kernel is there, so
+expectations are kept per such key. Instructions (`bench.instructions`) are compared with those of a base revision,
+counted beside: HEAD if dsv3/ or bench/ differ from it, otherwise HEAD~1, or --base REVISION. Fewer are printed and are
+no failure. What differs is measured again: figures that do not repeat have no verdict. Each run is noted in gate.jsonl.
 
-Exit code 0: equal; 1: something costs more; 3: no expectations for this key yet (1 with --require); 4: unstable;
+Exit code 0: equal; 1: something costs more; 2: the gate was asked for what it cannot do, or it failed itself, and
+nothing costs more as far as it came; 3: no expectations for this key yet (1 with --require); 4: unstable;
 5: something costs less and nothing more.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench import instructions
 from bench.differences import Figures, differences
-from bench.fingerprint import cpu_vendor, revision
+from bench.expectations import (
+    EXPECTATIONS,
+    Found,
+    Stored,
+    accept,
+    accepted_since,
+    load_expectations,
+    load_found,
+    save,
+)
+from bench.fingerprint import cpu_vendor, revision, utc_now
 from bench.instructions import Comparison
 from bench.revision import resolve
 from bench.stability import Run, note, repeat
+from dsv3.config.rules import require
 
-EXPECTATIONS = Path(__file__).parent / "expectations.json"
-EQUAL, DEARER, UNKNOWN, UNSTABLE, CHEAPER = 0, 1, 3, 4, 5
-WORST_FIRST = (DEARER, UNSTABLE, CHEAPER, UNKNOWN, EQUAL)
-OUTCOMES = {DEARER: "dearer", UNSTABLE: "unstable", CHEAPER: "cheaper", UNKNOWN: "unknown", EQUAL: "equal"}
+EQUAL, DEARER, BROKEN, UNKNOWN, UNSTABLE, CHEAPER = range(6)
+WORST_FIRST = (DEARER, BROKEN, UNSTABLE, CHEAPER, UNKNOWN, EQUAL)
+OUTCOMES = ("equal", "dearer", "broken", "unknown", "unstable", "cheaper")
 
 
 @dataclass(frozen=True)
@@ -50,44 +61,97 @@ class Verdict:
     about: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class NotCounted:
+    """Why there are no instructions, and whether that is as usual here (EQUAL) or a failure (BROKEN)."""
+
+    reason: str
+    code: int
+
+    def __str__(self) -> str:
+        return f"not counted: {self.reason}"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Compare, accept, save or repeat."""
+    """Compare, accept, save or repeat; the exit code."""
+    before = spent()
     chosen = parser().parse_args(arguments)
-    if (chosen.accept or chosen.accept_from) and not chosen.reason:
-        print('python -m bench.gate: accepting needs --reason "why the figures changed"', file=sys.stderr)
-        return 2
-    stored = json.loads(EXPECTATIONS.read_text()) if EXPECTATIONS.exists() else {}
-    if chosen.accept_from:
-        given = json.loads(chosen.accept_from.read_text())
-        return accept(stored, given["key"], given["figures"], given.get("dearer", []), chosen.reason)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler logs every start and stop
-    if chosen.repeat:
-        return UNSTABLE if any(repeat(chosen.repeat).values()) else EQUAL
     try:
+        check(chosen)
+        stored = load_expectations(EXPECTATIONS)
+        given = load_found(chosen.accept_from) if chosen.accept_from else None
         base = resolve(chosen.base) if chosen.base else None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"python -m bench.gate: {error}", file=sys.stderr)
-        return 2
-    return run(chosen, stored, base)
+        return BROKEN
+    if given:
+        return accepted(stored, given, chosen.reason)
+    code = repeated(chosen.repeat) if chosen.repeat else run(chosen, stored, base)
+    cpu, wall = (after - earlier for after, earlier in zip(spent(), before, strict=True))
+    print(f"took {cpu:.0f} s of CPU time, {wall:.0f} s in all")
+    return code
 
 
-def run(chosen: argparse.Namespace, stored: Mapping[str, Any], base: str | None) -> int:
-    """Measure the structure while instructions are counted; compare both, or accept them."""
-    with beside(base) as counted:
-        found, here = measure(), key()
-        structure = Verdict(EQUAL) if chosen.accept else judge_structure(stored, found, here, chosen.require)
-        compared = counted()
-    dearer = compared.dearer if isinstance(compared, Comparison) else []
+def check(chosen: argparse.Namespace) -> None:
+    """Refuse before anything is measured what would fail after it.
+
+    Raises:
+        ValueError: accepting without a reason, or saving into a folder that is not there.
+        OSError: the folder of gate.jsonl cannot be made.
+    """
+    accepting = chosen.accept or chosen.accept_from
+    require(not accepting or bool(chosen.reason), "reason", chosen.reason, "accepting needs one", 'give --reason "..."')
     if chosen.save:
-        write(chosen.save, {"key": here, "figures": found, "dearer": dearer, "instructions": str(compared)})
-    if chosen.accept:
-        return accept(stored, here, found, dearer, chosen.reason)
+        fits = chosen.save.parent.is_dir() and not chosen.save.is_dir()
+        require(fits, "save", str(chosen.save), "must be a file in a folder that exists", "make the folder")
+    chosen.out.mkdir(parents=True, exist_ok=True)
+
+
+def repeated(times: int) -> int:
+    """Measure in so many fresh processes; the exit code."""
+    return guarded(lambda: Verdict(UNSTABLE if any(repeat(times).values()) else EQUAL)).code
+
+
+def run(chosen: argparse.Namespace, stored: Stored, base: str | None) -> int:
+    """Measure, judge, and note what came out; the exit code."""
+    here = key()
+    verdict = guarded(lambda: measure_and_judge(chosen, stored, base, here))
+    if not chosen.accept:
+        outcome = OUTCOMES[verdict.code]
+        noted = Run(time=utc_now(), key=here, revision=revision(), outcome=outcome, figures=verdict.about)
+        print(f"{note(chosen.out / 'gate.jsonl', noted)} ({chosen.out / 'gate.jsonl'})")
+    return verdict.code
+
+
+def guarded(judge: Callable[[], Verdict]) -> Verdict:
+    """Its verdict; where it fails, the failure is shown, which must not pass for something that costs more."""
+    try:
+        return judge()
+    except Exception:
+        traceback.print_exc()
+        return Verdict(BROKEN)
+
+
+def measure_and_judge(chosen: argparse.Namespace, stored: Stored, base: str | None, here: str) -> Verdict:
+    """Measure the structure while instructions are counted; compare both, or accept them."""
+    if chosen.save:
+        chosen.save.unlink(missing_ok=True)  # of a run that fails no older file may pass for what it found
+    with beside(base) as counted:
+        found = Found(key=here, figures=measure())
+        if chosen.save:  # what is known by now is kept whatever becomes of the instructions
+            save(chosen.save, found)
+        structure = Verdict(EQUAL) if chosen.accept else judge_structure(stored, found, chosen.require)
+        compared = counted()
+    if isinstance(compared, Comparison):
+        found = replace(found, dearer=compared.dearer)
+        if chosen.save:
+            save(chosen.save, found)
+    if chosen.accept and not (isinstance(compared, NotCounted) and compared.code):
+        return Verdict(accepted(stored, found, chosen.reason))
     verdicts = (structure, judge_instructions(compared, stored))
     code = next(code for code in WORST_FIRST if any(verdict.code == code for verdict in verdicts))
-    about = tuple(name for verdict in verdicts for name in verdict.about)
-    noted = Run(time=now(), key=here, revision=revision(), outcome=OUTCOMES[code], figures=about)
-    print(f"{note(chosen.out / 'gate.jsonl', noted)} ({chosen.out / 'gate.jsonl'})")
-    return code
+    return Verdict(code, tuple(name for verdict in verdicts for name in verdict.about))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,7 +175,7 @@ def _times(text: str) -> int:
 
 
 @contextmanager
-def beside(base: str | None) -> Iterator[Callable[[], Comparison | str]]:
+def beside(base: str | None) -> Iterator[Callable[[], Comparison | NotCounted]]:
     """Instructions being counted meanwhile; calling what is given waits for them, or says why there are none."""
     missing = instructions.why_not()
     if base is None and not missing:
@@ -120,23 +184,35 @@ def beside(base: str | None) -> Iterator[Callable[[], Comparison | str]]:
         except ValueError as error:
             missing = str(error)
     if base is None or missing:
-        yield lambda: f"not counted: {missing}"
+        why = NotCounted(str(missing), EQUAL)
+        yield lambda: why
         return
-    with instructions.comparing(base) as counted:
-        yield counted
+    with ExitStack() as stack:
+        counted = attempted(lambda: stack.enter_context(instructions.comparing(base)))
+        yield lambda: counted if isinstance(counted, NotCounted) else attempted(counted)
 
 
-def judge_structure(stored: Mapping[str, Any], found: Figures, here: str, require: bool) -> Verdict:
+def attempted(count: Callable[[], Any]) -> Any:
+    """What `count` returns, or why it failed: valgrind, git and the disk may, and the structure is judged still."""
+    try:
+        return count()
+    except Exception as error:
+        return NotCounted(f"{type(error).__name__}: {error}", BROKEN)
+
+
+def judge_structure(stored: Stored, found: Found, needed: bool) -> Verdict:
     """Print what differs from the expectations of this key, and what that means."""
-    if here not in stored:
+    if found.key not in stored:
         known = "; ".join(stored) or "none"
-        print(f'no expectations for {here}. Known: {known}. To add it: python -m bench.gate --accept --reason "..."')
-        return Verdict(DEARER if require else UNKNOWN)
-    changes = list(differences(stored[here]["figures"], found))
+        print(
+            f'no expectations for {found.key}. Known: {known}. To add it: python -m bench.gate --accept --reason "..."'
+        )
+        return Verdict(DEARER if needed else UNKNOWN)
+    changes = list(differences(stored[found.key]["figures"], found.figures))
     if not changes:
-        print(f"{len(found)} cases equal their expectations for {here}")
+        print(f"{len(found.figures)} cases equal their expectations for {found.key}")
         return Verdict(EQUAL)
-    shaky = list(differences(found, measure()))
+    shaky = list(differences(found.figures, measure()))
     if shaky:
         print("\n".join(map(str, shaky)))
         print(f"unstable: {len(shaky)} figures changed when they were measured again, so nothing is said of the rest")
@@ -147,33 +223,39 @@ def judge_structure(stored: Mapping[str, Any], found: Figures, here: str, requir
     return Verdict(code, tuple(change.where for change in changes))
 
 
-def judge_instructions(compared: Comparison | str, stored: Mapping[str, Any]) -> Verdict:
+def judge_instructions(compared: Comparison | NotCounted, stored: Stored) -> Verdict:
     """Print the rows that moved out of the margins and what that means."""
     print(f"instructions: {compared}")
-    if isinstance(compared, str) or not compared.dearer:
+    if isinstance(compared, NotCounted):
+        return Verdict(compared.code)
+    if not compared.dearer:
         return Verdict(EQUAL)
-    reasons = accepted_since(stored, instructions.json_at(compared.base, "bench/expectations.json"))
-    dearer = [work for work in compared.dearer if work not in reasons]
-    for work in sorted(reasons.keys() & set(compared.dearer)):
-        print(f"instructions: {work} was accepted since then: {reasons[work]}")
+    since = accepted_since(stored, instructions.json_at(compared.base, "bench/expectations.json"))
+    for work in sorted(since.keys() & compared.dearer.keys()):
+        print(f"instructions: {work}: {since[work][0]} was accepted since then: {since[work][1]}")
+    allowed = {work: rise for work, (rise, _) in since.items()}
+    dearer = compared.beyond(allowed)
     if not dearer:
         return Verdict(EQUAL)
-    with instructions.comparing(compared.base, dearer) as counted:
-        again = counted().dearer
-    if set(again) != set(dearer):
-        print(f"unstable: counted again, {', '.join(sorted(set(dearer) - set(again)))} cost no more than the base")
+    again = attempted(lambda: counted_again(compared.base, dearer))
+    if isinstance(again, NotCounted):
+        print(f"instructions, again: {again}")
+        return Verdict(again.code)
+    if set(again.beyond(allowed)) != set(dearer):
+        quiet = sorted(set(dearer) - set(again.beyond(allowed)))
+        print(f"unstable: counted again, {', '.join(quiet)} cost no more than the base")
         return Verdict(UNSTABLE, tuple(dearer))
     print('more instructions. If that is meant: python -m bench.gate --accept --reason "..."')
     return Verdict(DEARER, tuple(f"instructions.{work}" for work in dearer))
 
 
-def accepted_since(stored: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, str]:
-    """Work whose instructions were accepted by an entry that the base's expectations do not have, and why."""
-    fresh = [entry for here, entry in stored.items() if base.get(here) != entry]
-    return {work: entry["reason"] for entry in fresh for work in entry.get("dearer", [])}
+def counted_again(base: str, work: list[str]) -> Comparison:
+    """The comparison of some pieces of work alone."""
+    with instructions.comparing(base, work) as counted:
+        return counted()
 
 
-def measure() -> dict[str, Any]:
+def measure() -> Figures:
     """Every case's figures."""
     from bench import structure
 
@@ -181,7 +263,14 @@ def measure() -> dict[str, Any]:
 
 
 def key() -> str:
-    """What exact figures depend on: versions, and the kernels that this processor gets."""
+    """What the structure depends on: where it is measured, and whether the C++ kernel can be had; it is built now."""
+    from dsv3.attention.kernels import blocks
+
+    return f"{place()}, {'no ' if blocks.why_not() else ''}C++ kernel"
+
+
+def place() -> str:
+    """What exact figures of any code depend on: versions, and the kernels that this processor gets."""
     import torch
 
     python = ".".join(platform.python_version_tuple()[:2])
@@ -189,24 +278,19 @@ def key() -> str:
     return f"torch {torch.__version__}, python {python}, {kernels}, 1 thread"
 
 
-def accept(stored: Mapping[str, Any], here: str, found: Figures, dearer: Sequence[str], reason: str) -> int:
-    """Make what was found the expectation of its key; the exit code."""
-    changes = list(differences(stored.get(here, {}).get("figures", {}), found))
-    write(EXPECTATIONS, {**stored, here: {"reason": reason, "figures": found, "dearer": list(dearer)}})
-    print(f"{len(changes)} figures accepted for {here}" + "".join(f"; more instructions: {work}" for work in dearer))
+def accepted(stored: Stored, found: Found, reason: str) -> int:
+    """Accept what was found and say how much of it is new; the exit code."""
+    changes = list(differences(stored.get(found.key, {}).get("figures", {}), found.figures))
+    accept(EXPECTATIONS, stored, found, reason)
+    rises = "".join(f"; more instructions: {work} ({rise})" for work, rise in found.dearer.items())
+    print(f"{len(changes)} figures accepted for {found.key}{rises}")
     return EQUAL
 
 
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the file, whole or not at all."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
+def spent() -> tuple[float, float]:
+    """CPU seconds of this process and of those that it started and that have ended, and the time."""
+    taken = os.times()
+    return taken.user + taken.system + taken.children_user + taken.children_system, time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ total by up to 0.2%, but not what runs in torch's dispatcher, bindings and alloc
     in total       by more than MARGIN, 0.5%
     in dispatch    by more than DISPATCH_MARGIN instructions in the libraries DISPATCH; one torch.empty(0) takes 2,000
 
-Fewer instructions are no failure, as no stored number goes stale: they are printed. More are one, unless the row is
-named by an expectation that was accepted, with a reason, since the base. Work that the base's dsv3 cannot do is not
-comparable.
+Fewer instructions are no failure, as no stored number goes stale: they are printed. More are one, unless an expectation
+that was accepted since the base, with a reason, allows that row so much more; beyond it the same margins hold. Work
+that the base's dsv3 cannot do is not comparable.
 """
 
 import json
@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +61,26 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Rise:
+    """How much more a piece of work takes: a share of the total, instructions in dispatch; or it cannot be done."""
+
+    change: float = 0.0
+    dispatched: int = 0
+    gone: bool = False
+
+    def or_more(self, other: "Rise") -> "Rise":
+        """The larger of both in each respect."""
+        larger = (max(self.change, other.change), max(self.dispatched, other.dispatched))
+        return Rise(*larger, gone=self.gone or other.gone)
+
+    def __str__(self) -> str:
+        return "its loss" if self.gone else f"{self.change:+.3%}, dispatch {self.dispatched:+,}"
+
+
+NOTHING = Rise()
+
+
+@dataclass(frozen=True)
 class Row:
     """One piece of work on both sides; None where there is no count, and then why."""
 
@@ -80,10 +100,20 @@ class Row:
         return self.found.dispatch - self.base.dispatch if self.base and self.found else 0
 
     @property
+    def rise(self) -> Rise:
+        """How much more it takes."""
+        gone = self.base is not None and self.found is None
+        return Rise(max(self.change, 0.0), max(self.dispatched, 0), gone)
+
+    def beyond(self, accepted: Rise) -> bool:
+        """Whether it takes more than what was accepted and the margins allow, or cannot be done any more."""
+        change, dispatched = self.change - accepted.change, self.dispatched - accepted.dispatched
+        return (self.rise.gone and not accepted.gone) or change > MARGIN or dispatched > DISPATCH_MARGIN
+
+    @property
     def dearer(self) -> bool:
         """Whether it takes more than the margins allow, or cannot be done any more."""
-        gone = self.base is not None and self.found is None
-        return gone or self.change > MARGIN or self.dispatched > DISPATCH_MARGIN
+        return self.beyond(NOTHING)
 
     @property
     def cheaper(self) -> bool:
@@ -108,9 +138,13 @@ class Comparison:
     rows: tuple[Row, ...]
 
     @property
-    def dearer(self) -> list[str]:
-        """The work that takes more than the margin allows."""
-        return [row.work for row in self.rows if row.dearer]
+    def dearer(self) -> dict[str, Rise]:
+        """The work that takes more than the margins allow, and how much more."""
+        return {row.work: row.rise for row in self.rows if row.dearer}
+
+    def beyond(self, accepted: Mapping[str, Rise]) -> list[str]:
+        """The work that takes more than what was accepted of it and the margins allow."""
+        return [row.work for row in self.rows if row.beyond(accepted.get(row.work, NOTHING))]
 
     def __str__(self) -> str:
         told = [row for row in self.rows if row.dearer or row.cheaper or not (row.base and row.found)]

@@ -12,15 +12,17 @@
         gate(step)
 
 The step is called five times at one thread. Held are torch's operators by name, the waits of the host, FLOPs,
-allocations and peak bytes: what a CPU repeats exactly, so that one tensor more is seen whatever the load. They stand in
-`gate/<file>-<test>.json` beside the test file, by versions of torch and Python and by processor.
+allocations and peak bytes: what a CPU repeats exactly, so that one tensor more is seen whatever the load. They stand
+in `gate/<file>-<test>.json` beside the test file, by versions of torch and Python and by processor. A test of several
+steps gives each a name, `gate(step, name="forward")`, in which the file's name then ends.
 
     pytest --gate-accept "why"     write what is found as the new expectation
     pytest --gate-require          fail where this machine has no expectation yet, instead of skipping
 
 A test fails that costs more, and one that costs less: either the saving is real and the next loss of it must be
 noticed, or something is no longer measured. Exit code of a run in which nothing else failed: 10 if something costs
-more, 11 if things only cost less, 12 if there was no expectation for some step.
+more, 11 if things only cost less, 12 if there was no expectation for some step. Under pytest-xdist too: what the gate
+found travels with each test's report.
 """
 
 import json
@@ -28,14 +30,22 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 Step = Callable[[], object]
 
-DEARER, CHEAPER, UNKNOWN = 10, 11, 12
-_VERDICTS = pytest.StashKey[set[int]]()
+
+class Gate(Protocol):
+    """The fixture: fails the test unless the step costs exactly what is expected under this name."""
+
+    def __call__(self, step: Step, name: str = "") -> None:
+        """Measure and judge."""
+
+
+EQUAL, DEARER, CHEAPER, UNKNOWN = 0, 10, 11, 12
+_VERDICT = "dsv3 gate"  # the property of a test's report under which what was found travels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,21 +56,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def gate(request: pytest.FixtureRequest) -> Callable[[Step], None]:
+def gate(request: pytest.FixtureRequest) -> Gate:
     """Call it with a step; it fails the test unless the step costs exactly what is expected."""
-    test = request.node.nodeid.partition("::")[2]  # with its class and its parameters
-    name = re.sub(r"[^\w.]+", "-", f"{request.path.stem}-{test}").strip("-")
-    path = request.path.parent / "gate" / f"{name}.json"
+    taken: set[str] = set()
 
-    def check(step: Step) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        from bench.gate import key
-        from bench.structure import work
-
-        found, _ = work(lambda: None, lambda _: step())
-        del found["live_bytes"]  # what was built before the step is not seen, and depends on which tests ran
-        verdict, said = judge(path, key(), found, request.config.getoption("--gate-accept"))
-        request.config.stash.setdefault(_VERDICTS, set()).add(verdict)
+    def check(step: Step, name: str = "") -> None:
+        if name in taken:
+            rule = "stands for another step of this test, and the two would share one file of expectations"
+            raise ValueError(f'name={name!r}: {rule}; give each step its own, as gate(step, name="forward")')
+        taken.add(name)
+        verdict, said = judge(_path(request, name), _place(), _measure(step), request.config.getoption("--gate-accept"))
+        request.node.user_properties.append((_VERDICT, verdict))
         if verdict == UNKNOWN and not request.config.getoption("--gate-require"):
             pytest.skip(said)
         if verdict:
@@ -69,20 +75,42 @@ def gate(request: pytest.FixtureRequest) -> Callable[[Step], None]:
     return check
 
 
+def _path(request: pytest.FixtureRequest, name: str) -> Path:
+    test = request.node.nodeid.partition("::")[2]  # with its class and its parameters
+    words = re.sub(r"[^\w.]+", "-", f"{request.path.stem}-{test}-{name}").strip("-")
+    return Path(request.path.parent, "gate", f"{words}.json")
+
+
+def _place() -> str:
+    from bench.gate import place
+
+    return place()
+
+
+def _measure(step: Step) -> dict[str, Any]:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from bench.structure import work
+
+    found, _ = work(lambda: None, lambda _: step())
+    del found["live_bytes"]  # what was built before the step is not seen, and depends on which tests ran
+    return found
+
+
 def judge(path: Path, here: str, found: dict[str, Any], reason: str) -> tuple[int, str]:
-    """0 or the exit code that the figures ask for, and what there is to say; with a reason they are accepted."""
-    from bench.gate import differences, write
+    """EQUAL or the exit code that the figures ask for, and what there is to say; with a reason they are accepted."""
+    from bench.differences import differences
+    from bench.expectations import write
 
     stored = json.loads(path.read_text()) if path.exists() else {}
     if reason:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {**stored, here: {"reason": reason, "figures": found}})
-        return 0, ""
+        return EQUAL, ""
     if here not in stored:
         return UNKNOWN, f'no expectation for {here} in {path}; to add it: pytest --gate-accept "why"'
     changes = list(differences(stored[here]["figures"], found))
     if not changes:
-        return 0, ""
+        return EQUAL, ""
     lines = [*map(str, changes), 'if that is meant: pytest --gate-accept "why"']
     return DEARER if any(change.dearer for change in changes) else CHEAPER, "\n".join(lines)
 
@@ -90,15 +118,17 @@ def judge(path: Path, here: str, found: dict[str, Any], reason: str) -> tuple[in
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Say with the exit code what the gate found, where nothing else failed."""
-    verdicts = session.config.stash.get(_VERDICTS, set()) - {0}
-    gated = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-    if verdicts and session.exitstatus in gated and not _others_failed(session):
-        session.exitstatus = min(verdicts)
-
-
-def _others_failed(session: pytest.Session) -> bool:
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:
-        return True
+    if reporter is None:  # a worker of pytest-xdist: the process that it reports to has one
+        return
+    found = {verdict for reports in reporter.stats.values() for report in reports for verdict in _verdicts(report)}
     failed = reporter.stats.get("failed", []) + reporter.stats.get("error", [])
-    return any("pytest --gate-accept" not in str(report.longrepr) for report in failed)
+    others_failed = any(report.when != "call" or not _verdicts(report) for report in failed)
+    if found and not others_failed and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        session.exitstatus = min(found)
+
+
+def _verdicts(report: Any) -> set[int]:
+    """What the gate found in a test but equal figures."""
+    properties = getattr(report, "user_properties", ())
+    return {verdict for name, verdict in properties if name == _VERDICT and verdict != EQUAL}

@@ -2,19 +2,24 @@
 
     operators               torch operators that ran, by name
     host_synchronisations   those among them that make the host wait for a value of the device
-    allocations, peak_bytes, live_bytes, saved_bytes, flops, parameters     as in the glossary
-    checkpoint_bytes        tensors of model and optimizer as a checkpoint writes them
+    allocations, peak_bytes, live_bytes, flops, parameters     as in the glossary
+    saved_bytes             what the first microbatch keeps for backward, measured where the step itself goes backward
+    checkpoint_bytes        of each file that a checkpoint writes after three steps
     collectives             calls and bytes that one of two processes hands to its neighbour, by operator
     graphs, kernels, ...    what torch.compile makes of forward and backward (`bench.compiled`)
 
 Weights, tokens and scores are generated from seeds: trained ones and text differ between machines, and ties with them.
-One thread, and a call of each before, so that what happens once only is not counted.
+One thread, and a call of each before, so that what happens once only is not counted; garbage collection waits from then
+on.
 """
 
+import gc
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, multiprocessing
@@ -32,14 +37,18 @@ from dsv3.moe import expert_capacity
 from dsv3.moe.capacity import place_in_queue
 from dsv3.parallel import Ranks
 from dsv3.pipeline import SCHEDULES, Times, bubble, simulate
-from dsv3.precision import autocast
+from dsv3.resilience import save
 from dsv3.train.state import TrainState
 from dsv3.train.step import train_step
 
 Figures = dict[str, Any]
 State = TypeVar("State")
 
-WAITS = ("aten._local_scalar_dense.default", "aten.nonzero.default")
+# The same wait has another name where autograd, which takes operators apart, is off: in inference mode.
+WAITS = (
+    *("aten._local_scalar_dense.default", "aten.item.default", "aten.is_nonzero.default"),
+    "aten.nonzero.default",
+)
 PIPELINE_RANKS, MICROBATCHES = 4, 8
 WORLD = 2
 COMPILED = ("base", "window")  # one graph, and a selection that stays outside of graphs
@@ -62,15 +71,42 @@ def measure() -> dict[str, Figures]:
 def measure_step(config: Config) -> Figures:
     """A training step of this config, after the first."""
     step = training_step(config)
-    found, (state, rows) = work(step.build, step.call)
-    with threads(1), autocast(config.train.precision, "cpu"):
-        saved = saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters())
+    found, built = work(step.build, step.call)
+    state: TrainState = built[0]
     sizes = {
-        "saved_bytes": saved.value,
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
-        "checkpoint_bytes": sum(leaf.nbytes for leaf in tree_leaves(state.state_dict()) if isinstance(leaf, Tensor)),
+        "checkpoint_bytes": checkpoint_bytes(state),
     }
-    return found | sizes
+    with threads(1), uncollected():
+        saved = saved_bytes(lambda: first_loss(step.call, built), state.model.parameters())
+    return found | sizes | {"saved_bytes": saved.value}
+
+
+def first_loss(call: Callable[[State], object], state: State) -> Tensor:
+    """What a training step goes backward from first, with all that waits for backward; there the step ends."""
+
+    def end(loss: Tensor) -> None:
+        raise _BackwardError(loss)
+
+    try:
+        with mock.patch.object(Tensor, "backward", end):
+            call(state)
+    except _BackwardError as reached:
+        return reached.loss
+    raise AssertionError("a training step goes backward")
+
+
+class _BackwardError(Exception):
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+def checkpoint_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes of each file of the state's checkpoint."""
+    with TemporaryDirectory() as folder:
+        written = save(folder, state.step, state.state_dict(), keep=1)
+        return {path.name: path.stat().st_size for path in sorted(written.iterdir())}
 
 
 def measure_serving(config: Config, *, decode: bool) -> Figures:
@@ -84,14 +120,27 @@ def work(build: Callable[[], State], call: Callable[[State], object]) -> tuple[F
     with threads(1):
         peak = peak_bytes(build, call)
         state = build()
-        call(state)
-        operations = flops(lambda: call(state))
-        with Operators() as ran:
+        with uncollected():
             call(state)
+            operations = flops(lambda: call(state))
+            with Operators() as ran:
+                call(state)
     found: Figures = {figure.metric: figure.value for figure in (*peak, operations)}
     found["operators"] = dict(sorted(ran.counts.items()))
     found["host_synchronisations"] = sum(ran.counts[name] for name in WAITS)
     return found, state
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage is collected inside: when it is depends on what ran before, and what it ends may run operators."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def measure_plans() -> dict[str, Figures]:
@@ -131,12 +180,18 @@ def _one_of_two(rank: int, meeting: str, answer: Any) -> None:
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD)
     ranks = Ranks(rank=rank, world=WORLD, group=distributed.group.WORLD)
     state, rows = TrainState.create(base(), seed=0), drawn_tokens()
-    train_step(state, rows, ranks=ranks)
-    with Operators() as ran:
+    with uncollected():
         train_step(state, rows, ranks=ranks)
+        with Operators() as ran:
+            train_step(state, rows, ranks=ranks)
     if ranks.first:
-        answer.put({name: {"calls": ran.counts[name], "bytes": count} for name, count in sorted(ran.sent.items())})
+        answer.put(collectives(ran))
     distributed.destroy_process_group()
+
+
+def collectives(ran: "Operators") -> Figures:
+    """Calls and bytes of each operator of torch.distributed."""
+    return {name: {"calls": ran.counts[name], "bytes": sent} for name, sent in sorted(ran.sent.items())}
 
 
 class Operators(TorchDispatchMode):

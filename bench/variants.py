@@ -1,8 +1,9 @@
 """What the gate measures: training steps of a base model and its variants, a prompt, a token.
 
-Each variant has one choice changed, so a figure that differs points at the choice. `bench.structure` and
-`bench.instructions` say what is measured. Each config and each state is made only when it is asked for, so that an
-older dsv3, which lacks some choice, can still serve the other cases.
+Most variants have one choice changed, so a figure that differs points at the choice; a few change several that do not
+hide each other, to save time. Together they have every choice of `dsv3.config` that a step can tell apart: a test names
+those that are missing. `bench.structure` and `bench.instructions` say what is measured. Each config and each state is
+made only when it is asked for, so that an older dsv3, which lacks some choice, can still serve the other cases.
 """
 
 from collections.abc import Callable
@@ -13,33 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv3 import config as choices
 from dsv3.attention import KeyValueCache
-from dsv3.config import (
-    MTP,
-    BFloat16,
-    Config,
-    Everything,
-    Fixed,
-    Float8Block,
-    Float16,
-    Grouped,
-    Latent,
-    MoE,
-    MultiHead,
-    PerHead,
-    QuadraticLoss,
-    Select,
-    SwitchLoss,
-    Window,
-    presets,
-    vary,
-)
+from dsv3.config import Config, presets, vary
 from dsv3.model import Transformer
 from dsv3.train.state import TrainState
 from dsv3.train.step import train_step
 
 BATCH, LENGTH, VOCABULARY = 2, 32, 256
-SERVED = ("base", "multi_head", "grouped", "window", "per_head")  # the variants that decode differently
+# the variants that decode differently
+SERVED = (
+    *("base", "multi_head", "grouped", "window", "per_head"),
+    *("blocks", "beam", "latent_blocks", "latent_per_head"),
+)
 PHASES = ("prefill", "decode")
 
 
@@ -93,15 +80,8 @@ def base() -> Config:
             "model.hidden_size": 64,
             "model.num_hidden_layers": 2,
             "model.intermediate_size": 128,
-            "model.attention": Latent(
-                num_attention_heads=4,
-                q_lora_rank=32,
-                kv_lora_rank=32,
-                qk_nope_head_dim=16,
-                qk_rope_head_dim=8,
-                v_head_dim=16,
-            ),
-            "model.moe": MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32),
+            "model.attention": latent(),
+            "model.moe": choices.MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32),
             "model.mtp": None,
             "train.batch_size": BATCH,
             "train.sequence_length": LENGTH,
@@ -121,31 +101,92 @@ def variant(name: str) -> Config:
 
 def changes() -> dict[str, Callable[[], dict[str, Any]]]:
     """What each variant changes of the base."""
+    return attentions() | expert_layers() | trainings()
+
+
+def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Kinds of attention, and which keys they see. Blocks of 4 or 8 keys leave the base's 32 tokens a choice."""
+    four: dict[str, Any] = {"block_q": 4, "block_k": 4}
     return {
         "base": dict,
-        "multi_head": lambda: {"model.attention": multi_head(Everything())},
-        "grouped": lambda: {
-            "model.attention": Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=16),
+        "multi_head": lambda: {"model.attention": multi_head()},
+        "grouped": lambda: {"model.attention": grouped()},
+        "window": lambda: {"model.attention": multi_head(select=choices.Window(size=8))},
+        "per_head": lambda: {"model.attention": multi_head(select=choices.PerHead(keep=0.3))},
+        "blocks": lambda: {"model.attention": multi_head(select=choices.Blocks(k=4, **four))},
+        "beam": lambda: {
+            "model.attention": grouped(
+                select=choices.Hierarchical(keep=0.6, branching=2, width=3, sharing="group", **four)
+            )
         },
-        "window": lambda: {"model.attention": multi_head(Window(size=8))},
-        "per_head": lambda: {"model.attention": multi_head(PerHead(keep=0.3))},
-        "dense": lambda: {"model.moe": None},
-        "softmax_router": lambda: {"model.moe.scoring_func": "softmax"},
-        "quadratic_loss": lambda: {"model.moe.balance": (QuadraticLoss(),)},
-        "switch_loss": lambda: {"model.moe.balance": (SwitchLoss(),)},
-        "capacity_by_probability": lambda: {"model.moe.capacity": Fixed(factor=1.2)},
-        "capacity_by_position": lambda: {"model.moe.capacity": Fixed(factor=1.2, policy="position")},
-        "multi_token_prediction": lambda: {"model.mtp": MTP()},
-        "accumulation": lambda: {"train.accumulation_steps": 2},
-        "bfloat16": lambda: {"train.precision": BFloat16()},
-        "float16": lambda: {"train.precision": Float16()},
-        "float8_block": lambda: {"train.precision": Float8Block()},
+        "best_first": lambda: {
+            "model.attention": multi_head(
+                select=choices.Hierarchical(k=5, branching=2, search="best_first", top_p=0.9, **four)
+            )
+        },
+        "latent_blocks": lambda: {
+            "model.attention": latent(
+                q_lora_rank=None, select=choices.Blocks(k=5, block_q=8, block_k=4, sharing="all", rotated=False)
+            )
+        },
+        "latent_per_head": lambda: {"model.attention": latent(select=choices.PerHead(k=8))},
+        # long enough for the C++ kernel; where it cannot be built this is the plain path, and the key says so
+        "block_kernel": lambda: {"model.attention": multi_head(select=choices.Blocks(k=3, block_q=16, block_k=16))},
     }
 
 
-def multi_head(select: Select) -> MultiHead:
-    """Plain attention of the base's width under a selector."""
-    return MultiHead(num_attention_heads=4, head_dim=16, select=select)
+def expert_layers() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Routers, balance and capacity."""
+    return {
+        "dense": lambda: {"model.moe": None},
+        "softmax_router": lambda: {"model.moe.scoring_func": "softmax"},
+        "quadratic_loss": lambda: {"model.moe.balance": (choices.QuadraticLoss(),)},
+        "switch_loss": lambda: {"model.moe.balance": (choices.SwitchLoss(),)},
+        "capacity_by_probability": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2)},
+        "capacity_by_position": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2, policy="position")},
+        "deepseek_v3": lambda: {
+            "model.moe.n_group": 4,
+            "model.moe.topk_group": 2,
+            "model.moe.routed_scaling_factor": 2.5,
+            "model.rope": choices.Rope(scaling=choices.Yarn(factor=40, original_max_position_embeddings=4096)),
+            "model.mtp": choices.MTP(hidden="pre_norm"),
+        },
+        "plain": lambda: {
+            "model.moe.n_shared_experts": 0,
+            "model.moe.norm_topk_prob": False,
+            "model.moe.balance": (),
+            "model.tie_word_embeddings": True,
+            "train.optimizer": choices.SGD(),
+        },
+    }
+
+
+def trainings() -> dict[str, Callable[[], dict[str, Any]]]:
+    """What is predicted, in how many parts, and in which numbers."""
+    return {
+        "multi_token_prediction": lambda: {"model.mtp": choices.MTP()},
+        "accumulation": lambda: {"train.accumulation_steps": 2},
+        "bfloat16": lambda: {"train.precision": choices.BFloat16()},
+        "float16": lambda: {"train.precision": choices.Float16()},
+        "float8_block": lambda: {"train.precision": choices.Float8Block()},
+        "float8_e5m2": lambda: {"train.precision": choices.Float8Block(format="e5m2", scale="ue8m0")},
+    }
+
+
+def multi_head(**changed: Any) -> "choices.MultiHead":
+    """Plain attention of the base's width."""
+    return choices.MultiHead(num_attention_heads=4, head_dim=16, **changed)
+
+
+def grouped(**changed: Any) -> "choices.Grouped":
+    """The same with keys and values shared by two heads each."""
+    return choices.Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=16, **changed)
+
+
+def latent(**changed: Any) -> "choices.Latent":
+    """The base's attention."""
+    sizes = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    return choices.Latent(num_attention_heads=4, **sizes | changed)
 
 
 def drawn_tokens() -> Tensor:

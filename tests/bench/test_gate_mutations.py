@@ -18,8 +18,10 @@ import pytest
 # What is imported inside a run would be forgotten at its end, and imported again beside what others hold.
 import bench.compiled
 import bench.differences
+import bench.expectations
 import bench.gate
 import bench.instructions
+import bench.pytest_gate
 import bench.stability
 import bench.structure  # noqa: F401
 
@@ -47,13 +49,14 @@ MUTATIONS = tuple(Mutation(**row) for row in TABLE)
 
 @contextmanager
 def run_anew(name: str, old: str = "", new: str = "") -> Iterator[None]:
-    """A module of bench run anew with `old` replaced by `new`, and after it the gate, which takes names from it."""
-    changed, gate = (importlib.import_module(f"bench.{each}") for each in (name, "gate"))
-    saved = [(module, dict(vars(module))) for module in (changed, gate)]
+    """A module of bench run anew with `old` replaced by `new`, and after it those that take names from it."""
+    changed, *others = (importlib.import_module(f"bench.{each}") for each in (name, "expectations", "gate"))
+    saved = [(module, dict(vars(module))) for module in (changed, *others)]
     try:
         execute(changed, source(changed).replace(old, new) if old else source(changed))
-        if changed is not gate:
-            execute(gate, source(gate))
+        for module in others:
+            if module is not changed:
+                execute(module, source(module))
         yield
     finally:
         for module, names in saved:
