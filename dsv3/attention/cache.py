@@ -3,6 +3,7 @@
     MultiHead, Grouped   key [B,G,M,P] and value [B,G,M,P] per layer
     Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head
     with PerHead         importance [B,M,H] besides
+    with Indexer         index_key [B,M,W] besides
     with Blocks, Hierarchical   besides, an index: the query of each block's first token, and summaries of key blocks
 
 M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv3.attention.select.index import Index
-from dsv3.config import Attention, Blocks, Grouped, Latent, Model, MultiHead, PerHead
+from dsv3.config import Attention, Blocks, Grouped, Indexer, Latent, Model, MultiHead, PerHead
 from dsv3.config.rules import require
 
 
@@ -109,6 +110,8 @@ def _shapes(attention: Attention, batch: int, max_length: int) -> dict[str, tupl
             shapes = {"key": shape, "value": shape}
     if isinstance(attention.select, PerHead):
         shapes["importance"] = (batch, max_length, attention.num_attention_heads)
+    if isinstance(attention.select, Indexer):
+        shapes["index_key"] = (batch, max_length, attention.select.index_head_dim)
     return shapes
 
 

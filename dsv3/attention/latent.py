@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dsv3.attention.attend import attend
 from dsv3.attention.cache import LayerCache
-from dsv3.attention.select import Importance, Index, leading, remember, select, unfinished
+from dsv3.attention.select import Importance, Index, LightningIndexer, leading, remember, select, unfinished
 from dsv3.attention.selection import Selection
-from dsv3.config import Blocks, Latent, Model, PerHead
+from dsv3.config import Blocks, Indexer, Latent, Model, PerHead
 from dsv3.layers import RMSNorm, rope
 
 LATENT_EPS = 1e-6
@@ -50,6 +50,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(latent, heads * (attention.qk_nope_head_dim + attention.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * attention.v_head_dim, width, bias=False)
         self.importance = Importance(width, heads) if isinstance(attention.select, PerHead) else None
+        self.indexer = LightningIndexer(model) if isinstance(attention.select, Indexer) else None
 
     def forward(
         self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None, absorbed: bool | None = None
@@ -61,22 +62,44 @@ class LatentAttention(nn.Module):
         """
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
-        q_nope, q_rope = self._query(x, position_T)
-        memory = {"latent": self._latent(x, position_T)}
-        if self.importance is not None:
-            memory["importance"] = self.importance(x)
+        q_nope, q_rope, q_index = self._query(x, position_T)
+        memory = self._memory(x, position_T)
         if cache is not None:
             memory = cache.append(**memory)
-        choice, latent, added = self.shape.select, memory["latent"], memory.get("importance")
-        index = None
-        if isinstance(choice, Blocks):
-            index = self._remember(choice, q_nope, q_rope, latent, start, None if cache is None else cache.index)
-        selection = select(choice, x.shape, latent.shape[1], added, x.device, index=index, scale=self.scale)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] == 1
-        form = self._absorbed if absorbed else self._expanded
-        out = form(q_nope, q_rope, latent, selection)
+        up = self._up() if absorbed else None
+        if up is None:
+            q, k, v = self._expanded(q_nope, q_rope, memory["latent"])
+        else:
+            q, k, v = self._absorbed(q_nope, q_rope, memory["latent"], up[0])
+        if self.indexer is not None:
+            selection: Selection | None = self.indexer(x, q_index, memory["index_key"])
+            seen = selection if self.indexer.prunes(k.shape[2]) else None
+        else:
+            seen = selection = self._select(x, q_nope, q_rope, memory, None if cache is None else cache.index)
+        out = attend(q, k, v, seen, scale=self.scale)
+        if up is not None:
+            out = torch.einsum("bhtl,hrl->bhtr", out[..., : self.shape.kv_lora_rank], up[1])
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
+
+    def _memory(self, x: Tensor, position: Tensor) -> dict[str, Tensor]:
+        """What is remembered of new tokens, by the names of a cache's buffers."""
+        memory = {"latent": self._latent(x, position)}
+        if self.importance is not None:
+            memory["importance"] = self.importance(x)
+        if self.indexer is not None:
+            memory["index_key"] = self.indexer.key(x, position)
+        return memory
+
+    def _select(
+        self, x: Tensor, q_nope: Tensor, q_rope: Tensor, memory: dict[str, Tensor], held: Index | None
+    ) -> Selection | None:
+        choice, latent, index = self.shape.select, memory["latent"], None
+        if isinstance(choice, Blocks):
+            index = self._remember(choice, q_nope, q_rope, latent, latent.shape[1] - x.shape[1], held)
+        importance = memory.get("importance")
+        return select(choice, x.shape, latent.shape[1], importance, x.device, index=index, scale=self.scale)
 
     @torch.no_grad()
     def _remember(
@@ -98,12 +121,14 @@ class LatentAttention(nn.Module):
         heads, nope, width = self.shape.num_attention_heads, self.shape.qk_nope_head_dim, self.shape.v_head_dim
         return self.kv_b_proj.weight.unflatten(0, (heads, nope + width)).split((nope, width), dim=1)
 
-    def _query(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    def _query(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Each head's query, without position and rotated, and the indexer's queries, where there is one."""
         straight = self.shape.q_lora_rank is None
-        q = self.q_proj(x) if straight else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        c_q = x if straight else self.q_a_layernorm(self.q_a_proj(x))
+        q = self.q_proj(c_q) if straight else self.q_b_proj(c_q)
         q = q.unflatten(-1, (-1, self.shape.qk_head_dim)).transpose(1, 2)
         nope, turned = q.split((self.shape.qk_nope_head_dim, self.shape.qk_rope_head_dim), dim=-1)
-        return nope, self._rotate(turned, position)
+        return nope, self._rotate(turned, position), None if self.indexer is None else self.indexer.query(c_q, position)
 
     def _latent(self, x: Tensor, position: Tensor) -> Float[Tensor, "B T width"]:
         """What the cache holds: the normalised latent, then the rotated key that all heads share."""
@@ -115,18 +140,18 @@ class LatentAttention(nn.Module):
         frequency = torch.tensor(self.frequency, dtype=torch.float32, device=x.device)
         return rope.rotate(x, position, frequency, self.magnitude)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, selection: Selection | None) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head."""
         latent, k_rope = memory.split((self.shape.kv_lora_rank, self.shape.qk_rope_head_dim), dim=-1)
         heads, nope, width = self.shape.num_attention_heads, self.shape.qk_nope_head_dim, self.shape.v_head_dim
         expanded = self.kv_b_proj(latent).unflatten(-1, (heads, nope + width)).transpose(1, 2)
         k_nope, v = expanded.split((nope, width), dim=-1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, heads, -1, -1)), dim=-1)
-        return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, selection, scale=self.scale)
+        return torch.cat((q_nope, q_rope), dim=-1), k, v
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, selection: Selection | None) -> Tensor:
-        w_uk, w_uv = self._up()
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, memory: Tensor, w_uk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries in the latent's space, and the key and value that all heads share there."""
         q = torch.cat((torch.einsum("bhtn,hnl->bhtl", q_nope, w_uk), q_rope), dim=-1)
         shared = memory[:, None]
         # all of [latent ; rotary key] stands in for the value: cutting the output is cheaper than copying latents out
-        mixed = attend(q, shared, shared, selection, scale=self.scale)[..., : self.shape.kv_lora_rank]
-        return torch.einsum("bhtl,hrl->bhtr", mixed, w_uv)
+        return q, shared, shared

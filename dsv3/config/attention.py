@@ -2,11 +2,13 @@
 
     MultiHead | Grouped | Latent        one K and V per head | shared by a group of heads | compressed to a latent (MLA)
       each with  select =  Everything | Window | PerHead | Blocks | Hierarchical
+      Latent also with     Indexer (DeepSeek-V3.2's sparse attention)
 
 Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V2 and V3, arXiv 2405.04434 and
 2412.19437 section 2.1.1 (Latent). `PerHead` is the article's dynamic sparse attention in the form that can run;
 `dsv3/attention/select/per_head.py` says what was repaired. `Blocks` and `Hierarchical` choose by what queries and keys
-say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token.
+say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token. `Indexer`
+chooses with small queries and keys of its own (DeepSeek-V3.2, arXiv 2512.02556 section 2).
 """
 
 from dataclasses import dataclass, field
@@ -144,8 +146,27 @@ class Hierarchical(Blocks):
         return max(self.past(complete), self.width or 1)
 
 
-Select = Everything | Window | PerHead | Blocks | Hierarchical
-SELECTS = (Everything, Window, PerHead, Blocks, Hierarchical)
+@dataclass(frozen=True, kw_only=True)
+class Indexer:
+    """Each token sees the keys that a lightning indexer scores highest, the same ones in all heads (DeepSeek-V3.2).
+
+    The indexer reads the query latent, so it comes with `Latent` attention that has one.
+
+    Attributes:
+        index_n_heads, index_head_dim: the indexer's heads and their width, of which `qk_rope_head_dim` are rotated.
+        index_topk: keys seen; a token with fewer before it sees them all.
+    """
+
+    index_n_heads: int
+    index_head_dim: int
+    index_topk: int
+
+    def __post_init__(self) -> None:
+        require_positive(self, "index_n_heads", "index_head_dim", "index_topk")
+
+
+Select = Everything | Window | PerHead | Blocks | Hierarchical | Indexer
+SELECTS = (Everything, Window, PerHead, Blocks, Hierarchical)  # that any attention can have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +238,13 @@ class Latent:
         require(
             rope % 2 == 0, "qk_rope_head_dim", rope, "must be even: rotary embedding turns pairs", "use an even width"
         )
-        require_kind(self, "select", SELECTS)
+        require_kind(self, "select", (*SELECTS, Indexer))
+        if isinstance(self.select, Indexer):
+            rule = "must not be None: the indexer reads the query latent"
+            require(self.q_lora_rank is not None, "q_lora_rank", None, rule, "set it, or select otherwise")
+            width = self.select.index_head_dim
+            rule = f"must be at least qk_rope_head_dim={rope}, the part that is rotated"
+            require(width >= rope, "index_head_dim", width, rule, "use a wider index head")
 
     @property
     def qk_head_dim(self) -> int:

@@ -6,11 +6,13 @@ article            what the article describes, 67 billion parameters; it gives n
 article_small      the article's choices at a size that trains here
 deepseek_v2_lite   16 billion, as published
 deepseek_v3        671 billion, as published
+deepseek_v32       DeepSeek-V3.2: the same with sparse attention
 """
 
 from collections.abc import Callable
 
-from dsv3.config.attention import Latent, MultiHead, PerHead
+from dsv3.config.attention import Indexer, Latent, MultiHead, PerHead
+from dsv3.config.change import vary
 from dsv3.config.layers import Rope, Yarn
 from dsv3.config.model import MTP, Model
 from dsv3.config.moe import Dropless, Fixed, MoE, QuadraticLoss, SequenceLoss, SignBias
@@ -195,9 +197,15 @@ def deepseek_v3() -> Config:
     return Config(model=model, train=Train(batch_size=15360, sequence_length=4096, optimizer=AdamW(lr=2.2e-4)))
 
 
+def deepseek_v32() -> Config:
+    """DeepSeek-V3.2, arXiv 2512.02556 section 2: DeepSeek-V3 whose tokens see the 2048 keys that an indexer selects."""
+    indexer = Indexer(index_n_heads=64, index_head_dim=128, index_topk=2048)
+    return vary(deepseek_v3(), **{"model.attention.select": indexer})
+
+
 def every() -> dict[str, Callable[[], Config]]:
     """The presets by name, in the order of this file."""
-    known = (tiny, small, article, article_small, deepseek_v2_lite, deepseek_v3)
+    known = (tiny, small, article, article_small, deepseek_v2_lite, deepseek_v3, deepseek_v32)
     return {preset.__name__: preset for preset in known}
 
 

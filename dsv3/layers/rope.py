@@ -76,6 +76,18 @@ def rotate(
     return turn(pair, angle_TP2, magnitude).flatten(-2).to(x.dtype)
 
 
+def rotate_halves(
+    x: Float[Tensor, "*batch T P"],
+    positions: Int[Tensor, " T"],
+    frequency: Float[Tensor, " half"],
+    magnitude: float = 1.0,
+) -> Float[Tensor, "*batch T P"]:
+    """The same turn of the pairs (i, i + P/2): Llama's layout, and that of DeepSeek-V3.2's indexer."""
+    pairs = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    turned = rotate(pairs, positions, frequency, magnitude)
+    return turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def _turn(pair: Float[Tensor, "*batch T half 2"], angle: Float[Tensor, "T half"], magnitude: float) -> Tensor:
     cos, sin = angle.cos() * magnitude, angle.sin() * magnitude
     first, second = pair.unbind(-1)

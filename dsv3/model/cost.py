@@ -20,11 +20,24 @@ implies 249.7 (arXiv 2505.09343, table 4).
 """
 
 from math import prod
-from typing import assert_never
+from typing import TypeVar, assert_never
 
-from dsv3.config import Attention, Blocks, Everything, Grouped, Latent, Model, MultiHead, PerHead, Select, Window
+from dsv3.config import (
+    Attention,
+    Blocks,
+    Everything,
+    Grouped,
+    Indexer,
+    Latent,
+    Model,
+    MultiHead,
+    PerHead,
+    Select,
+    Window,
+)
 
 Shapes = dict[str, tuple[int, ...]]
+Of = TypeVar("Of")
 
 BACKWARD_OVER_FORWARD = 2
 
@@ -63,20 +76,20 @@ def active_parameters(model: Model, *, embedding: bool = True, mtp: bool = True)
 
 
 def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, int]:
-    """FLOPs of one forward pass over one sequence of `length` tokens, by parameter name, and by `...self_attn.scores`
-    for what attention adds.
+    """FLOPs of one forward pass over one sequence of `length` tokens, by parameter name, by `...self_attn.scores` for
+    what attention adds, and by `...self_attn.indexer.scores` for what an indexer does.
     """
     flops: dict[str, int] = {}
     for name, shape in parameter_shapes(model, mtp=mtp).items():
         if len(shape) > 1 and name != "embed_tokens.weight":
             flops[name] = 2 * _active(model, name, shape) * _positions(name, length)
-    head, scores = 2 * model.vocab_size * model.hidden_size, attention_flops(model.attention, length)
+    head = 2 * model.vocab_size * model.hidden_size
     flops["lm_head.weight"] = head * length
     for layer in range(model.num_hidden_layers):
-        flops[f"layers.{layer}.self_attn.scores"] = scores
+        flops |= _within(f"layers.{layer}.self_attn", _scores(model.attention, length))
     for depth in range(mtp_depths(model) if mtp else 0):
         positions = length - depth - 1
-        flops[f"mtp.{depth}.block.self_attn.scores"] = attention_flops(model.attention, positions)
+        flops |= _within(f"mtp.{depth}.block.self_attn", _scores(model.attention, positions))
         flops[f"mtp.{depth}.lm_head.weight"] = head * positions
     return flops
 
@@ -103,6 +116,8 @@ def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
         products += 2 * model.vocab_size * model.hidden_size
     attention = model.attention
     per_layer = 2 * _kept(attention.select, visible) * macs_per_pair(attention, absorbed=absorbed)
+    if isinstance(attention.select, Indexer):
+        per_layer += index_flops(attention.select, visible, visible)
     if isinstance(attention, Latent) and not absorbed:
         kv_b = (
             attention.num_attention_heads * (attention.qk_nope_head_dim + attention.v_head_dim) * attention.kv_lora_rank
@@ -114,6 +129,19 @@ def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
 def attention_flops(attention: Attention, length: int) -> int:
     """FLOPs of q k^T and of the weighted sum of values in one layer, over one sequence, beside the projections."""
     return 2 * kept_pairs(attention.select, length) * macs_per_pair(attention)
+
+
+def index_flops(select: Indexer, first: int, last: int) -> int:
+    """FLOPs of an indexer's scores for queries that may see `first`, `first` + 1, ... `last` keys.
+
+    A score of a pair is a product per index head and their weighted sum; a query that takes all keys needs none.
+    """
+
+    def pairs(visible: int) -> int:
+        return visible * (visible + 1) // 2
+
+    least = max(first - 1, select.index_topk)
+    return 2 * max(0, pairs(last) - pairs(least)) * select.index_n_heads * (select.index_head_dim + 1)
 
 
 def macs_per_pair(attention: Attention, *, absorbed: bool = False) -> int:
@@ -138,14 +166,16 @@ def kept_pairs(select: Select, length: int) -> int:
 
 
 def kv_values_per_token(attention: Attention) -> int:
-    """Numbers that one layer caches per token; a per-head selection remembers each token's importance besides.
+    """Numbers that one layer caches per token; a per-head selection remembers each token's importance besides, an
+    indexer its key.
 
     The index of a choice by blocks is not a number per token: `KeyValueCache.nbytes` counts it.
     """
     importance = attention.num_attention_heads if isinstance(attention.select, PerHead) else 0
     match attention:
         case Latent():
-            return attention.kv_lora_rank + attention.qk_rope_head_dim + importance
+            index_key = attention.select.index_head_dim if isinstance(attention.select, Indexer) else 0
+            return attention.kv_lora_rank + attention.qk_rope_head_dim + importance + index_key
         case Grouped() | MultiHead():
             return 2 * _key_value_heads(attention) * attention.head_dim + importance
         case _:
@@ -164,6 +194,13 @@ def mtp_depths(model: Model) -> int:
     return 0 if model.mtp is None else model.mtp.num_nextn_predict_layers
 
 
+def _scores(attention: Attention, length: int) -> dict[str, int]:
+    scores = {"scores": attention_flops(attention, length)}
+    if isinstance(attention.select, Indexer):
+        scores["indexer.scores"] = index_flops(attention.select, 1, length)
+    return scores
+
+
 def _kept(select: Select, visible: int) -> int:
     match select:
         case Everything():
@@ -175,6 +212,8 @@ def _kept(select: Select, visible: int) -> int:
                 return max(1, int(select.keep * visible))
             assert select.k is not None, "PerHead has keep or k"
             return min(visible, select.k)
+        case Indexer():
+            return min(visible, select.index_topk)
         case Blocks():
             # the blocks that end before the query's own block of queries, then everything up to the query itself
             complete = (visible - 1) // select.block_q * select.block_q // select.block_k
@@ -242,11 +281,24 @@ def _latent_shapes(width: int, attention: Latent) -> Shapes:
             "q_a_layernorm.weight": (attention.q_lora_rank,),
             "q_b_proj.weight": (queries, attention.q_lora_rank),
         }
+    if isinstance(attention.select, Indexer) and attention.q_lora_rank is not None:
+        shapes |= _within("indexer", _indexer_shapes(width, attention.q_lora_rank, attention.select))
     return shapes | {
         "kv_a_proj_with_mqa.weight": (rank + attention.qk_rope_head_dim, width),
         "kv_a_layernorm.weight": (rank,),
         "kv_b_proj.weight": (heads * (attention.qk_nope_head_dim + attention.v_head_dim), rank),
         "o_proj.weight": (width, heads * attention.v_head_dim),
+    }
+
+
+def _indexer_shapes(width: int, rank: int, select: Indexer) -> Shapes:
+    heads, inner = select.index_n_heads, select.index_head_dim
+    return {
+        "wq_b.weight": (heads * inner, rank),
+        "wk.weight": (inner, width),
+        "k_norm.weight": (inner,),
+        "k_norm.bias": (inner,),
+        "weights_proj.weight": (heads, width),
     }
 
 
@@ -272,8 +324,8 @@ def _key_value_heads(attention: MultiHead | Grouped) -> int:
     return attention.num_key_value_heads if isinstance(attention, Grouped) else attention.num_attention_heads
 
 
-def _within(path: str, shapes: Shapes) -> Shapes:
-    return {f"{path}.{name}": shape for name, shape in shapes.items()}
+def _within(path: str, of: dict[str, Of]) -> dict[str, Of]:
+    return {f"{path}.{name}": value for name, value in of.items()}
 
 
 def _inside(name: str, path: str) -> bool:

@@ -5,7 +5,7 @@ import torch
 
 from dsv3.attention import KeyValueCache
 from dsv3.config import Attention, Everything, PerHead, Select
-from tests.attention.variants import ATTENTIONS, config, hidden, module
+from tests.attention.variants import ATTENTIONS, INDEXER, config, hidden, module
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from tests.attention.variants import ATTENTIONS, config, hidden, module
         ("grouped", Everything(), 2 * 2 * 6),
         ("latent", Everything(), 8 + 4),
         ("latent", PerHead(k=2), 8 + 4 + 4),
+        ("latent", INDEXER, 8 + 4 + 6),
     ],
 )
 def test_a_token_takes_the_numbers_of_its_form(name: str, select: Select, numbers: int) -> None:

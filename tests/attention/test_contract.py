@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from dsv3.attention import KeyValueCache, LatentAttention, attend, eager, reference
-from dsv3.config import Blocks, Everything, Hierarchical, Latent, Model, MultiHead, PerHead, Select, Window
+from dsv3.attention.select import reference as by_content
+from dsv3.config import Blocks, Everything, Hierarchical, Indexer, Latent, Model, MultiHead, PerHead, Select, Window
 from dsv3.layers import frequencies, softmax_mscale
 from tests.attention.variants import ATTENTIONS, SELECTS, VARIANTS, YARN, chosen, config, hidden, module, seen
 
@@ -231,6 +232,10 @@ def by_definition(made: nn.Module, model: Model, x: torch.Tensor) -> torch.Tenso
     rotated = getattr(shape.select, "rotated", True)
     if isinstance(made, LatentAttention):
         assert isinstance(shape, Latent)
+        if isinstance(shape.select, Indexer):
+            scores = by_content.index_scores(x, weights, shape, model.rope)
+            keys = by_content.indexed(scores, shape.select.index_topk)
+            return reference.latent(x, weights, shape, model.rope, keys)
         compared = reference.latent_space(x.detach(), weights, shape, model.rope, rotated=rotated)
         keys = seen(shape.select, importance, compared, shape.qk_head_dim**-0.5 * softmax_mscale(YARN))
         return reference.latent(x, weights, shape, model.rope, keys)

@@ -13,6 +13,7 @@ from dsv3.config import (
     Everything,
     Grouped,
     Hierarchical,
+    Indexer,
     Latent,
     Model,
     MultiHead,
@@ -63,6 +64,8 @@ VARIANTS = {
     for attention in ATTENTIONS
     for select in SELECTS
 }
+INDEXER = Indexer(index_n_heads=3, index_head_dim=6, index_topk=5)  # few heads: scores of 0, all alike, are common
+VARIANTS["latent-indexer"] = config(LATENT, INDEXER)
 
 
 def module(model: Model, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

@@ -17,6 +17,7 @@ from dsv3.config import (
     Float32,
     Grouped,
     Hierarchical,
+    Indexer,
     Latent,
     Model,
     MoE,
@@ -30,6 +31,7 @@ from dsv3.config import (
     Train,
     Window,
     Yarn,
+    vary,
 )
 
 share = st.floats(0.01, 1.0)
@@ -55,7 +57,7 @@ grouped = st.builds(
     even,
     selects,
 )
-latent = st.builds(
+plain_latent = st.builds(
     Latent,
     num_attention_heads=small,
     q_lora_rank=st.none() | small,
@@ -65,6 +67,19 @@ latent = st.builds(
     v_head_dim=small,
     select=selects,
 )
+indexed = st.builds(
+    lambda attention, rank, heads, further, topk: vary(
+        attention,
+        q_lora_rank=rank,
+        select=Indexer(index_n_heads=heads, index_head_dim=attention.qk_rope_head_dim + further, index_topk=topk),
+    ),
+    plain_latent,
+    small,
+    small,
+    st.integers(0, 3),
+    small,
+)
+latent = plain_latent | indexed
 attentions = st.one_of(multi_head, grouped, latent)
 balances = st.lists(
     st.one_of(

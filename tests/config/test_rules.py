@@ -14,6 +14,7 @@ from dsv3.config import (
     Float16,
     Grouped,
     Hierarchical,
+    Indexer,
     Latent,
     Model,
     MoE,
@@ -31,6 +32,8 @@ from dsv3.config import (
 
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
 LATENT = {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+
+INDEXER = Indexer(index_n_heads=2, index_head_dim=4, index_topk=3)
 
 REFUSED = [
     (lambda: Fixed(factor=0), r"factor=0: must be a finite number > 0; "),
@@ -52,6 +55,19 @@ REFUSED = [
     (lambda: PerHead(keep=0.0), r"keep=0.0: must be a finite number > 0"),
     (lambda: PerHead(keep=1.1), r"keep=1.1"),
     (lambda: PerHead(k=0), r"k=0: must be a whole number of at least 1"),
+    (lambda: Indexer(index_n_heads=2, index_head_dim=4, index_topk=0), r"index_topk=0: must be a whole number of at"),
+    (lambda: vary(INDEXER, index_n_heads=0), r"index_n_heads=0"),
+    (lambda: vary(INDEXER, index_head_dim=1.5), r"index_head_dim=1.5"),
+    (lambda: Latent(**LATENT, qk_rope_head_dim=2, select=INDEXER), r"q_lora_rank=None: must not be None: the indexer"),
+    (
+        lambda: Latent(**LATENT | {"q_lora_rank": 3}, qk_rope_head_dim=6, select=INDEXER),
+        r"index_head_dim=4: must be at least qk_rope_head_dim=6",
+    ),
+    (lambda: MultiHead(num_attention_heads=2, head_dim=4, select=INDEXER), r"select=Indexer.*: must be one of Every"),
+    (
+        lambda: Grouped(num_attention_heads=2, num_key_value_heads=1, head_dim=4, select=INDEXER),
+        r"select=Indexer.*: must be one of Everything, Window, PerHead, Blocks, Hierarchical;",
+    ),
     (lambda: Blocks(), r"exactly one of the two is set; Blocks\(k=16\) or Blocks\(keep=0.3\)"),
     (lambda: Blocks(k=4, keep=0.3), r"exactly one of the two is set"),
     (lambda: Blocks(k=2), r"k=2: must be at least 3: the own, the previous and the first block are always seen"),

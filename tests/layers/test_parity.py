@@ -7,11 +7,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3MLP,
     DeepseekV3RMSNorm,
     DeepseekV3RotaryEmbedding,
+    apply_rotary_pos_emb,
     apply_rotary_pos_emb_interleave,
 )
 
 from dsv3.config import Rope, Yarn
-from dsv3.layers import RMSNorm, SwiGLU, frequencies, rotate
+from dsv3.layers import RMSNorm, SwiGLU, frequencies, rotate, rotate_halves
 from dsv3.layers.rope import magnitude
 
 YARNS = {
@@ -72,6 +73,19 @@ def test_dot_products_of_turned_vectors_are_the_published_ones(rope: Rope) -> No
     ours = rotate(q, position, *turn) @ rotate(k, position, *turn).mT
     # angles up to 62 turn with an error of 62 eps, and 16 products add up
     torch.testing.assert_close(ours, q_theirs @ k_theirs.mT, rtol=0, atol=62 * 16 * torch.finfo(torch.float32).eps)
+
+
+def test_turned_halves_are_the_published_ones_element_by_element() -> None:
+    q, k = torch.randn(2, 1, 3, 10, 8, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(10)
+    cos, sin = published(Rope(), 8)(q, position[None])
+    theirs = apply_rotary_pos_emb(q, k, cos, sin)
+    for x, expected in zip((q, k), theirs, strict=True):
+        # a sine and a cosine of an angle up to 9, each off by an eps of it
+        eps = torch.finfo(torch.float32).eps
+        torch.testing.assert_close(
+            rotate_halves(x, position, frequencies(8, Rope())), expected, rtol=0, atol=9 * 4 * eps
+        )
 
 
 def test_turned_vectors_are_the_published_ones_in_another_order() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv3.config import Rope, Yarn
-from dsv3.layers import RMSNorm, SwiGLU, frequencies, rotate, softmax_mscale, swiglu
+from dsv3.layers import RMSNorm, SwiGLU, frequencies, rotate, rotate_halves, softmax_mscale, swiglu
 from dsv3.layers.rope import magnitude
 
 DEEPSEEK_V3 = Rope(scaling=Yarn(factor=40.0, original_max_position_embeddings=4096))
@@ -52,6 +52,13 @@ def test_rotation_turns_neighbouring_pairs_by_position_times_frequency() -> None
     x = torch.tensor([[1.0, 0.0, 0.0, 2.0]])
     turned = rotate(x, torch.tensor([3]), torch.tensor([0.5, 0.1]))
     expected = [math.cos(1.5), math.sin(1.5), -2 * math.sin(0.3), 2 * math.cos(0.3)]
+    torch.testing.assert_close(turned, torch.tensor([expected]))
+
+
+def test_rotation_of_halves_turns_each_number_with_the_one_half_a_width_further() -> None:
+    x = torch.tensor([[1.0, 0.0, 0.0, 2.0]])
+    turned = rotate_halves(x, torch.tensor([3]), torch.tensor([0.5, 0.1]), 2.0)
+    expected = [2 * math.cos(1.5), -4 * math.sin(0.3), 2 * math.sin(1.5), 4 * math.cos(0.3)]
     torch.testing.assert_close(turned, torch.tensor([expected]))
 
 

@@ -10,6 +10,7 @@ from dsv3.config import (
     Everything,
     Grouped,
     Hierarchical,
+    Indexer,
     Latent,
     MultiHead,
     PerHead,
@@ -22,6 +23,7 @@ from dsv3.model import Transformer, cost
 from tests.model.variants import BASE
 
 V3 = presets.deepseek_v3().model
+V32 = presets.deepseek_v32().model
 LITE = presets.deepseek_v2_lite().model
 
 
@@ -60,6 +62,31 @@ def test_deepseek_v3_on_the_meta_device_has_those_sizes_too() -> None:
     assert sum(p.numel() for p in model.layers[3].self_attn.parameters()) == 187_107_328
     assert sum(p.numel() for p in model.layers[3].parameters()) == 11_507_286_016
     assert sum(p.numel() for p in model.layers[0].parameters()) == 583_483_392
+    assert sum(b.numel() for b in model.buffers()) == 58 * 256
+
+
+@pytest.mark.parametrize(
+    "within, expected",
+    [
+        ("", 671_877_929_216),
+        ("layers.0.self_attn", 187_107_328 + 13_959_424),
+        ("layers.60.self_attn.indexer", 13_959_424),
+        ("layers.60.self_attn.indexer.wq_b", 8192 * 1536),
+        ("layers.60.self_attn.indexer.wk", 128 * 7168),
+        ("layers.60.self_attn.indexer.k_norm", 2 * 128),
+        ("layers.60.self_attn.indexer.weights_proj", 64 * 7168),
+    ],
+)
+def test_deepseek_v32_has_its_published_sizes(within: str, expected: int) -> None:
+    """Counted on transformers' meta-device model; an indexer's by hand from the published widths."""
+    assert cost.parameters(V32, within=within, mtp=False) == expected
+
+
+def test_deepseek_v32_on_the_meta_device_has_those_sizes_too() -> None:
+    with torch.device("meta"):
+        model = Transformer(vary(V32, mtp=None))
+    assert sum(p.numel() for p in model.parameters()) == 671_877_929_216
+    assert sum(p.numel() for p in model.layers[60].self_attn.indexer.parameters()) == 13_959_424
     assert sum(b.numel() for b in model.buffers()) == 58 * 256
 
 
@@ -116,6 +143,7 @@ def test_cache_bytes_per_token() -> None:
     layers of 2 x 8 x 128.
     """
     assert cost.kv_bytes_per_token(V3) == 70_272
+    assert cost.kv_bytes_per_token(V32) == 70_272 + 61 * 128 * 2
     llama = vary(
         V3, num_hidden_layers=126, attention=Grouped(num_attention_heads=128, num_key_value_heads=8, head_dim=128)
     )
@@ -137,6 +165,24 @@ def test_deepseek_v3_trains_at_250_gigaflop_per_token() -> None:
     assert per_token == pytest.approx(249.7e9, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    "length, dense, absorbed, expanded",
+    [(4096, 83.9, 230.7, 79.7), (16384, 335.6, 334.5, 145.7), (131072, 2684, 820, 620)],
+)
+def test_deepseek_v32_attends_for_these_million_multiply_adds_per_token(
+    length: int, dense: float, absorbed: float, expanded: float
+) -> None:
+    """Per layer, worked out by hand; there the indexer scores all pairs, and adding up its 64 heads is free."""
+    select = V32.attention.select
+    assert isinstance(select, Indexer)
+    pairs = cost.index_flops(select, 1, length) / 2 / 64 / 129 + 2048 * 2049 / 2
+    index, kept = 64 * 128 * pairs / length, cost.kept_pairs(select, length) / length
+    assert cost.attention_flops(V3.attention, length) / 2e6 / length == pytest.approx(dense, rel=1e-3)
+    for in_latent_space, expected in ((True, absorbed), (False, expanded)):
+        core = kept * cost.macs_per_pair(V32.attention, absorbed=in_latent_space)
+        assert (core + index) / 1e6 == pytest.approx(expected, rel=1e-3)
+
+
 def test_multiply_adds_per_pair_of_both_forms_of_latent_attention() -> None:
     assert cost.macs_per_pair(V3.attention) == 40_960
     assert cost.macs_per_pair(V3.attention, absorbed=True) == 139_264
@@ -149,6 +195,7 @@ def test_multiply_adds_per_pair_of_both_forms_of_latent_attention() -> None:
         (Window(size=2, sink=1), 1 + 2 + 3 + 3 + 3 + 3 + 3),
         (PerHead(k=3), 1 + 2 + 3 + 3 + 3 + 3 + 3),
         (PerHead(keep=0.3), 1 + 1 + 1 + 1 + 1 + 1 + 2),
+        (Indexer(index_n_heads=1, index_head_dim=2, index_topk=4), 1 + 2 + 3 + 4 + 4 + 4 + 4),
         (Blocks(k=4, block_q=2, block_k=1), 1 + 2 + 3 + 4 + 3 + 4 + 3),
         (Hierarchical(k=3, block_q=1, block_k=2), 1 + 2 + 3 + 4 + 5 + 6 + 5),
     ],

@@ -2,7 +2,7 @@
 
 `select` is the one place where a config's choice becomes a Selection (None: every visible key). Selectors that compare
 queries and keys (`Blocks`, `Hierarchical`) search an `Index` of them, which `remember` builds, or continues in a
-cache.
+cache. An `Indexer` is a module, which learns and selects for itself.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,19 @@ from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import hierarchical
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, leading, unfinished
+from dsv3.attention.select.indexer import LightningIndexer, indexer
 from dsv3.attention.select.per_head import Importance, per_head
 from dsv3.attention.select.window import window
 from dsv3.attention.selection import Selection
-from dsv3.config import Blocks, Everything, Hierarchical, PerHead, Select, Window
+from dsv3.config import Blocks, Everything, Hierarchical, Indexer, PerHead, Select, Window
 
 __all__ = [
     "Importance",
     "Index",
+    "LightningIndexer",
     "blocks",
     "hierarchical",
+    "indexer",
     "leading",
     "per_head",
     "remember",
@@ -65,6 +68,8 @@ def select(
         case Blocks():
             assert index is not None, "a choice by content needs an index of what was said"
             return search_blocks(choice, index, total - queries, total, scale)
+        case Indexer():
+            raise AssertionError("an indexer selects for itself: see LightningIndexer")
         case _:
             assert_never(choice)
 

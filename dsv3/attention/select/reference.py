@@ -1,18 +1,20 @@
 """Choosing by content as defined, in float64 with loops: what `blocks` and `hierarchical` must equal.
 
 `content` says which keys each query sees; `walk` goes down one tree with any score, so that it also counts what a
-search looks at where there is no data to score, and `by_priority` is best-first search with a queue.
+search looks at where there is no data to score, and `by_priority` is best-first search with a queue. `index_scores` and
+`indexed` are the lightning indexer.
 """
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.config import Blocks, Hierarchical
+from dsv3.config import Blocks, Hierarchical, Indexer, Latent, Rope
+from dsv3.layers import frequencies
 
 Score = Callable[[int, int], float]  # of a level and a node's number on it
 
@@ -35,6 +37,56 @@ def content(
         return past + list(range(complete * choice.block_k, position + 1))
 
     return seen
+
+
+def index_scores(
+    x: Float[Tensor, "B T D"], weights: Mapping[str, Tensor], shape: Latent, rope: Rope
+) -> list[list[list[float]]]:
+    """How a lightning indexer scores key s for query t of sequence b: [b][t][s], s up to t.
+
+    `weights` are a LatentAttention's parameters by name, in float64. YaRN's mscale and mscale_all_dim must be equal.
+    """
+    choice = shape.select
+    assert isinstance(choice, Indexer), "other selectors have other scores"
+    weights = {name: weight.detach() for name, weight in weights.items()}
+    heads, width = choice.index_n_heads, choice.index_head_dim
+    frequency = frequencies(shape.qk_rope_head_dim, rope).double().tolist()
+    scores = []
+    for sequence in x.detach().double():
+        keys, rows = [], []
+        for t, token in enumerate(sequence):
+            low = weights["q_a_proj.weight"] @ token
+            c_q = low / (low.square().mean() + 1e-6).sqrt() * weights["q_a_layernorm.weight"]
+            queries = (weights["indexer.wq_b.weight"] @ c_q).view(heads, width)
+            key = weights["indexer.wk.weight"] @ token
+            key = (key - key.mean()) / (key.var(correction=0) + 1e-6).sqrt()
+            key = key * weights["indexer.k_norm.weight"] + weights["indexer.k_norm.bias"]
+            keys.append(_turn_halves(key, t, frequency))
+            head_weight = weights["indexer.weights_proj.weight"] @ token / math.sqrt(heads) / math.sqrt(width)
+            turned = [_turn_halves(query, t, frequency) for query in queries]
+            asked = list(zip(head_weight, turned, strict=True))
+            rows.append([float(sum(w * max(0.0, float(q @ key)) for w, q in asked)) for key in keys])
+        scores.append(rows)
+    return scores
+
+
+def indexed(scores: list[list[list[float]]], topk: int) -> Callable[[int, int, int], Sequence[int]]:
+    """The best keys of each query by these scores, earlier ones first among equals, the same in all heads."""
+
+    def seen(sequence: int, head: int, position: int) -> Sequence[int]:
+        score = scores[sequence][position]
+        return sorted(sorted(range(position + 1), key=lambda s: (-score[s], s))[:topk])
+
+    return seen
+
+
+def _turn_halves(x: Tensor, position: int, frequency: list[float]) -> Tensor:
+    """Turn the pairs (i, i + half) of the first numbers, as many as frequencies ask for."""
+    turned, half = x.clone(), len(frequency)
+    for i, turn in enumerate(frequency):
+        cos, sin = math.cos(position * turn), math.sin(position * turn)
+        turned[i], turned[i + half] = x[i] * cos - x[i + half] * sin, x[i] * sin + x[i + half] * cos
+    return turned
 
 
 def past_blocks(choice: Blocks, complete: int, score: Score, scale: float = 1.0) -> list[int]:
