@@ -11,20 +11,19 @@ then their lines say so. Records of another machine, or under another rule of ve
 """
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ablations.cache import cell_key, mark
+from ablations.cache import Mark, cell_key, mark, marks
 from ablations.cell import PENDING
 from ablations.run import label, remaining, run
 from ablations.study import Cell, Study
 from bench.fingerprint import machine_id, revision, utc_now
 from bench.metrics import metric
-from bench.record import Profile, Record, load
+from bench.record import Profile, Record, append_lines, load
 from dsv3.config.rules import require
 
 Point = tuple[str, str, tuple[tuple[str, Any], ...]]  # arm, metric, axes: what a cell of any seed has in common
@@ -66,7 +65,7 @@ def adopt(
     """
     require(reason.strip() != "", "reason", reason, "must be text", "say why the change leaves the figures alone")
     cells = tuple(replace(cell, device=device) for cell in study.cells(profile))
-    left = remaining(study, profile, out, device).left
+    left, known = remaining(study, profile, out, device).left, marks(out)
     recorded = _by_cell(study, profile, cells, load(out / "records.jsonl").records)
     there = [at for at, cell in enumerate(cells) if recorded[at] and cell in left]
     wanted = [at for at in there if times or not any(map(_is_time, recorded[at].values()))]
@@ -76,7 +75,7 @@ def adopt(
     for group in groups:
         _check(cells[group[0]], recorded[group[0]], fresh[group[0]])
     carried = [at for group in groups for at in group if _alike(recorded[at], fresh[group[0]])]
-    _carry(study, profile, out, [(cells[at], recorded[at]) for at in carried], reason, samples)
+    _carry(study, profile, out, [(cells[at], recorded[at]) for at in carried], known, reason, samples)
     return Adopted(
         measured=samples,
         carried=tuple(cells[at] for at in carried),
@@ -156,20 +155,21 @@ def _carry(
     profile: Profile,
     out: Path,
     carried: Sequence[tuple[Cell, Found]],
+    known: Sequence[Mark],
     reason: str,
     samples: Sequence[Cell],
 ) -> None:
-    old = dict(_marks(out))
-    lines, marks = [], list[tuple[str, Found, float]]()
+    by_records = {before.records: before for before in known}
+    lines, renamed = [], list[tuple[str, Found, float]]()
     for cell, rows in carried:
-        before, seconds = old.get(frozenset(row.id for row in rows.values()), (None, 0.0))
+        before = by_records.get(frozenset(row.id for row in rows.values()))
         key = cell_key(study, cell, profile)
-        marks.append((key, rows, seconds))
+        renamed.append((key, rows, before.seconds if before else 0.0))
         line = {
             "study": study.name,
             "cell": label(cell),
             "reason": reason,
-            "old": before,
+            "old": before.cell if before else None,
             "new": key,
             "revision": revision(),
             "measured_again": cell in samples,
@@ -178,19 +178,6 @@ def _carry(
         }
         lines.append(json.dumps(line, sort_keys=True) + "\n")
     if lines:
-        _append(out / "adoptions.jsonl", "".join(lines))
-    for key, rows, seconds in marks:
+        append_lines(out / "adoptions.jsonl", "".join(lines))
+    for key, rows, seconds in renamed:
         mark(out, key, rows.values(), seconds)
-
-
-def _marks(out: Path) -> Iterator[tuple[frozenset[str], tuple[str, float]]]:
-    for path in sorted((out / "cells").glob("*.json"), key=lambda path: path.stat().st_mtime):
-        said = json.loads(path.read_text())
-        yield frozenset(said["records"]), (path.stem, said["seconds"])
-
-
-def _append(path: Path, text: str) -> None:
-    with path.open("ab") as file:
-        file.write(text.encode())
-        file.flush()
-        os.fsync(file.fileno())

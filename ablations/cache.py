@@ -1,22 +1,35 @@
 """Which cells are done, so that none runs twice.
 
 A cell is named by everything its result depends on: the study's name and rule, its arm, seed, axes and configs, the
-profile, the machine (with its Python and torch), and the code that its measuring reaches. When it has run,
-`<out>/cells/<key>.json` lists the ids of its records; it is done while `<out>/records.jsonl` holds them all. Records
-are on disk before the list is, so a kill at any instant costs at most the cell in work.
+profile, the machine (with its Python and torch), and the code that its measuring reaches. When it has run, a line of
+`<out>/cells.jsonl` lists the ids of its records; it is done while `<out>/records.jsonl` holds them all. Both files
+only grow and are kept together, so that a copy of the folder knows its cells as done.
+
+Each cell's process writes its own records, and its line after them, as it ends. A kill at any instant costs at most the
+cells in work, one for each process that was killed: one where cells run one after another, as many as run side by side
+where they measure no time.
 """
 
 import json
-import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 from ablations.code import code_digest
 from ablations.study import Cell, Study
 from bench.fingerprint import machine_id
-from bench.record import Profile, Record, load
+from bench.record import Profile, Record, append_lines, load
 from dsv3.config import digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A cell that has run: its name, the ids of its records, and the seconds it took."""
+
+    cell: str
+    records: frozenset[str]
+    seconds: float
 
 
 def cell_key(study: Study, cell: Cell, profile: Profile) -> str:
@@ -39,23 +52,26 @@ def cell_key(study: Study, cell: Cell, profile: Profile) -> str:
 
 def mark(out: Path, key: str, records: Iterable[Record], seconds: float) -> None:
     """Note that a cell has run: its records, which are on disk already, and how long it took."""
-    path = out / "cells" / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"records": [record.id for record in records], "seconds": round(seconds, 2)}))
-    temporary.replace(path)
+    plain = {"cell": key, "records": [record.id for record in records], "seconds": round(seconds, 2)}
+    append_lines(out / "cells.jsonl", json.dumps(plain) + "\n")
+
+
+def marks(out: Path) -> tuple[Mark, ...]:
+    """The cells that have run, in file order. A line that cannot be read is left out: its cell runs again."""
+    path = out / "cells.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return tuple(found for line in lines if (found := _mark(line)) is not None)
 
 
 def done(out: Path) -> frozenset[str]:
-    """The keys of the cells that are done."""
+    """The names of the cells that are done."""
     there = {record.id for record in load(out / "records.jsonl").records}
-    marks = sorted((out / "cells").glob("*.json"))
-    return frozenset(path.stem for path in marks if (ids := _marked(path)) is not None and ids <= there)
+    return frozenset(mark.cell for mark in marks(out) if mark.records <= there)
 
 
-def _marked(path: Path) -> frozenset[str] | None:
-    """The ids that a mark lists; None of one that a power cut left unreadable: its cell runs again."""
+def _mark(line: bytes) -> Mark | None:
     try:
-        return frozenset(json.loads(path.read_text())["records"])
-    except (ValueError, KeyError, TypeError):
+        plain = json.loads(line)
+        return Mark(cell=plain["cell"], records=frozenset(plain["records"]), seconds=float(plain["seconds"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None

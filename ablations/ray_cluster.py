@@ -13,11 +13,13 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ablations.cache import cell_key, mark
+from ablations import catalogue
+from ablations.cache import cell_key, mark, marks
 from ablations.cell import order
 from ablations.code import ROOT
 from ablations.run import in_fresh_process, label, patience, settle
@@ -27,6 +29,18 @@ from bench.record import Profile, append, load
 from dsv3.config.rules import require
 
 _LOST = -9  # the status of a task that Ray lost: as of a process that was killed
+
+
+@dataclass(frozen=True, kw_only=True)
+class There:
+    """What came of a cell on its node: the exit status of its process, what it printed, and, where it wrote any
+    records, the cell's name there and the text of the files.
+    """
+
+    status: int
+    said: str
+    key: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_on_ray(
@@ -57,22 +71,23 @@ def run_on_ray(
             (done,), _ = ray.wait(list(tasks), num_returns=1)
             cell = tasks.pop(done)
             try:
-                status, said, files = ray.get(done)
+                there = ray.get(done)
             except ray.exceptions.RayError as error:
-                status, said, files = _LOST, f"Ray lost the task: {str(error).splitlines()[0]}", {}
-            said = _keep(study, cell, profile, out, files) or said
+                there = There(status=_LOST, said=f"Ray lost the task: {str(error).splitlines()[0]}")
+            status, said = there.status, _keep(study, cell, profile, out, there) or there.said
             yield settle(study, cell, profile, out, status, said) or (f"{label(cell)}: {said}" if said else "")
     finally:
         ray.shutdown()  # of the tasks that are left too; a cell's process ends with the one that started it
 
 
-def measured_there(text: str, limit: float) -> tuple[int, str, dict[str, str]]:
-    """On a node: the exit status of the cell's process, what it printed, and the text of the files that it wrote."""
+def measured_there(text: str, limit: float) -> There:
+    """On a node: run the cell in the order `text` into a folder of its own."""
     with TemporaryDirectory() as folder:
         told = json.loads(text) | {"out": folder}
         status, said = in_fresh_process(json.dumps(told), limit, threading.Event())
-        paths = [path for path in Path(folder).rglob("*.json*") if path.is_file()]
-        return status, said, {path.relative_to(folder).as_posix(): path.read_text() for path in paths}
+        files = {path.name: path.read_text() for path in Path(folder).glob("*.jsonl")}
+    key = cell_key(catalogue.load(told["study"]), Cell(**told["cell"]), told["profile"]) if files else ""
+    return There(status=status, said=said, key=key, files=files)
 
 
 def _ray() -> Any:
@@ -97,19 +112,20 @@ def _require_nodes(nodes: Sequence[Mapping[str, Any]], cells: Sequence[Cell]) ->
         require(fits, "on", "ray", f"must have a node with {wanted} for {label(cell)}", "add one, or run on local")
 
 
-def _keep(study: Study, cell: Cell, profile: Profile, out: Path, files: Mapping[str, str]) -> str:
-    """Append what came back, and mark the cell where the node did; says why not, where the node's name is another."""
-    if "records.jsonl" not in files:
+def _keep(study: Study, cell: Cell, profile: Profile, out: Path, there: There) -> str:
+    """Append what came back, also of a reading that failed, and mark the cell where the node did; says why not, where
+    the node has another name for it.
+    """
+    if not there.files:
         return ""
     key = cell_key(study, cell, profile)
-    marks = {Path(path).stem: text for path, text in files.items() if path.startswith("cells/")}
-    if marks and key not in marks:
+    if there.key != key:
         return "refused: its node is another machine than this one, or has other code"
     with TemporaryDirectory() as folder:
-        path = Path(folder, "records.jsonl")
-        path.write_text(files["records.jsonl"])
-        records = load(path).records
+        for name, text in there.files.items():
+            Path(folder, name).write_text(text)
+        records, finished = load(Path(folder, "records.jsonl")).records, marks(Path(folder))
     append(out / "records.jsonl", records)
-    if marks:
-        mark(out, key, records, json.loads(marks[key])["seconds"])
+    for done in finished:
+        mark(out, key, records, done.seconds)
     return ""

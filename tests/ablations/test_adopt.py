@@ -144,6 +144,19 @@ def test_records_of_another_rule_machine_or_profile_are_not_adopted(
     assert not adopt(name, study, "quick", out, reason="another machine").carried
 
 
+@pytest.mark.parametrize("torn", ["{}", '{"cell": "k", "rec', '{"cell": "k", "records": 3}'])
+def test_a_mark_that_cannot_be_read_costs_its_old_name_and_nothing_else(out: Path, edited: Edited, torn: str) -> None:
+    path = out / "cells.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([torn, *others]) + "\n")
+    name, study = edited(SAME)
+    assert len(adopt(name, study, "quick", out, reason="an annotation").carried) == 4
+    lines = [json.loads(line) for line in (out / "adoptions.jsonl").read_text().splitlines()]
+    assert [line["old"] is None for line in lines].count(True) == 1
+    assert json.loads(first)["cell"] not in {line["old"] for line in lines}
+    assert not remaining(study, "quick", out).left
+
+
 def test_a_cell_that_no_longer_runs_adopts_nothing(out: Path, edited: Edited, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COIN_RAISES", "bent")
     name, study = edited(SAME)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from ablations import __main__ as command
-from ablations.cache import done
-from ablations.cell import order
-from ablations.ray_cluster import _keep, _require_nodes, _resources, measured_there
+from ablations.cache import cell_key, done
+from ablations.cell import READINGS_FAILED, order
+from ablations.ray_cluster import There, _keep, _require_nodes, _resources, measured_there
 from ablations.run import remaining, run
 from ablations.study import Cell, Study
 from bench.fingerprint import cores
@@ -35,9 +35,11 @@ def told(out: Path) -> set[tuple[object, ...]]:
 
 @pytest.fixture
 def on_ray(tmp_path: Path) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    quiet = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+
     def on_ray(**environment: str) -> "subprocess.CompletedProcess[str]":
         line = [sys.executable, "-m", "ablations", "run", str(COIN), "--on", "ray", "--out", str(tmp_path / "ray")]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment, timeout=300)
+        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=quiet | environment, timeout=300)
 
     return on_ray
 
@@ -80,19 +82,44 @@ def test_without_ray_one_line_says_how_to_get_it(
 
 def test_a_task_hands_back_what_its_cell_wrote_and_the_driver_keeps_it(coin: Study, tmp_path: Path) -> None:
     cell = coin.cells("quick")[0]
-    status, said, files = measured_there(order(str(COIN), cell, "quick", Path()), 60)
-    assert (status, said) == (0, "")
-    assert sorted(path.partition("/")[0] for path in files) == ["cells", "records.jsonl"]
-    assert _keep(coin, cell, "quick", tmp_path, files) == ""
+    there = measured_there(order(str(COIN), cell, "quick", Path()), 60)
+    assert (there.status, there.said, there.key) == (0, "", cell_key(coin, cell, "quick"))
+    assert sorted(there.files) == ["cells.jsonl", "records.jsonl"]
+    assert _keep(coin, cell, "quick", tmp_path, there) == ""
     assert cell not in remaining(coin, "quick", tmp_path).left
     assert len(load(tmp_path / "records.jsonl").records) == 2
 
 
-def test_what_a_node_measured_under_another_name_is_refused(coin: Study, tmp_path: Path) -> None:
-    files = {"records.jsonl": "", "cells/0123456789abcdef.json": "{}"}
-    said = _keep(coin, coin.cells("quick")[0], "quick", tmp_path, files)
+@pytest.mark.parametrize("broken", [{}, {"COIN_NAN": "fair"}])
+def test_what_another_machine_measured_is_refused_also_where_a_reading_failed(
+    coin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: dict[str, str]
+) -> None:
+    cell = coin.cells("quick")[0]
+    for name, value in broken.items():
+        monkeypatch.setenv(name, value)
+    there = measured_there(order(str(COIN), cell, "quick", Path()), 60)
+    assert there.status == (READINGS_FAILED if broken else 0)
+    assert ("cells.jsonl" in there.files) == (not broken)
+    monkeypatch.setattr("ablations.cache.machine_id", lambda: "another")
+    said = _keep(coin, cell, "quick", tmp_path, there)
     assert said == "refused: its node is another machine than this one, or has other code"
-    assert not (tmp_path / "records.jsonl").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_reading_that_failed_the_good_ones_are_kept_and_the_cell_is_left(
+    coin: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = coin.cells("quick")[0]
+    monkeypatch.setenv("COIN_NAN", "fair")
+    assert _keep(coin, cell, "quick", tmp_path, measured_there(order(str(COIN), cell, "quick", Path()), 60)) == ""
+    assert [row.error is None for row in load(tmp_path / "records.jsonl").records] == [False, True]
+    assert cell in remaining(coin, "quick", tmp_path).left
+
+
+def test_a_task_that_wrote_nothing_leaves_nothing(coin: Study, tmp_path: Path) -> None:
+    lost = There(status=-9, said="lost")
+    assert _keep(coin, coin.cells("quick")[0], "quick", tmp_path, lost) == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cell_that_measures_time_takes_a_whole_node() -> None:

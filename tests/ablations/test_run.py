@@ -1,6 +1,6 @@
-import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 
 from ablations import __main__ as command
+from ablations.cache import marks
 from ablations.catalogue import load as load_study
 from ablations.comparison import Compared
 from ablations.run import label, remaining, settle
@@ -76,6 +77,12 @@ def starts(log: Path) -> Counter[str]:
     return Counter(line for line in log.read_text().splitlines() if line.startswith("start"))
 
 
+def cells_of(runner: "subprocess.Popen[bytes]") -> list[int]:
+    """The processes of the cells in work."""
+    children = Path(f"/proc/{runner.pid}/task").glob("*/children")
+    return [int(pid) for path in children for pid in path.read_text().split()]
+
+
 def test_a_study_runs_each_cell_once_and_a_second_run_does_nothing(run: Run, out: Path, log: Path) -> None:
     first = run()
     assert first.returncode == 0, first.stderr
@@ -125,8 +132,11 @@ def test_an_arm_that_fails_its_check_is_a_failure_and_one_that_is_pending_is_not
     assert "pending: no table to toss on" in {record.error for record in records(out)}
 
 
-def test_a_runner_killed_at_any_moment_loses_at_most_the_cell_in_work(run: Run, out: Path, log: Path) -> None:
-    environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "0.5"}
+@pytest.mark.parametrize("quiet, abreast", [({}, 1), ({"COIN_QUIET": "1"}, cores())])
+def test_a_runner_killed_at_any_moment_loses_at_most_the_cells_in_work(
+    run: Run, out: Path, log: Path, quiet: dict[str, str], abreast: int
+) -> None:
+    environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "0.5"} | quiet
     line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
     runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     while not (log.exists() and sum(starts(log).values()) >= 3):
@@ -136,15 +146,30 @@ def test_a_runner_killed_at_any_moment_loses_at_most_the_cell_in_work(run: Run, 
     runner.wait()
     ended = log.read_text().count("end")
     time.sleep(1.0)
-    assert log.read_text().count("end") == ended, "the cell in work ends with its runner"
+    assert log.read_text().count("end") == ended, "the cells in work end with their runner"
+    begun, kept = len(starts(log)), len(marks(out))
+    assert begun - kept <= abreast, "a cell that has ended is done, whatever its neighbours do"
 
-    done = run()
+    done = run(**quiet)
     assert done.returncode == 0, done.stderr
-    again = [line for line, times in starts(log).items() if times > 1]
-    assert len(again) <= 1
-    assert len(starts(log)) == CELLS
-    kept = Counter(record.id for record in records(out))
-    assert len(kept) == 2 * CELLS
+    assert sum(starts(log).values()) == CELLS + begun - kept, "what was done is not run again"
+    assert len({mark.cell for mark in marks(out)}) == len(starts(log)) == CELLS
+    assert len({record.id for record in records(out)}) == 2 * CELLS
+
+
+@pytest.mark.skipif(not CHILDREN.exists(), reason="needs /proc to find the process of a cell")
+@pytest.mark.skipif(cores() < 2, reason="needs two cores")
+def test_of_cells_side_by_side_a_kill_of_one_loses_that_one(out: Path, log: Path) -> None:
+    environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "3", "COIN_QUIET": "1"}
+    line = [sys.executable, "-m", "ablations", "run", str(COIN), "--out", str(out)]
+    runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while not (log.exists() and sum(starts(log).values()) >= 2):
+        time.sleep(0.02)
+        assert runner.poll() is None, "the runner ended before a cell was killed"
+    os.kill(cells_of(runner)[0], signal.SIGKILL)
+    assert runner.wait(120) == 1
+    assert len(marks(out)) == CELLS - 1
+    assert {row.error for row in records(out) if row.error} == {"killed by SIGKILL; out of memory?"}
 
 
 @pytest.mark.skipif(not CHILDREN.exists(), reason="needs /proc to find the process of a cell")
@@ -158,8 +183,7 @@ def test_kills_at_random_moments_leave_the_records_of_an_undisturbed_run(
         environment = os.environ | {"COIN_LOG": str(log), "COIN_SLEEP": "0.3"}
         runner = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.5, 3.5))
-        children = Path(f"/proc/{runner.pid}/task").glob("*/children")
-        cells = [int(pid) for path in children for pid in path.read_text().split()]
+        cells = cells_of(runner)
         for pid in chance.choice([[runner.pid], cells, [runner.pid, *cells]]):
             with suppress(ProcessLookupError):  # it may have ended by itself
                 os.kill(pid, signal.SIGKILL)
@@ -195,6 +219,20 @@ def test_a_finished_study_takes_no_step_and_gives_the_same_report_to_the_byte(ru
     assert run().returncode == 0
     assert log.read_text() == started, "no process of a cell was started"
     assert build(out, [study]).files == before
+
+
+def test_a_clone_of_a_finished_folder_takes_no_step(run: Run, out: Path, log: Path, tmp_path: Path) -> None:
+    assert run().returncode == 0
+    clone, names = tmp_path / "clone", [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    line = ("git", "check-ignore", *(f"reports/reference/{name}" for name in names))
+    ignored = subprocess.run(line, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    for name in names:
+        if f"reports/reference/{name}" not in ignored:
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(out / name, clone / name)
+    before = log.read_text()
+    assert run("run", str(COIN), "--out", str(clone)).returncode == 0
+    assert log.read_text() == before, "no process of a cell was started"
 
 
 def test_a_figure_that_is_no_number_is_refused_by_name_and_the_others_are_kept(run: Run, out: Path) -> None:
@@ -309,8 +347,8 @@ def test_a_label_tells_a_cell_apart() -> None:
 def test_a_mark_names_the_records_of_its_cell(run: Run, out: Path) -> None:
     run()
     ids = {record.id for record in records(out)}
-    for path in (out / "cells").glob("*.json"):
-        mark = json.loads(path.read_text())
-        assert len(mark["records"]) == 2
-        assert set(mark["records"]) <= ids
-        assert mark["seconds"] >= 0
+    assert len({mark.cell for mark in marks(out)}) == CELLS
+    for mark in marks(out):
+        assert len(mark.records) == 2
+        assert mark.records <= ids
+        assert mark.seconds >= 0

@@ -122,8 +122,11 @@ def test_a_mark_that_cannot_be_read_lets_its_cell_run_again(tmp_path: Path, cont
     rows = tossed(1)
     append(tmp_path / "records.jsonl", rows)
     mark(tmp_path, "whole", rows, 1.0)
-    (tmp_path / "cells" / "broken.json").write_bytes(content)
+    path = tmp_path / "cells.jsonl"
+    path.write_bytes(content + b"\n" + path.read_bytes() + content)
     assert done(tmp_path) == {"whole"}
+    mark(tmp_path, "next", rows, 1.0)
+    assert done(tmp_path) == {"whole", "next"}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"{torn", b"[1]"])
