@@ -137,7 +137,7 @@ def _arms(study: Study) -> Table:
     table.title = f"{study.name}: against {study.baseline}, {study.arm(study.baseline).changes}"
     for found in differences(study):
         unmatched = [f"{row.name} {row.ratio:.3g}x ({row.old:,.0f} -> {row.new:,.0f})" for row in found.unmatched]
-        table.add_row(*map(Text, (found.arm, _changed(found), "\n".join(unmatched))))
+        table.add_row(*map(Text, (found.arm, _changed(found), "\n".join((*unmatched, *found.unsettled)))))
     return table
 
 

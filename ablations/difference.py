@@ -3,17 +3,22 @@
 A study says in words what an arm is; its config says it exactly. Walking both configs side by side gives the factors,
 each as a dotted path with its old and new value (`model.moe.capacity: Dropless() -> Fixed(factor=1.2)`). An arm that
 differs in one factor may still differ in size, work or memory, and then an effect has more than one possible cause:
-the quantities of `dsv3.model.cost` are set side by side, and one that is off by more than 1% is not matched.
+size, work and bytes by `dsv3.model.cost` are set side by side, and one that is off by more than 1% is not matched.
+What an expert with a capacity drops it does not compute; routing decides how much that is, so it stands in words.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from math import inf
+from typing import Any, assert_never
 
 from ablations.study import Study
-from dsv3.config import Config
+from bench.budget.states import recipe
+from dsv3.config import SGD, AdamW, Config, Fixed, Optimizer
 from dsv3.model.cost import active_parameters, flops_per_token, kv_bytes_per_token, parameters
 
+KEPT = recipe("float32")  # what dsv3.train keeps of every parameter, whatever the precision of its products
+DROPS = "work of the experts: less by what each run drops, which FLOPs count as computed"
 TOLERANCE = 0.01  # beyond it a quantity is not matched: head widths are whole numbers, which meet no target exactly
 
 
@@ -40,7 +45,9 @@ class Quantity:
 
     @property
     def ratio(self) -> float:
-        """The arm's over the baseline's."""
+        """The arm's over the baseline's; of two nothings 1."""
+        if self.old == 0:
+            return 1.0 if self.new == 0 else inf
         return self.new / self.old
 
     @property
@@ -51,13 +58,16 @@ class Quantity:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """An arm against its baseline; `changes` and `quantities` are empty where no config defines both."""
+    """An arm against its baseline; `changes` and `quantities` are empty where no config defines both. `unsettled`: in
+    words, what is unequal by as much as each run decides.
+    """
 
     arm: str
     words: str
     configured: bool
     changes: tuple[Change, ...] = ()
     quantities: tuple[Quantity, ...] = ()
+    unsettled: tuple[str, ...] = ()
 
     @property
     def unmatched(self) -> tuple[Quantity, ...]:
@@ -91,7 +101,9 @@ def changes(old: Any, new: Any, path: str = "") -> Iterator[Change]:
 
 
 def quantities(old: Config, new: Config) -> tuple[Quantity, ...]:
-    """Size, work and memory of two runs. FLOPs are of training, per token and over the run; the cache is in bf16."""
+    """Size, work and memory of two runs. FLOPs are of training, per token and over the run; the cache is in bf16,
+    weights and what the optimizer keeps are as dsv3.train has them.
+    """
     before, after = _quantities(old), _quantities(new)
     return tuple(
         Quantity(name=name, unit=unit, old=value, new=after[name, unit]) for (name, unit), value in before.items()
@@ -121,7 +133,12 @@ def _difference(arm: str, words: str, base: Config | None, config: Config | None
         configured=True,
         changes=tuple(changes(base, config)),
         quantities=quantities(base, config),
+        unsettled=(DROPS,) if base != config and (_drops(base) or _drops(config)) else (),
     )
+
+
+def _drops(config: Config) -> bool:
+    return config.model.moe is not None and isinstance(config.model.moe.capacity, Fixed)
 
 
 def _quantities(config: Config) -> dict[tuple[str, str], float]:
@@ -132,10 +149,23 @@ def _quantities(config: Config) -> dict[tuple[str, str], float]:
         ("parameters", "parameters"): parameters(model),
         ("active parameters", "parameters"): active_parameters(model),
         ("FLOPs per token", "FLOP"): flops,
+        ("weight bytes", "B"): KEPT.weight * parameters(model),
+        ("optimizer bytes", "B"): _optimizer_bytes(train.optimizer) * parameters(model),
         ("cache bytes per token", "B"): kv_bytes_per_token(model),
         ("tokens", "tokens"): tokens,
         ("FLOPs", "FLOP"): tokens * flops,
     }
+
+
+def _optimizer_bytes(optimizer: Optimizer) -> int:
+    """What the optimizer keeps of each parameter."""
+    match optimizer:
+        case AdamW():
+            return KEPT.optimizer
+        case SGD():
+            return 0
+        case _:
+            assert_never(optimizer)
 
 
 def _default(field: Any) -> Any:

@@ -40,7 +40,7 @@ def _compares(family: Family, design: Design) -> bool:
 
 
 def _changes(baseline: str, found: tuple[Difference, ...]) -> Table:
-    rows = tuple((row.arm, _changed(row), ", ".join(map(_ratio, row.unmatched)) or MISSING) for row in found)
+    rows = tuple((row.arm, _changed(row), ", ".join(_unmatched(row)) or MISSING) for row in found)
     return Table(
         caption=f"What each arm changes against {baseline}",
         note="by the configs of the full profile; not matched: off by more than 1%",
@@ -54,6 +54,10 @@ def _changed(row: Difference) -> str:
     if not row.configured:
         return f"no config: {row.words}"
     return "; ".join(map(str, row.changes)) or "nothing in the config"
+
+
+def _unmatched(row: Difference) -> tuple[str, ...]:
+    return *map(_ratio, row.unmatched), *row.unsettled
 
 
 def _ratio(quantity: Quantity) -> str:

@@ -1,18 +1,23 @@
 """What an arm changes is read off the configs, and what is no longer equal is said."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ablations import STUDIES
 from ablations import __main__ as command
 from ablations.catalogue import load
 from ablations.code import ROOT
-from ablations.difference import Difference, Quantity, changes, differences, told
-from dsv3.config import MTP, Dropless, Fixed, Float16, SignBias, SwitchLoss, digest, presets, vary
+from ablations.difference import DROPS, Difference, Quantity, changes, differences, quantities, told
+from ablations.moe_capacity import FACTORS
+from dsv3.config import MTP, SGD, Dropless, Fixed, Float16, SignBias, SwitchLoss, digest, presets, vary
+from dsv3.train import TrainState
+from reports.baseline import against_baseline
 
 BASE = presets.tiny()
 
@@ -62,9 +67,39 @@ def test_a_quantity_off_by_more_than_one_percent_is_not_matched() -> None:
 def test_a_longer_run_differs_in_tokens_alone_and_a_module_in_size_and_work() -> None:
     longer, one = of("multi_token", "none_longer"), of("multi_token", "one")
     assert {row.name for row in longer.unmatched} == {"tokens", "FLOPs"}
-    assert {row.name for row in one.unmatched} == {"parameters", "active parameters", "FLOPs per token", "FLOPs"}
-    work = [row.new for found in (longer, one) for row in found.quantities if row.name == "FLOPs"]
-    assert work[0] == pytest.approx(work[1], rel=0.01), "equal FLOPs is what the longer run is for"
+    size, work = {"parameters", "active parameters", "weight bytes", "optimizer bytes"}, {"FLOPs per token", "FLOPs"}
+    assert {row.name for row in one.unmatched} == size | work
+    steps = [row.new for found in (longer, one) for row in found.quantities if row.name == "FLOPs"]
+    assert steps[0] == pytest.approx(steps[1], rel=0.01), "equal FLOPs is what the longer run is for"
+
+
+def test_bytes_are_those_that_training_keeps() -> None:
+    found = {row.name: row for row in quantities(BASE, vary(BASE, **{"train.optimizer": SGD()}))}
+    state = TrainState.create(BASE, seed=0)
+    weights = list(state.model.parameters())
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    state.optimizer.step()
+    moments = [kept for each in state.optimizer.state.values() for kept in each.values() if kept.ndim]
+    kept, moved = (sum(tensor.nbytes for tensor in tensors) for tensors in (weights, moments))
+    assert (found["weight bytes"].old, found["weight bytes"].new) == (kept, kept)
+    assert (found["optimizer bytes"].old, found["optimizer bytes"].new) == (moved, 0)
+    assert [row.name for row in found.values() if not row.matched] == ["optimizer bytes"]
+    back = quantities(vary(BASE, **{"train.optimizer": SGD()}), BASE)
+    assert [row.ratio for row in back if row.name == "optimizer bytes"] == [math.inf]
+
+
+def test_what_a_capacity_drops_is_said_where_no_config_tells_it(capsys: pytest.CaptureFixture[str]) -> None:
+    capacity = {found.arm: found for found in differences(load("moe_capacity"))}
+    assert capacity["factor_1"].unmatched == ()
+    assert capacity["factor_1"].unsettled == (DROPS,)
+    assert capacity["no_loss"].unsettled == (), "neither drops"
+    assert of("precision_modes", "fp32_nudged").unsettled == (), "the same config"
+    assert of("latent_attention", "latent").unsettled == ()
+    assert command.main(["diff", "moe_capacity"]) == 0
+    assert capsys.readouterr().out.count(DROPS) == len(FACTORS)
+    (table,) = against_baseline(load("moe_capacity"), [])
+    assert [row[-1] for row in table.rows].count(DROPS) == len(FACTORS)
 
 
 def test_forms_of_attention_are_matched_in_parameters_and_not_in_cache() -> None:
