@@ -235,12 +235,13 @@ def growth(table: Any) -> "Picture":
             ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
             axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}", **ink)
     ticks = sorted({int(length) for length in rows["length"]})
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one thread")
+    axes.set(xscale="log", yscale="log", xlabel="length (tokens)", ylabel="seconds of CPU time, one thread")
     axes.set_title("How forward time grows with length")
     axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(visible=True, which="major")
-    picture.legend(loc="outside right center", title="slope of the line")
+    picture.legend(loc="outside right center", title="slope of the line", alignment="left")
     return picture
 
 

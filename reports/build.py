@@ -21,6 +21,7 @@ from bench.metrics import METRICS
 from bench.record import Record, load
 from reports import budget, references
 from reports.known import known
+from reports.numbers import spelt
 from reports.pages import MARKS, Page, Ruling, bench_page, rulings, stranger_page, study_page
 from reports.training import training_page
 
@@ -150,12 +151,27 @@ def _content(pages: Sequence[Page], ruled: Sequence[Ruling]) -> dict[str, Any]:
     }
 
 
-def _machines(out: Path, records: Iterable[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The fingerprints of the machines that the records name, as facts in words."""
+def _machines(out: Path, records: Iterable[Record]) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """The machines that the records name: each in brief, and its whole fingerprint as facts in words."""
+    found = {name: saved(out, name) for name in dict.fromkeys(record.machine for record in records)}
     return [
-        (name, [(key.replace("_", " "), _fact(value)) for key, value in saved(out, name).items() if key != "machine"])
-        for name in dict.fromkeys(record.machine for record in records)
+        (name, _in_brief(facts), [(_key(key), _fact(value)) for key, value in facts.items() if key != "machine"])
+        for name, facts in found.items()
     ]
+
+
+def _in_brief(facts: Mapping[str, Any]) -> str:
+    """What one asks of a machine first; "" of a fingerprint that does not say."""
+    if not facts.keys() >= {"processor", "cores", "memory_gib", "gpus", "torch"}:
+        return ""
+    memory = "" if facts["memory_gib"] is None else f"{facts['memory_gib']} GiB"
+    gpus = "no GPU" if not facts["gpus"] else _fact(facts["gpus"])
+    parts = (_fact(facts["processor"]), f"{facts['cores']} cores", memory, gpus, f"torch {facts['torch']}")
+    return ", ".join(filter(None, parts))
+
+
+def _key(name: str) -> str:
+    return name.replace("_gib", " (GiB)").replace("_", " ")
 
 
 def _fact(value: Any) -> str:
@@ -174,5 +190,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters["records"] = references.attribute
+    environment.filters["spelt"] = spelt
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment

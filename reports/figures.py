@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from html import escape, unescape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import pandas as pd
@@ -27,11 +27,12 @@ from bench.metrics import metric
 from bench.record import Record
 from reports import twins
 from reports.frame import axes_of, differences, summary
-from reports.numbers import interval, number, place
+from reports.numbers import interval, number, place, with_unit
 from reports.tables import Table, title
 
 INK = "#1f2328"  # the page swaps it for its own text colour
 PAPER = "#ffffff"
+CLAIMED = "#d1242f"  # the line of what was claimed
 # Okabe and Ito's colours (the blue lighter, for dark pages) are told apart under the common colour deficiencies; the
 # baseline is drawn in ink.
 COLOURS = ("#1c86c8", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
@@ -60,6 +61,9 @@ STYLE: Any = {
     "axes.prop_cycle": cycler(color=COLOURS),
     "savefig.dpi": 150,
 }
+
+
+_GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")
 
 
 class NothingToDraw(LookupError):
@@ -144,8 +148,8 @@ def provenance_in(data: bytes) -> dict[str, Any]:
 
 
 def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
-    """The SVG as it stands in a page: no prolog, metadata or outside names, ids of its own, in the page's text
-    colour, described by its caption and, where it has a twin, by that.
+    """The SVG as it stands in a page: no prolog, metadata or outside names, ids of its own, in the page's colours,
+    light or dark, described by its caption and, where it has a twin, by that.
     """
     text = svg.decode()
     text = text[text.index("<svg") :]
@@ -154,11 +158,21 @@ def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
-    text = text.replace(INK, "currentColor")
-    text = text.replace(f"fill: {PAPER}", "fill: none", 1)  # the picture's own paper comes first
+    text = text.replace(INK, "currentColor").replace(CLAIMED, "var(--fails)")
+    # Not the white and black of text: it stands on a colour that does not change.
+    text = re.sub(r"<(?!text)[^>]*>", lambda tag: _GREY.sub(_inked, tag[0]), text)
     described = f'aria-label="{escape(description)}" aria-describedby="{name}-caption"'
     details = f' aria-details="{name}-table"' if twin else ""
     return text.replace("<svg", f'<svg role="img" {described}{details}', 1)
+
+
+def _inked(grey: re.Match[str]) -> str:
+    """A grey near paper or ink as so much of the page's ink on its paper; one between can be told from both."""
+    ink = 1 - int(grey[1], 16) / 255
+    if 0.25 < ink < 0.75:
+        return grey[0]
+    ends = {0.0: "var(--paper)", 1.0: "currentColor"}
+    return ends.get(ink, f"color-mix(in srgb, currentColor {ink:.0%}, var(--paper))")
 
 
 def pending(caption: str, why: str) -> Picture:
@@ -216,7 +230,7 @@ def _line(study: Study, figure: Figure, table: pd.DataFrame) -> Picture:
     _mark(axes, figure, along="y")
     _keep_in_view(axes, [*table["value"], *([figure.reference[0]] if figure.reference else [])])
     axes.grid(True)
-    axes.set(title=figure.caption, xlabel=figure.x, ylabel=_label(figure))
+    axes.set(title=figure.caption, xlabel=with_unit(str(figure.x)), ylabel=_label(figure))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=_better(figure), alignment="left")
     return picture
 
@@ -236,8 +250,8 @@ def _interval(study: Study, figure: Figure, table: pd.DataFrame) -> Picture:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     if "x" in figure.log:
-        axes.set_xscale("log")
-    if unit in ("share", "B"):
+        _log_ticks(axes, "x", table["value"], unit)
+    elif unit in ("share", "B"):
         axes.xaxis.set_major_formatter(lambda value, _: number(value, unit))
     axes.grid(True, axis="x")
     _mark(axes, figure, along="x")
@@ -274,7 +288,7 @@ def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
     if "x" in figure.log:
         axes.set_xscale("log")
     if "y" in figure.log:
-        _log_ticks(axes, table["value"], unit)
+        _log_ticks(axes, "y", table["value"], unit)
     elif unit in ("share", "B"):
         axes.yaxis.set_major_formatter(lambda value, _: number(value, unit))
     places = sorted(set(table[figure.x]))
@@ -283,17 +297,18 @@ def _scale(axes: Axes, figure: Figure, table: pd.DataFrame) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _log_ticks(axes: Axes, values: "pd.Series[float]", unit: str) -> None:
+def _log_ticks(axes: Axes, along: Literal["x", "y"], values: "pd.Series[float]", unit: str) -> None:
     """Powers of two for bytes; else 1, 2 and 5 of each decade, and more of them within a single one."""
-    if unit == "B":
-        axes.set_yscale("log", base=2)
+    axis, scale = {"x": (axes.xaxis, axes.set_xscale), "y": (axes.yaxis, axes.set_yscale)}[along]
+    if unit.startswith("B"):
+        scale("log", base=2)
     else:
-        axes.set_yscale("log")
+        scale("log")
         one_decade = values.min() > 0 and values.max() < 10 * values.min()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if one_decade else (1, 2, 5)))
-    shown = unit if unit in ("share", "B") else ""
-    axes.yaxis.set_major_formatter(lambda value, _: number(value, shown))
-    axes.yaxis.set_minor_locator(NullLocator())
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if one_decade else (1, 2, 5)))
+    shown = {"B": "B", "B/token": "B", "share": "share"}.get(unit, "")
+    axis.set_major_formatter(lambda value, _: number(value, shown))
+    axis.set_minor_locator(NullLocator())
 
 
 def _beside(places: "pd.Series[float]", at: float, every: "pd.Series[float]", *, log: bool) -> "pd.Series[float]":
@@ -339,4 +354,4 @@ def _mark(axes: Axes, figure: Figure, *, along: str) -> None:
         line(none, color=INK, linewidth=0.8, zorder=1)
     if figure.reference is not None:
         value, words = figure.reference
-        line(value, color="#d1242f", linewidth=1.2, linestyle=":", zorder=2, label=words)
+        line(value, color=CLAIMED, linewidth=1.2, linestyle=":", zorder=2, label=words)

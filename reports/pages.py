@@ -26,7 +26,7 @@ from bench.record import Profile, Record, other_machines, speaking
 from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
-from reports.numbers import interval, number, place
+from reports.numbers import interval, number, place, spelt
 from reports.references import Declared, declared
 from reports.tables import Table, failures, results, title
 from reports.tuned import chosen
@@ -117,7 +117,7 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
     arms = [arm.name for arm in study.arms]
     return Page(
         name=study.name,
-        title=study.name.replace("_", " "),
+        title=spelt(study.name),
         question=study.question,
         answers=_answers(study, rows, [found[rule.claim] for rule in study.rules]),
         warning=_warning(study, rows),
@@ -141,7 +141,7 @@ def bench_page(name: str, records: Sequence[Record]) -> Page:
     room = name.removeprefix("bench_")
     measure = f"python -m bench {room} --profile {_profile(records)}"
     commands = (measure, "python -m reports build")
-    return _bare(name, records, title=f"{room.replace('_', ' ')} benchmark", question=_opening(name), commands=commands)
+    return _bare(name, records, title=f"{spelt(room)} benchmark", question=_opening(name), commands=commands)
 
 
 def stranger_page(name: str, records: Sequence[Record]) -> Page:
@@ -154,7 +154,7 @@ def stranger_page(name: str, records: Sequence[Record]) -> Page:
     )
     commands = (f"python -m reports build --study {path}",)
     said = f"No study of this report is named {name}."
-    return _bare(name, records, title=name.replace("_", " "), question=said, commands=commands, warning=warning)
+    return _bare(name, records, title=spelt(name), question=said, commands=commands, warning=warning)
 
 
 def _bare(
@@ -227,7 +227,8 @@ def _headline(study: Study, rows: Sequence[Record]) -> Prose:
     said = [(row, interval(row["value"], row["low"], row["high"], unit)) for _, row in there.iterrows()]
     told = ", ".join(f"{row['arm']} {mark(text, row['records'])}" for row, text in said)
     where = "".join(f" at {axis} {place(last[axis])}" for axis in varying)
-    return Prose.of(f"{title(name).capitalize()}{where}: {told}.")
+    what = title(name)
+    return Prose.of(f"{what[0].upper()}{what[1:]}{where}: {told}.")
 
 
 def _first_compared(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, str]:

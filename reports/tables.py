@@ -2,7 +2,7 @@
 
 Metrics with a single point per arm, at the same place, share one table, arms down and metrics across. A table says
 once what stands behind all of its cells ("6 seeds"); a cell that differs says so itself. An axis with one value is
-told in the caption.
+told in the note.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from ablations.traced import Prose, mark
 from bench.metrics import metric
 from bench.record import Record
 from reports.frame import axes_of, summary
-from reports.numbers import interval, place
+from reports.numbers import interval, place, spelt, with_unit
 
 MISSING = "-"
 
@@ -64,7 +64,7 @@ def failures(records: Sequence[Record]) -> Table | None:
         (", ".join(dict.fromkeys(arms)), *what, " ".join(dict.fromkeys(seeds))) for what, (arms, seeds) in found.items()
     )
     head = ("arms", "where", "metric", "why", "seeds")
-    return Table(caption="Not measured", note="", head=head, rows=rows, texts=5) if rows else None
+    return Table(caption="", note="", head=head, rows=rows, texts=5) if rows else None
 
 
 def _with_own_axes(found: pd.DataFrame) -> pd.DataFrame:
@@ -78,8 +78,7 @@ def _by_arm(found: Sequence[pd.DataFrame], metrics: Sequence[str], arms: Sequenc
     cells = {(row["arm"], row["metric"]): _cell(row, common) for _, row in together.iterrows()}
     there = [arm for arm in arms if any((arm, name) in cells for name in metrics)]
     rows = tuple((arm, *(cells.get((arm, name), MISSING) for name in metrics)) for arm in there)
-    caption = " ".join(filter(None, ("By arm", _fixed(together))))
-    return Table(caption=caption, note=_note(common), head=("arm", *map(title, metrics)), rows=rows)
+    return Table(caption="By arm", note=_note(together, common), head=("arm", *map(title, metrics)), rows=rows)
 
 
 def _by_place(found: pd.DataFrame, name: str, arms: Sequence[str]) -> Table:
@@ -91,20 +90,20 @@ def _by_place(found: pd.DataFrame, name: str, arms: Sequence[str]) -> Table:
     for _, row in found.sort_values(varying, kind="stable", key=_sortable).iterrows():
         at = tuple(MISSING if pd.isna(row[axis]) else place(row[axis]) for axis in varying)
         rows.setdefault(at, {})[row["arm"]] = _cell(row, common)
-    caption, note = " ".join(filter(None, (title(name), _fixed(found)))), _note(common)
+    caption, note = title(name), _note(found, common)
     if len(rows) < len(there):  # the longer side goes down the page
         head = ("arm", *(", ".join(map(" ".join, zip(varying, at, strict=True))) for at in rows))
         turned = tuple((arm, *(cells.get(arm, MISSING) for cells in rows.values())) for arm in there)
         return Table(caption=caption, note=note, head=head, rows=turned)
     filled = tuple((*at, *(cells.get(arm, MISSING) for arm in there)) for at, cells in rows.items())
-    return Table(caption=caption, note=note, head=(*varying, *there), rows=filled, texts=len(varying))
+    return Table(caption=caption, note=note, head=(*map(with_unit, varying), *there), rows=filled, texts=len(varying))
 
 
 def title(name: str) -> str:
     """A metric as a heading, with its unit where the numbers do not show it."""
     unit = metric(name).unit
     shown = "" if unit in ("", "ratio", "share", "B", "B/token", "FLOP", "parameters") else f" ({unit})"
-    return name.replace("_", " ") + shown
+    return spelt(name) + shown
 
 
 def _cell(row: Any, common: str | None) -> str:
@@ -122,14 +121,17 @@ def _common(found: pd.DataFrame) -> str | None:
     return None if noisy.empty else str(noisy["behind"].mode().iloc[0])
 
 
-def _note(common: str | None) -> str:
-    return "exact: equal on every run" if common is None else f"mean [95% interval] over {common}"
+def _note(found: pd.DataFrame, common: str | None) -> str:
+    """The axes with one value, and what stands behind the cells."""
+    told = [f"{axis} {place(value)}" for axis, value in _fixed(found)]
+    behind = "exact: equal on every run" if common is None else f"mean [95% interval] over {common}"
+    return "; ".join(filter(None, (", ".join(told), behind)))
 
 
-def _fixed(found: pd.DataFrame) -> str:
+def _fixed(found: pd.DataFrame) -> tuple[tuple[str, object], ...]:
+    """The axes with one value, and which."""
     same = {axis: found[axis].iloc[0] for axis in axes_of(found) if found[axis].nunique(dropna=False) == 1}
-    told = ", ".join(f"{axis} {place(value)}" for axis, value in same.items() if not pd.isna(value))
-    return f"({told})" if told else ""
+    return tuple((axis, value) for axis, value in same.items() if not pd.isna(value))
 
 
 def _sortable(values: "pd.Series[str]") -> "pd.Series[str]":

@@ -134,7 +134,7 @@ def _from(line: Mapping[str, Any], number: object) -> str:
 
 def _drawn(run: Any, steps: Sequence[Any], held_out: Sequence[Any]) -> Drawn:
     with figures.styled():
-        picture = Picture(figsize=(8.0, 3.2), layout="constrained")
+        picture = Picture(figsize=(8.6, 3.2), layout="constrained")
         left, right = picture.subplots(1, 2)
         _draw_held_out(left, run["baselines"], held_out)
         _draw_balance(right, steps)
@@ -153,7 +153,7 @@ def _draw_held_out(axes: Axes, baselines: Mapping[str, float], held_out: Sequenc
     axes.plot(at, found, color=figures.COLOURS[0], marker="o", markersize=3, label="model")
     for name, bits in baselines.items():
         axes.axhline(bits, color=figures.INK, linewidth=0.8, linestyle=":", label=name)
-        axes.annotate(name, (1.0, bits), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5)
+        axes.annotate(name, (1.01, bits), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per byte")
     axes.grid(True)
 

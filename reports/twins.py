@@ -18,7 +18,7 @@ from ablations.study import Figure
 from ablations.traced import Prose, mark
 from bench.metrics import metric
 from reports.frame import axes_of
-from reports.numbers import place
+from reports.numbers import place, with_unit
 from reports.tables import MISSING, Table
 
 
@@ -32,7 +32,7 @@ def of_points(figure: Figure, points: pd.DataFrame) -> list[Table]:
         cells = {(row[across], row["arm"]): _with_interval(row) for _, row in points.iterrows()}
         places = dict.fromkeys(points[across])
         rows = [(place(at), *(cells.get((at, arm), MISSING) for arm in arms)) for at in places]
-        return [_table(figure.caption, f"{shown} [95% interval]", (across, *arms), rows)]
+        return [_table(figure.caption, f"{shown} [95% interval]", (with_unit(across), *arms), rows)]
     varying = [axis for axis in axes_of(points) if points[axis].nunique(dropna=False) > 1]
     rows = [
         (

@@ -1,15 +1,18 @@
-"""A folder of records of the coin study, as a run would leave them."""
+"""A folder of records of the coin study, as a run would leave them, and the report on the reference records."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ablations.catalogue import load
+from ablations.catalogue import every, load
 from ablations.cell import to_record
 from ablations.study import Reading, Study
 from bench.fingerprint import Provenance, save
 from bench.record import Profile, append
+from reports.build import Report, build, write
+from reports.readme import REFERENCE
 
 COIN = Path(__file__).parents[1] / "ablations" / "coin_study.py"
 
@@ -37,3 +40,13 @@ def run(coin: Study, tmp_path: Path) -> Callable[..., Path]:
         return out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """The committed reference records as a written report, not to be changed: its folder, and what was built."""
+    out = tmp_path_factory.mktemp("reference")
+    shutil.copytree(REFERENCE, out, dirs_exist_ok=True)
+    report = build(out, every())
+    write(out, report.files)
+    return out, report

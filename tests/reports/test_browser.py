@@ -1,6 +1,7 @@
-"""The written page in headless Chromium: silent, asking for nothing, light and dark, printable.
+"""The written page in headless Chromium: silent, asking for nothing, light and dark, printable, on a phone.
 
-The page's own policy forbids every request, so that one which it tried would be an error on the console.
+Each test opens two pages, that of a study made for tests and that of the reference records. The page's own policy
+forbids every request, so that one which it tried would be an error on the console.
 """
 
 import re
@@ -33,8 +34,12 @@ BRIGHT, DIM = 0.75, 0.35  # mean brightness of black text on white paper, and of
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 
 
-@pytest.fixture
-def page(coin: Study, run: Callable[..., Path]) -> Path:
+@pytest.fixture(params=["coin", "reference"])
+def page(request: pytest.FixtureRequest, coin: Study, run: Callable[..., Path], tmp_path: Path) -> Path:
+    """A page of its own, which the test may change."""
+    if request.param == "reference":
+        folder, _ = request.getfixturevalue("reference")
+        return Path(shutil.copy(folder / "index.html", tmp_path))
     out = run("full", failing="bent")
     write(out, build(out, [coin]).files)
     return out / "index.html"
@@ -64,7 +69,7 @@ def test_the_page_loads_whole_in_silence(page: Path) -> None:
     assert console == []
     ids = {attributes.get("id") for _, attributes in Tree(dom).tags}
     pictures = [attributes for tag, attributes in Tree(dom).tags if tag == "svg"]
-    assert len(pictures) == 3
+    assert len(pictures) == sum(tag == "figure" for tag, _ in Tree(page.read_text()).tags) >= 3
     for attributes in pictures:
         assert attributes["aria-describedby"] in ids
         assert attributes.get("aria-details", attributes["aria-describedby"]) in ids
@@ -101,5 +106,17 @@ def test_it_prints_page_by_page_with_its_tables_open(page: Path) -> None:
 
     text = page.read_text()
     long = "".join(f"<p>line {at}</p>" for at in range(300))  # three pages, were it shown
-    assert pages(text) >= 5  # head, study, claims, machines, glossary each begin one
+    sections = text.count("<section ")  # each begins a page
+    assert pages(text) >= sections >= 5
     assert pages(text.replace("</details></figure>", f"{long}</details></figure>", 1)) >= pages(text) + 2
+
+
+@pytest.mark.parametrize("width", [390, 1000])  # Chromium's windows have at least 500, which is a phone's here too
+def test_nothing_is_wider_than_the_window_but_what_scrolls_by_itself(page: Path, width: int) -> None:
+    said = "document.body.dataset.widths = `${document.documentElement.scrollWidth} ${innerWidth}`"
+    policy = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
+    page.write_text(policy.sub("", page.read_text()).replace("</body>", f"<script>{said}</script></body>"))
+    dom, _ = chromium(page, f"--window-size={width},1200", "--dump-dom")
+    (widths,) = (attributes["data-widths"] for tag, attributes in Tree(dom).tags if tag == "body")
+    needed, there = map(int, (widths or "").split())
+    assert needed <= there

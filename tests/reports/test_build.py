@@ -1,6 +1,5 @@
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from ablations import catalogue
-from ablations.catalogue import every
 from ablations.cell import to_record
 from ablations.comparison import Compared
 from ablations.study import Study
@@ -111,13 +109,29 @@ def test_the_same_records_give_the_same_bytes_in_another_process(coin: Study, ru
     }
 
 
-def test_a_report_is_one_file_of_at_most_three_megabytes(tmp_path: Path) -> None:
-    shutil.copytree(REFERENCE, tmp_path / "reference")
-    report = build(tmp_path / "reference", every())
+def test_a_report_is_one_file_of_at_most_three_megabytes(reference: tuple[Path, Report]) -> None:
+    _, report = reference
     assert len(report.files["index.html"]) <= 3 * 2**20
     assert report.references >= 90
     assert all(figure.twin for page in report.pages for figure in page.figures), "each figure has its table"
     assert mentioned(html(report)) <= {row.id for row in load(REFERENCE / "records.jsonl").records}
+
+
+def test_the_style_sheet_stands_in_the_page_unescaped(coin: Study, tmp_path: Path) -> None:
+    text = html(build(tmp_path, [coin]))
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert '"Segoe UI"' in style
+    assert "&" not in style, "an escaped rule is none, and the page is set in whatever the browser has"
+
+
+def test_the_head_names_the_machine_in_brief(coin: Study, run: Run) -> None:
+    out = run()
+    facts = {"processor": "Fast 9", "cores": 8, "memory_gib": 64, "gpus": ["H100"], "torch": "2.13", "machine": "m"}
+    (out / "machines").mkdir(exist_ok=True)
+    (out / "machines" / "m.json").write_text(json.dumps(facts))
+    assert "m: Fast 9, 8 cores, 64 GiB, H100, torch 2.13" in words(build(out, [coin]))
+    (out / "machines" / "m.json").write_text("{}")
+    assert "Fast 9" not in words(build(out, [coin]))
 
 
 def test_a_figure_carries_its_provenance(coin: Study, run: Run) -> None:
@@ -208,8 +222,9 @@ def test_a_study_that_the_report_was_not_given_is_said_to_be_one(coin: Study, ru
 
 
 def test_a_study_given_by_path_has_the_page_of_a_study(
-    coin: Study, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(catalogue, "STUDIES", ())  # whose pending figures take a while to draw
     path = tmp_path / "tosses.py"
     coin_file = (ROOT / "tests" / "ablations" / "coin_study.py").read_text()
     path.write_text(re.sub(r"    rules=.*\n", "", coin_file.replace('name="attention_sparsity"', 'name="tosses"')))

@@ -51,6 +51,17 @@ def test_bytes_are_ticked_in_powers_of_two_and_shares_in_percent(coin: Study) ->
     assert "10%" in labels(picture(coin, Figure("f", "c", metric="drop_share", x="length"), rows), "y")
 
 
+def test_an_interval_of_bytes_on_a_logarithmic_axis_has_byte_ticks_too(coin: Study) -> None:
+    rows = [row(arm, value, "kv_bytes_per_token") for arm, value in (("fair", 2.0**15), ("bent", 2.0**22))]
+    drawn = picture(coin, Figure("f", "c", metric="kv_bytes_per_token", kind="interval", log="x"), rows)
+    assert {"32 KiB", "1 MiB"} <= set(labels(drawn, "x"))
+
+
+def test_an_axis_says_its_unit_where_its_name_does_not(coin: Study) -> None:
+    rows = [row("fair", 1.0, length=n) for n in (1, 2)]
+    assert picture(coin, Figure("f", "c", metric="loss", x="length"), rows).axes[0].get_xlabel() == "length (tokens)"
+
+
 def test_labels_that_would_touch_are_left_out(coin: Study) -> None:
     rows = [row("fair", 1.0, tosses=n) for n in (1, 100, 101, 200)]
     assert labels(picture(coin, Figure("f", "c", metric="loss", x="tosses"), rows), "x") == ["1", "100", "", "200"]
@@ -75,6 +86,19 @@ def test_a_figure_that_draws_itself_is_pending_without_its_records(coin: Study) 
         raise NoEvidence("no record of wear")
 
     assert "pending: no record of wear" in texts(picture(coin, Figure("f", "c", draw=own), []))
+
+
+def test_an_inlined_picture_has_the_colours_of_its_page_light_or_dark() -> None:
+    said = (
+        'fill: #ffffff"/><path style="fill: #f4f4f4; stroke: #000000"/><path style="stroke: #7f7f7f; fill: #d55e00"/>'
+    )
+    svg = f'<svg><path style="{said}<path style="stroke: #d1242f"/><text style="fill: #ffffff">7</text></svg>'
+    text = inline(svg.encode(), "f", "c", twin=False)
+    assert 'style="fill: var(--paper)"' in text
+    assert "fill: color-mix(in srgb, currentColor 4%, var(--paper)); stroke: currentColor" in text
+    assert "stroke: #7f7f7f; fill: #d55e00" in text, "what can be told from light and from dark stays"
+    assert "stroke: var(--fails)" in text
+    assert '<text style="fill: #ffffff">7</text>' in text, "white on a coloured bar stays white"
 
 
 @pytest.mark.parametrize("name", ["a", "b-c"])

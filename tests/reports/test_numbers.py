@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.numbers import interval, number, place, plain
+from reports.numbers import interval, number, place, plain, spelt, with_unit
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from reports.numbers import interval, number, place, plain
         (12345.6, "token/s", "12346"),
         (-0.0, "nat/token", "0"),
         (1e-9, "nat/token", "1.00e-09"),
-        (1e9, "s", "1.00e+09"),
+        (2664000, "h", "2.66 M"),
     ],
 )
 def test_a_number_is_written_in_its_units_scale(value: float, unit: str, text: str) -> None:
@@ -33,19 +33,21 @@ def test_an_interval_stands_beside_its_value_where_there_is_one() -> None:
     assert interval(0.31, 0.29, 0.33) == "0.31 [0.29, 0.33]"
     assert interval(0.31, 0.29, 0.33, "ratio") == "0.31x [0.29, 0.33]"
     assert interval(0.31, 0.29, 0.33, "share") == "31% [29%, 33%]"
+    assert interval(2.5 * 2**20, 2**21, 3 * 2**20, "B") == "2.5 [2, 3] MiB"
+    assert interval(2**20, 2**19, 2**21, "B") == "1 MiB [512 KiB, 2 MiB]"
     assert interval(5, 5, 5, "B") == "5 B"
     assert interval(5, math.nan, math.nan) == "5"
 
 
 def test_a_place_is_short() -> None:
-    assert [place(value) for value in (16384, 1000, 1.2, 3e-4, "late", 2.0)] == [
-        "16K",
-        "1000",
-        "1.2",
-        "3.00e-04",
-        "late",
-        "2",
-    ]
+    values = (16384, 2**20, 1000, 14.8e12, 1.2, 3e-4, "late", 2.0)
+    assert [place(value) for value in values] == ["16K", "1024K", "1000", "14.8 T", "1.2", "3.00e-04", "late", "2"]
+
+
+def test_names_of_the_code_are_spelt_as_one_writes_them() -> None:
+    assert spelt("forward_backward_cpu_ratio") == "forward backward CPU ratio"
+    assert spelt("excess_max_vio") == "excess MaxVio"
+    assert (with_unit("length"), with_unit("ranks")) == ("length (tokens)", "ranks")
 
 
 @given(st.floats(-1e30, 1e30))

@@ -13,16 +13,16 @@ def row(arm: str, value: float | None, metric: str = "loss", seed: int = 0, **ax
 def test_a_point_per_arm_makes_one_table_of_arms_and_metrics() -> None:
     rows = [row(arm, value, name, steps=300) for name, value in (("loss", 2.0), ("train_loss", 3.0)) for arm in "ab"]
     (table,) = results(rows, ("loss", "train_loss"), ("a", "b"))
-    assert table.caption == "By arm (steps 300)"
+    assert table.caption == "By arm"
     assert table.head == ("arm", "loss (nat/token)", "train loss (nat/token)")
     assert table.rows == (("a", "2", "3"), ("b", "2", "3"))
-    assert table.note == "mean [95% interval] over 1 seed"
+    assert table.note == "steps 300; mean [95% interval] over 1 seed"
 
 
 def test_places_go_down_the_page_by_size_and_arms_across() -> None:
     rows = [row(arm, float(n), length=n) for n in (16384, 1000, 2048) for arm in "ba"]
     (table,) = results(rows, ("loss",), ("a", "b"))
-    assert table.head == ("length", "a", "b")
+    assert table.head == ("length (tokens)", "a", "b")
     assert table.rows == (("1000", "1000", "1000"), ("2K", "2048", "2048"), ("16K", "16384", "16384"))
 
 
