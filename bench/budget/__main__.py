@@ -1,7 +1,7 @@
 """The command line: `python -m bench.budget --preset NAME | --hf-config DIR`, and what to ask of it.
 
-Exit code 0: done; 1: analytic and traced figures differ by more than a hundredth, or the traced peak and the
-allocator's by more than a twentieth; 2: a question that has no answer.
+Exit code 0: done; 1: analytic and traced figures differ by more than a hundredth, or peaks, by arithmetic, trace and
+allocator, by more than a twentieth; 2: a question that has no answer.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from rich.console import Console
 
 from bench import fingerprint
 from bench.budget.activations import POLICIES
-from bench.budget.asked import Asked, checkpoint, figures, preset
+from bench.budget.asked import Asked, checkpoint, figures, preset, replica_figures, replicas
 from bench.budget.records import answered, records
-from bench.budget.show import agreement, by_arithmetic
-from bench.budget.splits import Split
+from bench.budget.show import agreement, at_peak, deviation, of_ranks, of_runs, of_the_model, replica
+from bench.budget.splits import SCHEDULES, Split
 from bench.budget.states import RECIPES, recipe
 from bench.record import append
 from dsv3.config import Everything, presets
@@ -26,6 +26,7 @@ from dsv3.config import Everything, presets
 FITS = 2 * 2**30  # bytes of a step that is also run on real memory
 EXACT, PEAK, OF_PEAK = 0.01, "live_bytes", 0.05
 SCRATCH_SHOWN = 4
+Answers = Mapping[str, Mapping[str, int]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,19 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"python -m bench.budget: {error}", file=sys.stderr)
         return 2
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False)
-    started = time.process_time()
-    for table in by_arithmetic(asked):
+    started, provenance = time.process_time(), fingerprint.provenance("full")
+    found, apart, same, device = records(asked, provenance), False, asked, None
+    for table in of_the_model(asked):
         console.print(table, "")
-    found = records(asked, fingerprint.provenance("full"))
-    answers: Mapping[str, Mapping[str, int]] = {}
     if chosen.trace:
-        same, answers = measured(asked, console)
-        found += answered(same, answers, fingerprint.provenance("full"))
+        same, device = measured(asked, console)
+        found += answered(same, device, provenance)
+        apart = differing(device, console)
+        if asked.split.dp > 1:
+            several = exchanged(same, console)
+            found += answered(same, several, provenance, replicas(same))
+            apart |= differing(several, console)
+    for table in (*of_ranks(asked, same, device), *of_runs(asked)):
+        console.print(table, "")
     fingerprint.save(chosen.out)
     append(chosen.out / "records.jsonl", found)
     spent = time.process_time() - started
     console.print(f"{len(found)} records in {chosen.out / 'records.jsonl'}; {spent:.1f} s of CPU time")
-    return 1 if chosen.trace and differing(answers, console) else 0
+    return 1 if apart else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument(f"--{name}", type=int, default=1, metavar="N", help=f"ways of {what} parallelism")
     made.add_argument("--zero", type=int, default=0, metavar="STAGE", help="stage of ZeRO, 0 to 3")
     made.add_argument("--microbatches", type=int, default=1, metavar="M", help="of a step, through each pipeline")
+    made.add_argument("--schedule", default=SCHEDULES[0], help=f"of the pipeline: {', '.join(SCHEDULES)}")
     made.add_argument("--sequence-parallel", action="store_true", help="cut sequences between tensor-parallel parts")
     made.add_argument("--no-trace", dest="trace", action="store_false", help="arithmetic alone, without torch")
     made.add_argument("--out", type=Path, default=Path("reports/out"), help="folder for records.jsonl")
@@ -87,38 +95,51 @@ def question(chosen: argparse.Namespace) -> Asked:
         config=config,
         recipe=recipe(chosen.recipe),
         policy=chosen.recompute,
-        split=Split(**cuts, sequence_parallel=chosen.sequence_parallel),
+        split=Split(**cuts, sequence_parallel=chosen.sequence_parallel, schedule=chosen.schedule),
         sequences=chosen.sequences,
     )
 
 
-def measured(asked: Asked, console: Console) -> tuple[Asked, dict[str, Mapping[str, int]]]:
+def measured(asked: Asked, console: Console) -> tuple[Asked, Answers]:
     """What could be traced, and its figures by arm: analytic, traced, and the allocator's where the step fits."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler logs every start and stop
     from bench.budget.agreement import real, traced, without_selection
 
     same = without_selection(asked)
     if not isinstance(asked.config.model.attention.select, Everything):
-        console.print("Traced without its selection of keys, whose sizes are data:")
-    answers: dict[str, Mapping[str, int]] = {"analytic": figures(same), "traced": traced(same)}
+        console.print("A trace has no values to choose keys by. What follows is the same model with all keys visible:")
+    found, kinds = traced(same)
+    answers: dict[str, Mapping[str, int]] = {"analytic": figures(same), "traced": found}
     named: Mapping[str, int] = {}
-    if answers["traced"]["live_bytes"] < FITS:
+    if found[PEAK] < FITS:
         answers["allocator"], named = real(same)
-    console.print(agreement(same, answers), "")
-    for name, size in list(named.items())[:SCRATCH_SHOWN]:
-        console.print(f"  scratch inside {name}: {size:,} B")
+    console.print(agreement(same, answers), "", at_peak(same, kinds), "")
+    if named:
+        console.print("What operators take and give back inside one call of themselves, which no trace sees:")
+        for name, size in list(named.items())[:SCRATCH_SHOWN]:
+            console.print(f"  scratch inside {name}: {size:,} B")
+        console.print()
     return same, answers
 
 
-def differing(answers: Mapping[str, Mapping[str, int]], console: Console) -> bool:
+def exchanged(asked: Asked, console: Console) -> Answers:
+    """What one of several replicas of the whole model sends, and its peak: analytic and traced."""
+    from bench.budget.agreement import traced_replica
+
+    answers = {"analytic": replica_figures(asked), "traced": traced_replica(asked)}
+    console.print(replica(asked, answers), "")
+    return answers
+
+
+def differing(answers: Answers, console: Console) -> bool:
     """Whether arithmetic and trace disagree, or trace and allocator in the peak, saying where."""
-    pairs = [("analytic", "traced", metric, EXACT) for metric in answers["analytic"] if metric != PEAK]
+    pairs = [("analytic", "traced", metric, OF_PEAK if metric == PEAK else EXACT) for metric in answers["analytic"]]
     pairs += [("traced", "allocator", PEAK, OF_PEAK)]
     bad = False
     for one, other, metric, most in pairs:
         if one in answers and metric in answers.get(other, {}):
             first, second = answers[one][metric], answers[other][metric]
-            if abs(first / second - 1) > most:
+            if abs(deviation(first, second)) > most:
                 console.print(f"{metric}: {one} {first:,} and {other} {second:,} are too far apart")
                 bad = True
     return bad

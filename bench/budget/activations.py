@@ -14,15 +14,17 @@ experts, W = max(P, R) the width that the CPU's fused attention pads queries, ke
                          and the rows of the sum in fp32, 4 M D
     experts, fp32        the loop of `dsv3.moe.looped`: gate and up, 2 e M F, and the gathers' indices
     loss                 log-probabilities in fp32, 4 N V, for the head and for each MTP depth
-    per-head selection   q, k, v, out as above without padding; listed keys, ranks and limits, 8 B each
+    a selection of keys  q, k, v and out without padding, out once more for the layer that reads it, 8 B for each number
+                         of `selections`, and for per-head selection an importance e N H. Choosing by content has no
+                         gradient and keeps no score
 
 Policies:
 
     none        everything above
     selective   within a block what is left are its input and the outputs of matrix products, but not of MLA's
                 up-projections (q_b_proj, kv_b_proj) and of the last product of a feed-forward network, and the
-                output of attention: norms, up-projections, rotation and SwiGLU run again in backward, as DeepSeek-V3
-                does (arXiv 2412.19437 sections 3.2.3 and 3.3.3)
+                output of attention: norms, up-projections, rotation, SwiGLU and the choice of keys run again in
+                backward, as DeepSeek-V3 does (arXiv 2412.19437 sections 3.2.3 and 3.3.3)
     full        within a block its input alone; the block's forward runs again
 
 A capacity is counted as dropping nothing: how much it drops hangs on the routing.
@@ -32,13 +34,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from dsv3.config import Grouped, Latent, Model, PerHead, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
+from bench.budget.selections import listed
+from dsv3.config import (
+    Attention,
+    Everything,
+    Grouped,
+    Latent,
+    Model,
+    PerHead,
+    QuadraticLoss,
+    SequenceLoss,
+    SignBias,
+    SwitchLoss,
+)
 from dsv3.model.cost import forward_flops, mtp_depths
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
 Axis = Literal["tokens", "width", "rows"]
-QUERIES_PER_BLOCK = 256  # of per-head selection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +146,7 @@ def _attention(model: Model, batch: Batch) -> Iterator[Kept]:
     rotated = attention.qk_rope_head_dim if isinstance(attention, Latent) else attention.head_dim
     yield Kept(module="attention", bytes=2 * 4 * batch.length * rotated, axis="rows")
     yield Kept(module="attention", bytes=4 * n * attention.num_attention_heads, axis="width")
-    if isinstance(attention.select, PerHead):
-        yield Kept(module="selection", bytes=_selection(model, attention.select, batch), axis="width")
+    yield from _selection(attention, batch)
 
 
 def _latents(attention: Latent, batch: Batch) -> Iterator[Kept]:
@@ -149,7 +161,7 @@ def _latents(attention: Latent, batch: Batch) -> Iterator[Kept]:
 def core_widths(model: Model, batch: Batch) -> tuple[int, ...]:
     """Numbers per token of q, k, v, out, and of the output layer's input where that is not `out` itself."""
     attention, heads = model.attention, model.attention.num_attention_heads
-    selected = isinstance(attention.select, PerHead)
+    selected = not isinstance(attention.select, Everything)
     if isinstance(attention, Latent):
         p, r = attention.qk_head_dim, attention.v_head_dim
         padded = p if selected else max(p, r)
@@ -162,16 +174,12 @@ def core_widths(model: Model, batch: Batch) -> tuple[int, ...]:
     return heads * p, groups * p, groups * p, heads * p, heads * p if selected else 0
 
 
-def _selection(model: Model, select: PerHead, batch: Batch) -> int:
-    """Importances, each block's list of keys, their counts, and a rank and a limit for each token and head."""
-    heads, n = model.attention.num_attention_heads, batch.tokens
-    sizes = []
-    for start in range(0, batch.length, QUERIES_PER_BLOCK):
-        stop = min(start + QUERIES_PER_BLOCK, batch.length)
-        most = min(select.k, stop) if select.k is not None else max(1, int((select.keep or 0.0) * stop))
-        sizes.append(min(most, start) + stop - start)
-    listed = batch.sequences * heads * len(sizes) * max(sizes)
-    return batch.element * n * heads + 8 * (listed + len(sizes) + 2 * n * heads)
+def _selection(attention: Attention, batch: Batch) -> Iterator[Kept]:
+    numbers, per_head = listed(attention, batch.sequences, batch.length)
+    scored = attention.num_attention_heads if isinstance(attention.select, PerHead) else 0
+    size = 8 * numbers + batch.element * batch.tokens * scored
+    if size:
+        yield Kept(module="selection", bytes=size, axis="width" if per_head else "rows")
 
 
 def _swiglu(module: str, model: Model, batch: Batch, inner: int) -> Iterator[Kept]:
@@ -207,7 +215,8 @@ def _products_of_attention(model: Model, batch: Batch) -> Iterator[Kept]:
         rank = attention.q_lora_rank
         down = attention.kv_lora_rank + attention.qk_rope_head_dim + (0 if rank is None else rank)
         wide = heads * attention.qk_head_dim if rank is None else 0
-        out = heads * max(attention.qk_head_dim, attention.v_head_dim)
+        padded = max(attention.qk_head_dim, attention.v_head_dim)
+        out = heads * (padded if isinstance(attention.select, Everything) else attention.v_head_dim)
     else:
         groups = attention.num_key_value_heads if isinstance(attention, Grouped) else heads
         down, wide, out = 0, (heads + 2 * groups) * attention.head_dim, heads * attention.head_dim

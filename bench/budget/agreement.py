@@ -10,6 +10,7 @@ from dataclasses import replace
 from bench.budget.allocator import allocated
 from bench.budget.asked import Asked
 from bench.budget.traced import trace, traceable
+from bench.budget.traffic import ring_all_reduce
 
 
 def without_selection(asked: Asked) -> Asked:
@@ -17,10 +18,10 @@ def without_selection(asked: Asked) -> Asked:
     return replace(asked, config=traceable(asked.config))
 
 
-def traced(asked: Asked) -> dict[str, int]:
-    """What the trace found."""
+def traced(asked: Asked) -> tuple[dict[str, int], Mapping[str, int]]:
+    """What the trace found, and of what kinds the bytes at its peak are."""
     found = trace(asked.config, asked.recipe, sequences=asked.sequences, policy=asked.policy, accumulating=True)
-    return {
+    figures = {
         "parameters": found.parameters,
         "parameter_bytes": found.parameter_bytes,
         "gradient_bytes": found.gradient_bytes,
@@ -29,6 +30,20 @@ def traced(asked: Asked) -> dict[str, int]:
         "flops": found.flops,
         "live_bytes": found.peak,
     }
+    return figures, found.at_peak
+
+
+def traced_replica(asked: Asked) -> dict[str, int]:
+    """The same step as one of `dp` replicas: what a ring sends of the bytes that it hands over, and its peak."""
+    found = trace(
+        asked.config,
+        asked.recipe,
+        sequences=asked.sequences,
+        policy=asked.policy,
+        replicas=asked.split.dp,
+        accumulating=True,
+    )
+    return {"sent_bytes": ring_all_reduce(found.handed, asked.split.dp), "live_bytes": found.peak}
 
 
 def real(asked: Asked) -> tuple[dict[str, int], Mapping[str, int]]:

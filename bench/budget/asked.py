@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.budget.activations import POLICIES, Batch, Policy, kept_bytes, recomputed_flops
-from bench.budget.splits import Split, check, fullest, shares
+from bench.budget.shares import Share, shares
+from bench.budget.splits import Split, check
 from bench.budget.states import Recipe
+from bench.budget.traffic import sent
 from dsv3.config import Config, presets, vary
 from dsv3.config.rules import require
 from dsv3.model import cost
@@ -72,7 +74,6 @@ def figures(asked: Asked) -> dict[str, int]:
     parameters = cost.parameters(model)
     length = asked.batch.length
     flops = asked.sequences * length * cost.flops_per_token(model, length, training=True)
-    alone = fullest(shares(model, Split(microbatches=2), recipe, asked.batch, asked.policy))
     return {
         "parameters": parameters,
         "parameter_bytes": recipe.weight * parameters,
@@ -80,18 +81,46 @@ def figures(asked: Asked) -> dict[str, int]:
         "optimizer_bytes": recipe.optimizer * parameters,
         "saved_bytes": kept_bytes(model, asked.batch, asked.policy),
         "flops": round(flops) + recomputed_flops(model, asked.batch, asked.policy),
-        "live_bytes": alone.total,
+        "live_bytes": alone(asked).total,
     }
 
 
+def alone(asked: Asked) -> Share:
+    """One device that holds the whole model, in a microbatch after the first."""
+    (share,) = shares(asked.config.model, Split(microbatches=2), asked.recipe, asked.batch, asked.policy)
+    return share
+
+
+def replica_figures(asked: Asked) -> dict[str, int]:
+    """Bytes that one of `dp` replicas of the whole model sends in a step of `dsv3.parallel`, and its peak: that of the
+    backward pass, or of the exchange, when states and two flat buffers of all gradients are there.
+    """
+    split, share = replicas(asked), alone(asked)
+    states = share.parameters + share.gradients + share.optimizer
+    return {
+        "sent_bytes": sent(asked.config.model, split, asked.recipe, asked.batch, 0)["data"],
+        "live_bytes": max(share.total, states + 2 * share.gradients),
+    }
+
+
+def replicas(asked: Asked) -> Split:
+    """The data parallelism of the question, alone: what `dsv3.parallel` does."""
+    return Split(dp=asked.split.dp)
+
+
 def examples(asked: Asked) -> tuple[Split, ...]:
-    """The split that was asked for, and well-known ones that come out even for this model."""
+    """The split that was asked for, and well-known ones that come out even for this model.
+
+    The last is DeepSeek-V3's own (arXiv 2412.19437 section 3.2); the one before is the same without DualPipe.
+    """
+    own = Split(pp=16, ep=64, dp=128, zero=1, microbatches=120)
     known = (
         Split(),
         Split(dp=64, zero=1),
         Split(dp=64, zero=3),
         Split(tp=8, pp=8, ep=8, dp=8, zero=1, microbatches=16, sequence_parallel=True),
-        Split(pp=16, ep=64, dp=128, zero=1, microbatches=120),  # DeepSeek-V3's own: arXiv 2412.19437 section 3.2
+        own,
+        vary(own, schedule="dual_pipe"),
     )
     return tuple(dict.fromkeys((asked.split, *_even(asked, known))))
 

@@ -2,7 +2,9 @@
 
 FLOPs are the model's: a causal query counts the keys that it sees, values count at their own width, and scores that a
 backward kernel computes again do not count (conventions of `dsv3.model.cost`). A forward that a recomputation policy
-runs again does.
+runs again does. For matrix products torch's formulas count what an operator is given; the fused attention does not say
+how much of its square it computes, so it is counted by the model's own causal formula, and in that part arithmetic and
+trace agree by construction. A test holds the formula against torch's count of the masked square.
 """
 
 from collections.abc import Callable, Mapping, Sequence

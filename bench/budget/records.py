@@ -1,6 +1,7 @@
 """Budgets as records of the study "budget": who found the figure is the arm, what was asked stands on the axes.
 
-analytic, traced, allocator      parameters, states, kept activations, FLOPs and peak of one microbatch
+analytic, traced, allocator      parameters, states, kept activations, FLOPs and peak of one microbatch; with an axis
+                                 "split", what one of several replicas sends, and its peak
 rank                             bytes of the fullest rank, and bytes that it sends, by split and kind
 published, ours                  a published figure and ours
 run                              hours and price with one input changed; cost against a peer
@@ -13,7 +14,8 @@ from bench.budget import wall
 from bench.budget.activations import POLICIES, by_module, kept
 from bench.budget.asked import Asked, examples
 from bench.budget.published import compared
-from bench.budget.splits import fullest, shares
+from bench.budget.shares import fullest, shares
+from bench.budget.splits import Split
 from bench.budget.traffic import sent
 from bench.fingerprint import Provenance
 from bench.measurement import Measurement, Point, record
@@ -29,9 +31,12 @@ def records(asked: Asked, provenance: Provenance) -> list[Record]:
     return _kept([*_modules(asked), *_ranks(asked), *_published(asked), *_wall()], provenance)
 
 
-def answered(asked: Asked, answers: Mapping[str, Mapping[str, int]], provenance: Provenance) -> list[Record]:
-    """The figures of one device, by who found them."""
+def answered(
+    asked: Asked, answers: Mapping[str, Mapping[str, int]], provenance: Provenance, split: Split | None = None
+) -> list[Record]:
+    """The figures of one device, or of one of the replicas of `split`, by who found them."""
     where = place(asked) | {"select": type(asked.config.model.attention.select).__name__}
+    where |= {} if split is None else {"split": split.name}
     return _kept(
         [(arm, metric, value, where) for arm, found in answers.items() for metric, value in found.items()], provenance
     )

@@ -10,25 +10,23 @@
     ep   n_routed_experts / ep experts a rank; routing is balanced, so a rank still works on N K rows
     zero 1 cuts the optimizer's state over the ranks that hold the same parameters, 2 gradients too, 3 parameters too
                                                                                              (arXiv 1910.02054)
-    rank = parameters + gradients + optimizer + activations in flight + working memory
 
-Working memory is the larger of two: the gradient of the logits in fp32 and in the activations' type, (4 + e) N V / tp;
-or what one block has while backward is in it: what a recomputation policy made it keep less, the gradients of its
-experts' rows, (4 + e) N K D, and a second copy of its largest weight's gradient, which is made before it is added.
-Under ZeRO-3 the gathered weights of a block come on top. Not counted: buffers of collectives, the allocator's own
-fragments, the CUDA context.
+Under DualPipe a rank holds stage s and its mirror pp - 1 - s, half of the microbatches in each direction, and two ranks
+the same weights; either of its stages is in flight as often as under 1F1B, which makes pp + 1 (arXiv 2412.19437 section
+3.2.1; `dsv3.pipeline.schedules.dual_pipe`).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
-from bench.budget.activations import Batch, Kept, Policy, block, kept
-from bench.budget.states import Recipe
+from bench.budget.activations import Kept
 from dsv3.config import Grouped, Model
 from dsv3.config.rules import require, require_positive
 from dsv3.model.cost import parameter_shapes
 
+Schedule = Literal["one_f_one_b", "dual_pipe"]  # names of `dsv3.pipeline.SCHEDULES`
+SCHEDULES: tuple[Schedule, ...] = ("one_f_one_b", "dual_pipe")
 HEADS = ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj", "o_proj", "importance")
 CUT = {*HEADS, "embed_tokens", "lm_head", "gate_proj", "up_proj", "down_proj", "experts"}
 
@@ -44,17 +42,33 @@ class Split:
     zero: int = 0
     microbatches: int = 1
     sequence_parallel: bool = False
+    schedule: Schedule = "one_f_one_b"
 
     def __post_init__(self) -> None:
         require_positive(self, "tp", "pp", "ep", "dp", "microbatches")
         require(self.zero in (0, 1, 2, 3), "zero", self.zero, "must be a stage of ZeRO, 0 to 3", "0 cuts nothing")
         rule = f"must divide dp={self.dp}: experts are spread over data-parallel replicas"
         require(self.dp % self.ep == 0, "ep", self.ep, rule, "use a divisor, or more replicas")
+        require(self.schedule in SCHEDULES, "schedule", self.schedule, f"must be {' or '.join(SCHEDULES)}", "pick one")
+        if self.schedule == "dual_pipe":
+            require(self.pp % 2 == 0, "pp", self.pp, "must be even: DualPipe pairs ranks", f"use {self.pp + 1}")
+            most = self.microbatches
+            rule = f"must be even and at least 2 pp = {2 * self.pp}: DualPipe sends half of them from each end"
+            require(most % 2 == 0 and most >= 2 * self.pp, "microbatches", most, rule, "use more, or one_f_one_b")
 
     @property
     def ranks(self) -> int:
         """How many processes there are."""
         return self.tp * self.pp * self.dp
+
+    @property
+    def twice(self) -> int:
+        """How many stages a rank of the pipeline holds, and how many of its ranks hold a stage."""
+        return 2 if self.schedule == "dual_pipe" else 1
+
+    def stages(self, rank: int) -> tuple[int, ...]:
+        """The stages that a rank of the pipeline holds."""
+        return (rank, self.pp - 1 - rank)[: self.twice]
 
     @property
     def name(self) -> str:
@@ -63,24 +77,9 @@ class Split:
         told = [f"{kind}{size}" for kind, size in cuts.items() if size > 1]
         told += [f"zero{self.zero}"] if self.zero else []
         told += [f"x{self.microbatches}"] if self.microbatches > 1 else []
-        return " ".join(told + (["sp"] if self.sequence_parallel else [])) or "one rank"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Share:
-    """Bytes of one rank of a stage, by kind."""
-
-    stage: int
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    working: int
-
-    @property
-    def total(self) -> int:
-        """The peak of the rank."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.working
+        told += ["sp"] if self.sequence_parallel else []
+        told += [self.schedule] if self.schedule != "one_f_one_b" else []
+        return " ".join(told) or "one rank"
 
 
 def check(model: Model, split: Split) -> None:
@@ -107,21 +106,6 @@ def check(model: Model, split: Split) -> None:
     require(experts % split.ep == 0, "ep", split.ep, rule, "use a divisor")
 
 
-def shares(model: Model, split: Split, recipe: Recipe, batch: Batch, policy: Policy = "none") -> tuple[Share, ...]:
-    """A rank of each stage, first to last; `batch` is one microbatch of one replica.
-
-    Raises:
-        ValueError: for a split that does not come out even.
-    """
-    check(model, split)
-    return tuple(_share(model, split, recipe, batch, policy, stage) for stage in range(split.pp))
-
-
-def fullest(found: tuple[Share, ...]) -> Share:
-    """The rank with the most bytes: the one that must fit."""
-    return max(found, key=lambda share: share.total)
-
-
 def parts_of(model: Model, split: Split, stage: int) -> tuple[str, ...]:
     """The parts of the model on a stage, by the names of `activations.kept`."""
     layers = range(model.num_hidden_layers)
@@ -135,10 +119,11 @@ def parts_of(model: Model, split: Split, stage: int) -> tuple[str, ...]:
     )
 
 
-def held(model: Model, split: Split, stage: int) -> dict[str, int]:
-    """Parameters that a rank of the stage multiplies with, experts apart from the rest."""
+def held(model: Model, split: Split, rank: int) -> dict[str, int]:
+    """Parameters that a rank of the pipeline multiplies with, experts apart from the rest."""
     found = {"dense": 0, "experts": 0}
-    here = {"norm" if part == "head" else part for part in parts_of(model, split, stage)}
+    parts = [part for stage in split.stages(rank) for part in parts_of(model, split, stage)]
+    here = {"norm" if part == "head" else part for part in parts}
     here |= {"lm_head"} if "norm" in here else set()
     tied = model.tie_word_embeddings and "norm" in here  # the head's copy on the last stage
     for name, shape in parameter_shapes(model).items():
@@ -156,59 +141,13 @@ def cut(name: str, shape: tuple[int, ...], split: Split) -> int:
 
 def copies(split: Split) -> dict[str, int]:
     """How many ranks hold the same parameters."""
-    return {"dense": split.dp, "experts": split.dp // split.ep}
-
-
-def _share(model: Model, split: Split, recipe: Recipe, batch: Batch, policy: Policy, stage: int) -> Share:
-    parameters, alike = held(model, split, stage), copies(split)
-
-    def states(each: int, cut_from: int) -> int:
-        ways = {kind: alike[kind] if split.zero >= cut_from else 1 for kind in alike}
-        return sum(each * -(-parameters[kind] // ways[kind]) for kind in parameters)
-
-    everything, here = kept(model, batch, policy), parts_of(model, split, stage)
-    one = sum(divided(item, split) for part in here if part in everything for item in everything[part])
-    return Share(
-        stage=stage,
-        parameters=states(recipe.weight, 3),
-        gradients=states(recipe.gradient, 2),
-        optimizer=states(recipe.optimizer, 1),
-        activations=one * min(split.microbatches, split.pp - stage),
-        working=_working(model, split, recipe, batch, policy, here),
-    )
+    return {"dense": split.twice * split.dp, "experts": split.twice * split.dp // split.ep}
 
 
 def divided(item: Kept, split: Split) -> int:
     """A kept item's bytes on one of the tensor-parallel ranks."""
     whole = item.axis == "rows" or (item.axis == "tokens" and not split.sequence_parallel)
     return item.bytes if whole else item.bytes // split.tp
-
-
-def _working(model: Model, split: Split, recipe: Recipe, batch: Batch, policy: Policy, here: tuple[str, ...]) -> int:
-    head = (4 + batch.element) * batch.tokens * model.vocab_size // split.tp if "head" in here else 0
-    inside = max(_inside(model, split, recipe, batch, policy, here), default=0)
-    return max(head, inside)
-
-
-def _inside(
-    model: Model, split: Split, recipe: Recipe, batch: Batch, policy: Policy, here: tuple[str, ...]
-) -> Iterator[int]:
-    """Working memory of backward in each kind of block on the stage."""
-    layers = {model.is_moe_layer(_layer(model, part)): _layer(model, part) for part in here if "." in part}
-    for moe, layer in layers.items():
-        without = sum(divided(item, split) for item in block(model, layer, batch, "none"))
-        with_policy = sum(divided(item, split) for item in block(model, layer, batch, policy))
-        rows = batch.tokens * (model.moe.num_experts_per_tok if moe and model.moe else 1)
-        gradients = (4 + batch.element) * rows * model.hidden_size
-        prefix = f"layers.{min(layer, model.num_hidden_layers - 1)}."
-        sizes = [cut(name, shape, split) for name, shape in parameter_shapes(model).items() if name.startswith(prefix)]
-        gathered = recipe.weight * sum(sizes) if split.zero == 3 else 0
-        yield without - with_policy + gradients + recipe.weight * max(sizes) + gathered
-
-
-def _layer(model: Model, part: str) -> int:
-    kind, _, number = part.partition(".")
-    return int(number) + (model.num_hidden_layers if kind == "mtp" else 0)
 
 
 def _part(name: str) -> str:

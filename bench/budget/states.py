@@ -23,6 +23,7 @@ class Recipe:
     """Bytes per parameter of each kind of state; `moments` has the bytes of each of the optimizer's moments."""
 
     name: str
+    about: str
     weight: int
     gradient: int
     master: int
@@ -35,11 +36,11 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe(name="float32", weight=4, gradient=4, master=0, moments=(4, 4)),
-    Recipe(name="bfloat16", weight=2, gradient=2, master=0, moments=(2, 2)),
-    Recipe(name="mixed", weight=2, gradient=2, master=4, moments=(4, 4)),
-    Recipe(name="deepseek", weight=2, gradient=4, master=4, moments=(2, 2)),
-    Recipe(name="sgd", weight=2, gradient=2, master=0, moments=()),
+    Recipe(name="float32", about="AdamW on fp32 weights", weight=4, gradient=4, master=0, moments=(4, 4)),
+    Recipe(name="bfloat16", about="AdamW on bf16 weights", weight=2, gradient=2, master=0, moments=(2, 2)),
+    Recipe(name="mixed", about="AdamW on fp32 copies", weight=2, gradient=2, master=4, moments=(4, 4)),
+    Recipe(name="deepseek", about="AdamW on fp32 copies, moments bf16", weight=2, gradient=4, master=4, moments=(2, 2)),
+    Recipe(name="sgd", about="plain gradient descent on bf16 weights", weight=2, gradient=2, master=0, moments=()),
 )
 
 

@@ -5,11 +5,11 @@ What is traced is `dsv3.model.Transformer` with the losses of `dsv3.train`, and 
 hangs on data. A selection of keys cannot be traced, since the sizes of its lists are data; the caller asks for the same
 model without. Fake tensors are of the CPU, whose fused attention pads values to the width of keys.
 
-Data parallelism is traced through `dsv3.parallel` on torch's fake process group: the bytes that are handed to it, and
-what its flat buffer adds to the peak.
+Data parallelism is traced through `dsv3.parallel` on torch's fake process group: whole replicas whose gradients are
+averaged. Seen are the bytes that are handed to the collective, and what its flat buffers add to the peak. ZeRO and all
+other splits are arithmetic.
 """
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -50,7 +50,6 @@ class Trace:
     peak: int
     at_peak: Mapping[str, int]
     handed: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,6 @@ def trace(
             f"select={config.model.attention.select!r}: the sizes of its lists are data, which a trace has not; "
             "trace the model with Everything()"
         )
-    started = time.process_time()
     with replicated(replicas) as ranks, faked() as live:
         step = build(config, recipe, sequences=sequences, policy=policy)
         live.own(step.model.parameters(), "parameters")
@@ -160,7 +158,6 @@ def trace(
         peak=live.peak,
         at_peak=live.at_peak,
         handed=counted.handed,
-        seconds=time.process_time() - started,
     )
 
 
@@ -214,6 +211,8 @@ def build(config: Config, recipe: Recipe, *, sequences: int, policy: Policy) -> 
 
 def _hand_over(master: nn.Parameter, parameter: nn.Parameter) -> None:
     assert parameter.grad is not None, "called when the gradient is there"
-    gradient = parameter.grad.float()
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad.add_(parameter.grad)
     parameter.grad = None
-    master.grad = gradient if master.grad is None else master.grad + gradient

@@ -15,6 +15,9 @@ the activations between two blocks of one microbatch, m microbatches:
               Rows that share a rank are sent apiece; DeepSeek-V3 sends one row per node, at most 4 of 8, and fp8
               outwards (arXiv 2412.19437 section 3.2.2), less than is counted here
 
+Under DualPipe all of this holds for both stages of a rank, each of which sees half of the microbatches, and the two
+ranks that hold a stage average its gradients too.
+
 Scalars (loss, gradient norm, loads of experts) are left out.
 """
 
@@ -24,23 +27,28 @@ from bench.budget.states import Recipe
 from dsv3.config import Latent, Model
 
 
-def sent(model: Model, split: Split, recipe: Recipe, batch: Batch, stage: int) -> dict[str, int]:
-    """Bytes that a rank of the stage sends in one step, by kind.
+def sent(model: Model, split: Split, recipe: Recipe, batch: Batch, rank: int) -> dict[str, int]:
+    """Bytes that a rank of the pipeline sends in one step, by kind.
 
     Raises:
         ValueError: for a split that does not come out even.
     """
     check(model, split)
-    return {
-        "data": _data(model, split, recipe, stage),
-        "tensor": _tensor(model, split, batch, stage),
-        "pipeline": _pipeline(model, split, batch, stage),
-        "expert": _expert(model, split, batch, stage),
-    }
+    found = {"data": _data(model, split, recipe, rank), "tensor": 0, "pipeline": 0, "expert": 0}
+    for stage in split.stages(rank):
+        found["tensor"] += _tensor(model, split, batch, stage)
+        found["pipeline"] += _pipeline(model, split, batch, stage)
+        found["expert"] += _expert(model, split, batch, stage)
+    return found
 
 
-def _data(model: Model, split: Split, recipe: Recipe, stage: int) -> int:
-    parameters, alike, m = held(model, split, stage), copies(split), split.microbatches
+def ring_all_reduce(size: int, ranks: int) -> int:
+    """Bytes that one of `ranks` sends to sum `size` bytes."""
+    return 2 * size * (ranks - 1) // ranks
+
+
+def _data(model: Model, split: Split, recipe: Recipe, rank: int) -> int:
+    parameters, alike, m = held(model, split, rank), copies(split), _microbatches(split)
     total = 0
     for kind, size in parameters.items():
         weights, gradients = recipe.weight * size, recipe.gradient * size
@@ -66,13 +74,13 @@ def _tensor(model: Model, split: Split, batch: Batch, stage: int) -> int:
         if part.startswith("mtp") or part in ("embed_tokens", "head"):
             widths += width
     ring = 2 * (split.tp - 1) / split.tp
-    return round(split.microbatches * batch.element * batch.tokens * widths * ring)
+    return round(_microbatches(split) * batch.element * batch.tokens * widths * ring)
 
 
 def _pipeline(model: Model, split: Split, batch: Batch, stage: int) -> int:
     neighbours = (stage > 0) + (stage < split.pp - 1)
     ways = split.tp if split.sequence_parallel else 1
-    return split.microbatches * neighbours * batch.element * batch.tokens * model.hidden_size // ways
+    return _microbatches(split) * neighbours * batch.element * batch.tokens * model.hidden_size // ways
 
 
 def _expert(model: Model, split: Split, batch: Batch, stage: int) -> int:
@@ -83,4 +91,9 @@ def _expert(model: Model, split: Split, batch: Batch, stage: int) -> int:
     count += sum(part.startswith("mtp.") for part in parts_of(model, split, stage))
     rows = batch.tokens * model.moe.num_experts_per_tok
     each = 4 * batch.element * rows * model.hidden_size
-    return split.microbatches * count * each * (split.ep - 1) // split.ep
+    return _microbatches(split) * count * each * (split.ep - 1) // split.ep
+
+
+def _microbatches(split: Split) -> int:
+    """Of a step, through one stage of one rank."""
+    return split.microbatches // split.twice

@@ -1,6 +1,7 @@
 """The command: what it prints and keeps, and that a question without an answer ends before torch is imported."""
 
 import json
+import resource
 import subprocess
 import sys
 from io import StringIO
@@ -10,6 +11,8 @@ import pytest
 from rich.console import Console
 
 from bench.budget.__main__ import differing, main
+from bench.budget.activations import POLICIES
+from bench.budget.states import RECIPES
 from bench.record import load
 from dsv3.config import presets
 from dsv3.model.hf.config import write_config
@@ -24,17 +27,30 @@ sys.exit(code)
 """
 
 
-def test_the_command_prints_the_agreement_and_keeps_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--preset", "tiny", "--sequence", "32", "--recompute", "selective", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("name", [row.name for row in RECIPES])
+def test_the_command_prints_the_agreement_and_keeps_records(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--preset", "tiny", "--sequence", "32", "--recompute", "selective", "--recipe", name]
+    assert main([*asked, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "analytic against it" in printed
+    assert "arithmetic against it" in printed
     assert "scratch inside aten._scaled_dot_product_flash_attention" in printed
+    assert "Where it can be traced, on one device, it is off by" in printed
     records = load(tmp_path / "records.jsonl").records
     by_arm = {(row.arm, row.metric): row.value for row in records if row.axes.get("select") == "Everything"}
     assert by_arm["analytic", "parameters"] == by_arm["traced", "parameters"] == 2_703_744
     assert by_arm["traced", "live_bytes"] == pytest.approx(by_arm["allocator", "live_bytes"], rel=0.05)
     assert {row.arm for row in records} == {"analytic", "traced", "allocator", "rank", "run", "published"}
     assert list((tmp_path / "machines").glob("*.json"))
+
+
+def test_replicas_are_traced_where_the_question_has_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--preset", "tiny", "--sequence", "32", "--dp", "4", "--out", str(tmp_path)]) == 0
+    assert "One of 4 replicas of the whole model" in capsys.readouterr().out
+    records = load(tmp_path / "records.jsonl").records
+    by_arm = {row.arm: row.value for row in records if row.metric == "sent_bytes" and row.arm != "rank"}
+    assert by_arm == dict.fromkeys(("analytic", "traced"), 2 * 2 * 2_703_744 * 3 // 4)
 
 
 def test_a_checkpoints_config_gives_the_budget_of_the_preset(tmp_path: Path) -> None:
@@ -98,9 +114,24 @@ def test_arithmetic_asks_for_no_torch(tmp_path: Path) -> None:
 def test_figures_that_are_too_far_apart_are_named() -> None:
     printed = StringIO()
     console = Console(width=160, file=printed)
-    near = {"flops": 1000, "live_bytes": 100}
-    answers = {"analytic": near, "traced": {"flops": 1005, "live_bytes": 130}, "allocator": {"live_bytes": 127}}
+    near = {"flops": 1000, "optimizer_bytes": 0, "live_bytes": 133}
+    answers = {"analytic": near, "traced": near | {"flops": 1005, "live_bytes": 130}, "allocator": {"live_bytes": 127}}
     assert not differing(answers, console)
-    assert differing(answers | {"traced": {"flops": 1020, "live_bytes": 130}}, console)
+    assert differing(answers | {"traced": near | {"flops": 1020}}, console)
+    assert differing(answers | {"traced": near | {"optimizer_bytes": 1}}, console)
+    assert differing(answers | {"analytic": near | {"live_bytes": 140}}, console)
     assert differing(answers | {"allocator": {"live_bytes": 120}}, console)
     assert "flops: analytic 1,000 and traced 1,020" in printed.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("whose", ["--preset", "--hf-config"])
+def test_a_true_size_takes_less_than_a_minute_of_cpu_time(whose: str, policy: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(write_config(presets.deepseek_v3().model)))
+    model = "deepseek_v3" if whose == "--preset" else str(tmp_path)
+    asked = [whose, model, "--recompute", policy, "--dp", "128", "--out", str(tmp_path)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "bench.budget", *asked], cwd=ROOT, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60

@@ -5,11 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.budget.activations import POLICIES, Batch, kept_bytes
-from bench.budget.splits import Split, check, fullest, held, shares
+from bench.budget.shares import fullest, in_flight, shares
+from bench.budget.splits import SCHEDULES, Schedule, Split, check, held
 from bench.budget.states import recipe
 from bench.budget.traffic import sent
 from dsv3.config import Grouped, MultiHead, presets, vary
 from dsv3.model import cost
+from dsv3.pipeline import Times, named, peak_activations, simulate
 
 BATCH = Batch(sequences=1, length=64, element=2)
 TINY = presets.tiny().model
@@ -108,6 +110,74 @@ def test_bytes_sent_worked_by_hand() -> None:
     assert sent(one_layer, Split(ep=2, dp=2), recipe("bfloat16"), BATCH, 0)["expert"] == 4 * 2 * rows * 128 // 2
 
 
+FEW = vary(  # parameters worked by hand: embedding and head 64 x 8 each, four matrices of attention 8 x 8, three norms
+    TINY,
+    vocab_size=64,
+    hidden_size=8,
+    num_hidden_layers=1,
+    intermediate_size=16,
+    attention=MultiHead(num_attention_heads=1, head_dim=8),
+    moe=None,
+    mtp=None,
+)
+
+
+@pytest.mark.parametrize(
+    "zero, bytes_sent",
+    [
+        (0, 10_128),  # all-reduce of 6,752 B of gradients: 2 x 3/4 of them
+        (1, 5_064 + 2_532),  # reduce-scatter 3/4 of the gradients, all-gather 3/4 of 3,376 B of parameters
+        (2, 3 * 5_064 + 2_532),  # the gradients of each of three microbatches
+        (3, 3 * (5_064 + 2 * 2_532)),  # and the parameters, for forward and for backward
+    ],
+)
+def test_bytes_of_every_stage_of_zero_worked_by_hand(zero: int, bytes_sent: int) -> None:
+    split = Split(dp=4, zero=zero, microbatches=3)
+    assert cost.parameters(FEW) == 2 * 64 * 8 + 4 * 8 * 8 + 3 * 8 + 3 * 8 * 16 == 1_688
+    found = sent(FEW, split, recipe("deepseek"), BATCH, 0)  # 2 B of weight and 4 B of gradient for each parameter
+    assert found == {"data": bytes_sent, "tensor": 0, "pipeline": 0, "expert": 0}
+
+
+def test_experts_are_exchanged_among_the_ranks_that_hold_the_same_ones() -> None:
+    assert TINY.moe is not None
+    moe = vary(TINY.moe, n_routed_experts=4, num_experts_per_tok=1, n_group=1, topk_group=1, moe_intermediate_size=4)
+    model = vary(FEW, moe=vary(moe, n_shared_experts=0), first_k_dense_replace=0)
+    # four experts of 3 x 8 x 4, two of them here; a router of 4 x 8 stands for the dense network of 3 x 8 x 16
+    dense, experts = 1_688 - 384 + 32, 192
+    assert held(model, Split(ep=2, dp=4), 0) == {"dense": dense, "experts": experts}
+    found = sent(model, Split(ep=2, dp=4, zero=1), recipe("bfloat16"), BATCH, 0)
+    assert found["data"] == 4 * dense * 3 // 4 + 4 * experts * 1 // 2 == 4_008 + 384
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("pp, microbatches", [(2, 4), (4, 8), (8, 22)])
+def test_as_many_microbatches_are_in_flight_as_the_simulated_plan_holds(
+    schedule: Schedule, pp: int, microbatches: int
+) -> None:
+    split = Split(pp=pp, microbatches=microbatches, schedule=schedule)
+    plan = named(schedule).plan(pp, microbatches)
+    most = peak_activations(simulate(plan, Times()))
+    for rank in range(pp):
+        assert plan.placement[rank] == tuple(sorted(split.stages(rank)))
+        assert sum(in_flight(split, stage) for stage in split.stages(rank)) == most[rank]
+
+
+def test_dual_pipe_holds_a_stage_and_its_mirror() -> None:
+    plain = Split(pp=4, dp=8, zero=1, microbatches=8)
+    both = vary(plain, schedule="dual_pipe")
+    flat = vary(TINY, mtp=None, moe=None)
+    one, two = (shares(flat, split, recipe("deepseek"), BATCH, "full") for split in (plain, both))
+    for rank, share in enumerate(two):
+        mirror = one[3 - rank]
+        assert share.parameters == one[rank].parameters + mirror.parameters
+        assert share.gradients == one[rank].gradients + mirror.gradients
+        assert share.optimizer == -(-8 * share.parameters // 2 // 16)  # 8 B a parameter, over twice as many ranks
+        assert share.activations == one[rank].activations + mirror.activations
+    wider, narrower = (sent(flat, split, recipe("deepseek"), BATCH, 1) for split in (both, plain))
+    assert wider["pipeline"] == narrower["pipeline"], "half of the microbatches through each of two stages"
+    assert wider["data"] == (4 + 2) * two[1].parameters // 2 * 15 // 16
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sequence_that_is_cut_keeps_less_on_each_rank(policy: str) -> None:
     whole, cut = (
@@ -139,6 +209,12 @@ def test_a_split_that_does_not_come_out_even_is_refused(split: Split, model: obj
 def test_numbers_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="ep=8: must divide dp=4"):
         Split(ep=8, dp=4)
+    with pytest.raises(ValueError, match=r"pp=3: must be even.*use 4"):
+        Split(pp=3, microbatches=8, schedule="dual_pipe")
+    with pytest.raises(ValueError, match=r"microbatches=7: must be even and at least 2 pp = 8"):
+        Split(pp=4, microbatches=7, schedule="dual_pipe")
+    with pytest.raises(ValueError, match="schedule='gpipe': must be one_f_one_b or dual_pipe"):
+        Split(schedule="gpipe")
     with pytest.raises(ValueError, match="zero=4"):
         Split(zero=4)
     with pytest.raises(ValueError, match="recipe='fp4': must be one of float32"):
