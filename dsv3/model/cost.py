@@ -12,6 +12,8 @@ Conventions, where papers and tools differ:
     the capacity.
   - attention counts the keys that a query must look at, its own included: t + 1 of them at position t when all are
     visible, (T + 1) / 2 on average. A kernel that computes masked pairs too does more than is counted here.
+  - choosing keys by content costs the scores that decide (`dsv3.model.choosing`), and nothing in the backward pass: a
+    choice has no gradient. A per-head choice costs its linear map.
   - the backward pass costs twice the forward pass (a product with respect to its input, one with respect to its
     weight); recomputation is not counted.
   - depth m of multi-token prediction runs on T - m positions and pays for the shared head once more.
@@ -23,6 +25,7 @@ from math import prod
 from typing import assert_never
 
 from dsv3.config import Attention, Blocks, Everything, Grouped, Latent, Model, MultiHead, PerHead, Select, Window
+from dsv3.model.choosing import decoding_flops, selection_flops
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -64,27 +67,31 @@ def active_parameters(model: Model, *, embedding: bool = True, mtp: bool = True)
 
 def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, int]:
     """FLOPs of one forward pass over one sequence of `length` tokens, by parameter name, and by `...self_attn.scores`
-    for what attention adds.
+    and `...self_attn.selection.scores` for what attention and choosing its keys add.
     """
     flops: dict[str, int] = {}
     for name, shape in parameter_shapes(model, mtp=mtp).items():
         if len(shape) > 1 and name != "embed_tokens.weight":
             flops[name] = 2 * _active(model, name, shape) * _positions(name, length)
-    head, scores = 2 * model.vocab_size * model.hidden_size, attention_flops(model.attention, length)
+    head = 2 * model.vocab_size * model.hidden_size
     flops["lm_head.weight"] = head * length
+    attention = _without_parameters(model.attention, length)
     for layer in range(model.num_hidden_layers):
-        flops[f"layers.{layer}.self_attn.scores"] = scores
+        flops |= {f"layers.{layer}.self_attn.{name}": value for name, value in attention.items()}
     for depth in range(mtp_depths(model) if mtp else 0):
         positions = length - depth - 1
-        flops[f"mtp.{depth}.block.self_attn.scores"] = attention_flops(model.attention, positions)
+        attention = _without_parameters(model.attention, positions)
+        flops |= {f"mtp.{depth}.block.self_attn.{name}": value for name, value in attention.items()}
         flops[f"mtp.{depth}.lm_head.weight"] = head * positions
     return flops
 
 
 def flops_per_token(model: Model, length: int, *, training: bool = False, mtp: bool = True) -> float:
     """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`."""
-    passes = 1 + BACKWARD_OVER_FORWARD if training else 1
-    return passes * sum(forward_flops(model, length, mtp=mtp).values()) / length
+    flops = forward_flops(model, length, mtp=mtp)
+    forward = sum(flops.values())
+    learning = forward - sum(value for name, value in flops.items() if name.endswith(".selection.scores"))
+    return (forward + (BACKWARD_OVER_FORWARD * learning if training else 0)) / length
 
 
 def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
@@ -108,7 +115,7 @@ def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
             attention.num_attention_heads * (attention.qk_nope_head_dim + attention.v_head_dim) * attention.kv_lora_rank
         )
         per_layer += 2 * kv_b * (visible - 1)
-    return products + model.num_hidden_layers * per_layer
+    return products + model.num_hidden_layers * (per_layer + decoding_flops(attention, visible))
 
 
 def attention_flops(attention: Attention, length: int) -> int:
@@ -162,6 +169,13 @@ def kv_bytes_per_token(model: Model, *, bytes_per_value: int = 2) -> int:
 def mtp_depths(model: Model) -> int:
     """How many tokens beyond the next one the model predicts."""
     return 0 if model.mtp is None else model.mtp.num_nextn_predict_layers
+
+
+def _without_parameters(attention: Attention, length: int) -> dict[str, int]:
+    scores = {"scores": attention_flops(attention, length)}
+    if not isinstance(attention.select, Blocks):
+        return scores
+    return scores | {"selection.scores": selection_flops(attention, length)}
 
 
 def _kept(select: Select, visible: int) -> int:
