@@ -2,14 +2,18 @@
 
 torch's FlopCounterMode counts nothing for two products that this project lives on: grouped_mm (the experts) and the CPU
 kernel of scaled dot-product attention. Their formulas stand here. Attention counts as dense, causal or not, and its
-fused backward counts the scores that it computes again, as torch does for its GPU kernels.
+fused backward counts the scores that it computes again, as torch does for its GPU kernels. So the plain path of a
+selection counts the rectangles that it multiplies, what is masked in them included; the C++ kernel counts the pairs
+that the selection lets through (`dsv3.attention.kernels.flops`), as `dsv3.model.cost` does. Scores by which keys are
+chosen are products that no operator shows: `bench.meters.scores` counts them.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from bench.measurement import Measurement
 
@@ -55,6 +59,9 @@ def flops(
     `more` gives the formula of an operator of one's own: torch.ops.<namespace>.<name> -> f(shapes of its arguments).
     A compiled call is not seen through; count its eager twin.
     """
-    with FlopCounterMode(display=False, custom_mapping=formulas() | dict(more or {})) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=formulas() | dict(more or {}))
+    # torch's own formulas as they are, not as they were: the first call of the C++ kernel brings those of the kernel
+    counter.flop_registry = ChainMap(counter.flop_registry, flop_registry)  # type: ignore[assignment]
+    with counter:
         call()
     return Measurement(metric=metric, value=int(counter.get_total_flops()))

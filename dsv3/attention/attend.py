@@ -4,7 +4,11 @@
     all j <= t)
 
 A selector decides which keys; this decides nothing. So variants share kernels and tests, and what a variant costs is
-what its selection costs.
+what its selection costs. A query that sees no key gets 0 and gives no gradient.
+
+Softmax weighs what a query does not see with 0, and 0 times NaN is NaN: a NaN or infinite value reaches all queries
+that are computed together with its key (the plain path's block of queries, the kernel's tile of 64, torch's own tiles),
+in the plain path and torch's kernels a NaN key as well.
 """
 
 import torch
@@ -82,8 +86,13 @@ def _check_selection(q: Tensor, k: Tensor, selection: Selection) -> None:
     require(
         heads in allowed, name, given, f"h must be one of {sorted(allowed)}", "select per head, per group or for all"
     )
-    for name, tensor, length in (("rank", selection.rank, k.shape[2]), ("limit", selection.limit, q.shape[2])):
+    parts = {
+        "counts": (selection.counts, expected),
+        "rank": (selection.rank, k.shape[2]),
+        "limit": (selection.limit, q.shape[2]),
+        "weights": (selection.weights, k.shape[2]),
+    }
+    for name, (tensor, length) in parts.items():
         if tensor is not None:
-            shape = tuple(tensor.shape)
-            want = (batch, heads, length)
+            shape, want = tuple(tensor.shape), (batch, heads, length)
             require(shape == want, f"selection.{name}.shape", shape, f"must be {want}", "select for these keys")

@@ -10,23 +10,30 @@ comparison with a limit is all that is asked of them, ranks may be counted over 
 tokens decide what an earlier query sees.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
+
+from dsv3.config.rules import require
 
 
 @dataclass(frozen=True)
 class SelectionCost:
-    """What selecting cost and left over, counted in closed form by the selector, over batch and the selection's heads.
+    """What selecting cost and left over, over batch and the selection's heads; in closed form unless said otherwise.
 
-    scored: scores computed to select. kept: (query, key) pairs that remain to attend to; dense causal attention keeps
+    scored: scores needed to select. kept: (query, key) pairs that remain to attend to; dense causal attention keeps
     T(T+1)/2 per head. per_level: the scores by level of a tree, from the leaves, where a selector has levels.
+    computed: scores that were computed, read off the tensors: searches run side by side as rows of one length, and what
+    fills up the shorter ones is computed too.
     """
 
     scored: int
     kept: int
     per_level: tuple[int, ...] = ()
+    computed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,8 @@ class Selection:
     """The keys seen by the last T of S positions; h is 1 (shared by all heads), G (per key-value head) or H (per query
     head).
 
-    indices  blocks of keys per block of queries, ascending, without repeats; counts says how many of the K are valid.
+    indices  blocks of keys per block of queries; counts says how many of the K are valid. Selectors list them ascending
+        and once; order, repeats and blocks of the future change nothing.
     rank, limit  the token-exact rule, both or neither.
     weights  added to the logits of a key: the importance that selected it, so that selecting has a gradient.
     """
@@ -51,3 +59,33 @@ class Selection:
     def __post_init__(self) -> None:
         assert (self.rank is None) == (self.limit is None), "rank and limit are one rule: give both or neither"
         assert min(self.block_q, self.block_k) > 0, "a block holds at least one token"
+
+
+def tidy(selection: Selection, queries: int, total: int) -> Selection:
+    """The same selection for the last `queries` of `total` positions, its lists ascending, without repeats and blocks
+    that all queries of the block come before. Costs a comparison where they are so already.
+
+    Raises:
+        ValueError: for counts or blocks that cannot be.
+    """
+    indices, counts = selection.indices, selection.counts
+    if indices.shape[-1] == 0:
+        indices = F.pad(indices, (0, 1))
+    most, blocks = selection.indices.shape[-1], -(-total // selection.block_k)
+    low, high = (int(x) for x in counts.aminmax())
+    rule = f"must be between 0 and K={most}"
+    require(low >= 0 and high <= most, "selection.counts", (low, high), rule, "count the listed blocks")
+    unlisted = torch.arange(indices.shape[-1], device=indices.device) >= counts[..., None]
+    stop = (torch.arange(1, indices.shape[2] + 1, device=indices.device) * selection.block_q).clamp(max=queries)
+    newest = (total - queries + stop - 1) // selection.block_k
+    last = indices.gather(-1, (counts[..., None] - 1).clamp(min=0).long())[..., 0]
+    edges = ((indices[..., 0] >= 0) & (last <= newest)) | (counts == 0)
+    if bool(edges.all()) and bool(((indices[..., 1:] > indices[..., :-1]) | unlisted[..., 1:]).all()):
+        return replace(selection, indices=indices)
+    low, high = (int(x) for x in indices.masked_fill(unlisted, 0).aminmax())
+    rule = f"must be between 0 and {blocks - 1}, the last of the blocks of keys"
+    require(low >= 0 and high < blocks, "selection.indices", (low, high), rule, "list blocks that exist")
+    indices = indices.masked_fill(unlisted | (indices > newest[:, None]), blocks).sort(dim=-1).values
+    indices[..., 1:].masked_fill_(indices[..., 1:] == indices[..., :-1], blocks)
+    indices = indices.sort(dim=-1).values
+    return replace(selection, indices=indices, counts=(indices < blocks).sum(dim=-1))

@@ -3,6 +3,7 @@
     for each block of queries:   gather the listed keys and values (a run of neighbours is sliced instead)
                                  penalty = 0 where j <= t and rank[j] <= limit[t], else far below
                                  softmax(scale * q k^T + weight + penalty) v, torch's fused kernel on the small block
+    a query that sees no key:    0, and no gradient; its softmax, over penalties alone, lies far below any other
 
 The weight of a key rides along as one more column of k against a one in q: the fused kernel has a gradient for k, none
 for a matrix that is added. Backward adds each block's part into gradients allocated once, so memory beyond inputs and
@@ -16,18 +17,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dsv3.attention import fused
 from dsv3.attention.dense import same_width
-from dsv3.attention.selection import Selection
+from dsv3.attention.selection import Selection, tidy
 from dsv3.config.rules import require
 
 UNSEEN = 2.0**100  # finite: a kernel's tile in which a query sees nothing yields no NaN; a power of two: exact products
-LONGEST = 2**24  # positions that fp32 counts exactly
+LONGEST = 2**24  # numbers up to which fp32 counts exactly
 TENSORS = ("indices", "counts", "rank", "limit")
 
 
@@ -40,14 +41,27 @@ def sparse(
     *,
     scale: float,
 ) -> Float[Tensor, "B H T R"]:
-    """Attention of the last T of S positions to the selected keys; gradients reach q, k, v and the weights."""
+    """Attention of the last T of S positions to the selected keys; gradients reach q, k, v and the weights.
+
+    Raises:
+        ValueError: for positions or ranks that fp32 cannot count, or lists that name blocks which do not exist.
+    """
     rule = f"must be at most {LONGEST}: ranks are compared in fp32"
     require(k.shape[2] <= LONGEST, "positions", k.shape[2], rule, "attend to a shorter sequence")
+    selection = _countable(tidy(selection, q.shape[2], k.shape[2]))
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     weights = None if selection.weights is None else selection.weights.to(q.dtype)
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # rows in one piece each, to be gathered
     return _Sparse.apply(q, k, v, weights, replace(selection, weights=None), scale)
+
+
+def pairs(q: Float[Tensor, "B H T P"], selection: Selection, total: int) -> int:
+    """How many pairs of a query and a key the selection lets through, over batch and query heads; looks at each."""
+    selection = _countable(tidy(selection, q.shape[2], total))
+    penalties = (block.penalty for block in _blocks(selection, q, total))
+    return sum(int((penalty == 0).sum()) * (q.shape[1] // penalty.shape[1]) for penalty in penalties)
 
 
 @dataclass(frozen=True)
@@ -66,12 +80,13 @@ class _Sparse(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, selection: Selection, scale: float
     ) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
         for block in _blocks(selection, q, k.shape[2]):
             found, logs = fused.forward(*_operands(q, k, v, weights, block, scale), block.penalty, scale)
             out[:, :, block.rows] = found[..., : v.shape[-1]]
-            if logs is not None:
-                lse[:, :, block.rows] = logs
+            # where a kernel keeps it to itself, the best penalty takes its place: as far below where nothing is seen
+            lse[:, :, block.rows] = block.penalty.amax(dim=-1) if logs is None else logs
+        out.masked_fill_(_sees_nothing(lse), 0)
         ctx.save_for_backward(q, k, v, weights, out, lse, *(getattr(selection, name) for name in TENSORS))
         ctx.plain, ctx.scale = {name: getattr(selection, name) for name in ("block_q", "block_k", "cost")}, scale
         return out
@@ -83,6 +98,9 @@ class _Sparse(torch.autograd.Function):
         selection = Selection(**ctx.plain, **dict(zip(TENSORS, tensors, strict=True)))
         # not zeros_like: a transposed input would pass its strides on, and rows must lie one after the other
         grad_q, grad_k, grad_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        blind = _sees_nothing(lse)
+        if bool(blind.any()):
+            grad, grad_q = grad.masked_fill(blind, 0), torch.zeros_like(q)
         grad_w = None if weights is None else weights.new_zeros(weights.shape)
         for block in _blocks(selection, q, k.shape[2]):
             operands = _operands(q, k, v, weights, block, ctx.scale)
@@ -99,6 +117,23 @@ class _Sparse(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_w, None, None
 
 
+def _sees_nothing(lse: Float[Tensor, "B H T"]) -> Bool[Tensor, "B H T 1"]:
+    return (lse < -UNSEEN / 2)[..., None]
+
+
+def _countable(selection: Selection) -> Selection:
+    """Ranks and limits that fp32 compares exactly: limits beyond the largest rank all say the same."""
+    if selection.rank is None or selection.limit is None:
+        return selection
+    low, high = (int(x) for x in selection.rank.aminmax())
+    rule = f"must be between {-LONGEST} and {LONGEST}: ranks are compared in fp32"
+    require(low >= -LONGEST and high <= LONGEST, "selection.rank", (low, high), rule, "number the keys in their order")
+    least, most = (int(x) for x in selection.limit.aminmax())
+    if least >= -LONGEST and most <= LONGEST:
+        return selection
+    return replace(selection, limit=selection.limit.clamp(-2 * LONGEST, LONGEST))
+
+
 def _operands(
     q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, block: _Block, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +148,7 @@ def _operands(
 
 
 def _blocks(selection: Selection, q: Tensor, total: int) -> Iterator[_Block]:
-    """The blocks of queries in order, each with its keys and its penalty, which is good until the next block."""
+    """The blocks of queries that list a key, each with its keys and its penalty, which is good until the next block."""
     queries, heads = q.shape[2], selection.counts.shape[:2]
     position = torch.arange(total - queries, total, device=q.device)
     inside = torch.arange(selection.block_k, device=q.device)
@@ -122,6 +157,8 @@ def _blocks(selection: Selection, q: Tensor, total: int) -> Iterator[_Block]:
     most = heads.numel() * min(selection.block_q, queries) * max(longest) * selection.block_k
     room = q.new_empty(most, dtype=torch.promote_types(q.dtype, torch.float32))
     for i, run in enumerate(_runs(selection, total)):
+        if longest[i] == 0:
+            continue
         rows = slice(i * selection.block_q, min((i + 1) * selection.block_q, queries))
         if run is None:
             blocks = selection.indices[:, :, i, : longest[i]]
@@ -173,8 +210,8 @@ def _take(x: Float[Tensor, "B G S width"], block: _Block, heads: int) -> Float[T
     if block.run is not None:
         taken = x[:, :, block.run]
     else:
-        row = _row_numbers(x, block.tokens)
-        taken = x.reshape(-1, x.shape[-1]).index_select(0, row.flatten()).view(*row.shape, x.shape[-1])
+        rows, row = _rows(x, block.tokens)
+        taken = rows.index_select(0, row.flatten()).view(*row.shape, x.shape[-1])
     return taken if taken.shape[1] == heads else taken.repeat_interleave(heads // taken.shape[1], dim=1)
 
 
@@ -183,15 +220,26 @@ def _give_back(total: Float[Tensor, "B G S width"], part: Float[Tensor, "B H n w
     if block.run is not None:
         total[:, :, block.run] += part.unflatten(1, (total.shape[1], -1)).sum(dim=2)
         return
-    row = _row_numbers(total, block.tokens)
+    rows, row = _rows(total, block.tokens)
     part = part.unflatten(1, (row.shape[1], -1)).sum(dim=2)
-    total.view(-1, total.shape[-1]).index_add_(0, row.flatten(), part.reshape(-1, part.shape[-1]))
+    rows.index_add_(0, row.flatten(), part.reshape(-1, part.shape[-1]))
 
 
-def _row_numbers(x: Tensor, tokens: Int[Tensor, "B h n"]) -> Int[Tensor, "B heads n"]:
-    """Where tokens stand in x [B, G, S, width] seen as a matrix of rows; heads is the larger of h and G."""
-    batch, groups, length = x.shape[:3]
+def _rows(
+    x: Float[Tensor, "B G S width"], tokens: Int[Tensor, "B h n"]
+) -> tuple[Float[Tensor, "rows width"], Int[Tensor, "B heads n"]]:
+    """x as a matrix of rows, whatever its strides, without a copy, and where tokens stand in it; heads is the larger
+    of h and G.
+
+    A projection leaves heads behind positions, a cache leaves room after each head: copied into one piece for every
+    block of queries, all keys would be read as often as there are blocks.
+    """
+    batch, groups, _, width = x.shape
+    unit = math.gcd(*x.stride()[:3]) or 1
+    steps = [stride // unit for stride in x.stride()[:3]]
+    last = sum((size - 1) * step for size, step in zip(x.shape[:3], steps, strict=True))
     heads = max(groups, tokens.shape[1])
     group = torch.arange(heads, device=x.device) // (heads // groups)
-    first = (torch.arange(batch, device=x.device)[:, None] * groups + group) * length
-    return first[..., None] + tokens.expand(-1, heads, -1)
+    first = torch.arange(batch, device=x.device)[:, None] * steps[0] + group * steps[1]
+    row = first[..., None] + (tokens * steps[2]).expand(-1, heads, -1)
+    return x.as_strided((last + 1, width), (unit, 1)), row

@@ -12,6 +12,8 @@ Conventions, where papers and tools differ:
     the capacity.
   - attention counts the keys that a query must look at, its own included: t + 1 of them at position t when all are
     visible, (T + 1) / 2 on average. A kernel that computes masked pairs too does more than is counted here.
+  - choosing keys by content costs the scores that decide (`dsv3.model.choosing`), and nothing in the backward pass: a
+    choice has no gradient. A per-head choice costs its linear map.
   - the backward pass costs twice the forward pass (a product with respect to its input, one with respect to its
     weight); recomputation is not counted.
   - depth m of multi-token prediction runs on T - m positions and pays for the shared head once more.
@@ -35,6 +37,7 @@ from dsv3.config import (
     Select,
     Window,
 )
+from dsv3.model.choosing import decoding_flops, selection_flops
 
 Shapes = dict[str, tuple[int, ...]]
 Of = TypeVar("Of")
@@ -77,7 +80,7 @@ def active_parameters(model: Model, *, embedding: bool = True, mtp: bool = True)
 
 def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, int]:
     """FLOPs of one forward pass over one sequence of `length` tokens, by parameter name, by `...self_attn.scores` for
-    what attention adds, and by `...self_attn.indexer.scores` for what an indexer does.
+    what attention adds, and by `...self_attn.selection.scores` or `...self_attn.indexer.scores` for choosing its keys.
     """
     flops: dict[str, int] = {}
     for name, shape in parameter_shapes(model, mtp=mtp).items():
@@ -96,8 +99,10 @@ def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, i
 
 def flops_per_token(model: Model, length: int, *, training: bool = False, mtp: bool = True) -> float:
     """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`."""
-    passes = 1 + BACKWARD_OVER_FORWARD if training else 1
-    return passes * sum(forward_flops(model, length, mtp=mtp).values()) / length
+    flops = forward_flops(model, length, mtp=mtp)
+    forward = sum(flops.values())
+    learning = forward - sum(value for name, value in flops.items() if name.endswith(".selection.scores"))
+    return (forward + (BACKWARD_OVER_FORWARD * learning if training else 0)) / length
 
 
 def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
@@ -123,7 +128,7 @@ def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
             attention.num_attention_heads * (attention.qk_nope_head_dim + attention.v_head_dim) * attention.kv_lora_rank
         )
         per_layer += 2 * kv_b * (visible - 1)
-    return products + model.num_hidden_layers * per_layer
+    return products + model.num_hidden_layers * (per_layer + decoding_flops(attention, visible))
 
 
 def attention_flops(attention: Attention, length: int) -> int:
@@ -196,6 +201,8 @@ def mtp_depths(model: Model) -> int:
 
 def _scores(attention: Attention, length: int) -> dict[str, int]:
     scores = {"scores": attention_flops(attention, length)}
+    if isinstance(attention.select, Blocks):
+        scores["selection.scores"] = selection_flops(attention, length)
     if isinstance(attention.select, Indexer):
         scores["indexer.scores"] = index_flops(attention.select, 1, length)
     return scores

@@ -1,5 +1,7 @@
 """What users may get wrong is refused by name, with the remedy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from jaxtyping import config as jaxtyping_config
@@ -63,6 +65,25 @@ def test_a_selection_for_other_shapes_is_refused(selection: Selection, message: 
         selection = window(1, 3, 3, size=2, block_q=2)
     with pytest.raises(ValueError, match=message):
         attend(q, heads(1, 1, 5, 4), heads(1, 1, 5, 4), selection)
+
+
+@pytest.mark.parametrize(
+    "part, shape, message",
+    [
+        ("counts", (1, 1, 2), r"selection.counts.shape=\(1, 1, 2\): must be \(1, 1, 1\); select for these keys"),
+        ("counts", (1, 3, 1), r"selection.counts.shape=\(1, 3, 1\): must be \(1, 1, 1\)"),
+        ("weights", (1, 1, 4), r"selection.weights.shape=\(1, 1, 4\): must be \(1, 1, 5\)"),
+        ("weights", (1, 3, 5), r"selection.weights.shape=\(1, 3, 5\): must be \(1, 1, 5\)"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["plain", None])
+def test_parts_of_a_selection_that_do_not_fit_each_other_are_refused(
+    part: str, shape: tuple[int, ...], message: str, implementation: str | None
+) -> None:
+    q, selection = heads(1, 3, 5, 16), window(1, 5, 5, size=2)
+    whole = replace(selection, rank=None, limit=None, **{part: torch.zeros(shape, dtype=torch.long)})
+    with pytest.raises(ValueError, match=message):
+        attend(q, heads(1, 1, 5, 16), heads(1, 1, 5, 16), whole, implementation=implementation)
 
 
 def test_more_positions_than_fp32_counts_are_refused() -> None:

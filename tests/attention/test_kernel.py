@@ -1,19 +1,21 @@
 """The C++ kernel computes what the reference does, for every shape and instruction set, and says where it cannot."""
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import config as jaxtyping_config
-from torch import Tensor
 
-from dsv3.attention import Selection, SelectionCost, attend, implementation, reference, why_not_kernel
+from dsv3.attention import Selection, attend, implementation, why_not_kernel
 from dsv3.attention.choice import SHORTEST
 from dsv3.attention.kernels import blocks, build
 from dsv3.attention.select import per_head, window
-
-REASON = blocks.why_not()
-needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
+from tests.attention.lists import REASON, SHAPES, close, draw, grads, needs_kernel, of_lists, right, select
 
 
 @pytest.fixture
@@ -22,74 +24,8 @@ def annotations_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
 
 
-# batch, heads, groups, heads of the selection, queries, positions, width, value, block_q, block_k
-SHAPES = {
-    "one token": (2, 2, 2, 2, 1, 1, 8, 8, 64, 64),
-    "decoding": (2, 4, 2, 4, 1, 100, 16, 16, 64, 16),
-    "63 tokens": (2, 2, 2, 1, 63, 63, 16, 16, 64, 64),
-    "60 of 100": (1, 4, 2, 2, 60, 100, 48, 32, 16, 16),
-    "latent": (1, 2, 1, 1, 100, 100, 24, 16, 64, 64),
-    "odd widths": (1, 2, 2, 2, 70, 90, 7, 5, 32, 48),
-    "long blocks": (1, 2, 1, 2, 110, 300, 16, 40, 100, 256),
-    "wide": (1, 1, 1, 1, 66, 66, 80, 72, 64, 32),
-}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 FORMATS = [torch.float32, torch.bfloat16]
-
-
-def draw(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, groups, _, queries, total, width, value, *_ = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def one(*sizes: int) -> Tensor:
-        # heads behind positions in memory, as projections leave them
-        return torch.randn(*sizes, generator=generator).to(dtype).transpose(1, 2).requires_grad_()
-
-    return one(batch, queries, heads, width), one(batch, total, groups, width), one(batch, total, groups, value)
-
-
-def select(shape: tuple[int, ...], keep: float = 0.5, seed: int = 0) -> Selection:
-    """Random lists; every query's own block is listed, so that it sees a key."""
-    batch, _, _, shared, queries, total, *_, block_q, block_k = shape
-    generator = torch.Generator().manual_seed(seed)
-    blocks_q, blocks_k = -(-queries // block_q), -(-total // block_k)
-    listed = torch.rand(batch, shared, blocks_q, blocks_k, generator=generator) < keep
-    for i in range(blocks_q):
-        first = total - queries + i * block_q
-        last = min(first + block_q, total) - 1
-        listed[:, :, i, first // block_k : last // block_k + 1] = True
-        listed[:, :, i, last // block_k + 1 :] = False
-    return of_lists(listed, block_q, block_k)
-
-
-def of_lists(listed: Tensor, block_q: int, block_k: int) -> Selection:
-    counts = listed.sum(-1)
-    order = listed.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
-    return Selection(
-        indices=order[..., : int(counts.max())],
-        counts=counts,
-        block_q=block_q,
-        block_k=block_k,
-        cost=SelectionCost(scored=0, kept=0),
-    )
-
-
-def grads(out: Tensor, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out.dtype)
-    return torch.autograd.grad(out, leaves, pull)
-
-
-def right(leaves: tuple[Tensor, ...], shape: tuple[int, ...], selection: Selection, scale: float) -> Tensor:
-    seen = reference.selected(selection, heads=shape[1], queries=shape[4], total=shape[5])
-    q, k, v, *weights = leaves
-    spread = weights[0].repeat_interleave(shape[1] // shape[3], dim=1) if weights else None
-    return reference.attention(q, k, v, seen, scale=scale, weights=spread)
-
-
-def close(ours: Tensor, theirs: Tensor, error: float) -> None:
-    """Within `error` of the largest number: a sum's rounding is that of its terms, not of what is left of them."""
-    bound = error * max(1.0, theirs.abs().max().item())
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=0.0, atol=bound)
 
 
 @needs_kernel
@@ -199,22 +135,6 @@ def test_decoding_and_prefill_in_parts_equal_the_whole(dtype: torch.dtype) -> No
 
 
 @needs_kernel
-def test_the_order_of_a_list_repeats_and_blocks_of_the_future_change_no_bit() -> None:
-    shape = (2, 2, 2, 2, 200, 200, 16, 16, 64, 32)
-    leaves, selection = draw(shape), select(shape, keep=1.0)
-    own, length = 3, selection.indices.shape[-1]  # lists grow to the right, and end with the future's blocks
-    listed = torch.arange(length) < selection.counts[..., None]
-    first = selection.indices[..., :1]
-    untidy = torch.cat((selection.indices.where(listed, torch.tensor(6)), first.expand(-1, -1, -1, own)), -1).flip(-1)
-    counts = torch.full_like(selection.counts, untidy.shape[-1])
-    found = []
-    for one in (selection, Selection(**{**vars(selection), "indices": untidy, "counts": counts})):
-        out = attend(*leaves, one)
-        found.append((out, *grads(out, leaves)))
-    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
-
-
-@needs_kernel
 @pytest.mark.parametrize("queries", [1, 90, 200])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_all_blocks_and_no_selection_are_dense_attention(queries: int, dtype: torch.dtype) -> None:
@@ -235,18 +155,6 @@ def test_a_chunk_of_scores_after_another_is_rescaled_by_the_larger_maximum() -> 
     with torch.no_grad():
         k *= torch.linspace(0.1, 2.0, 2600)[:, None]
     close(attend(q, k, v, implementation="kernel"), attend(q.double(), k.double(), v.double()), 1e-6)
-
-
-@needs_kernel
-def test_a_query_that_sees_no_key_gets_zero_and_gives_no_gradient() -> None:
-    shape = (2, 1, 1, 1, 128, 128, 16, 16, 64, 64)
-    listed = torch.zeros(2, 1, 2, 2, dtype=torch.bool)
-    listed[:, :, 1, 1] = True
-    leaves, selection = draw(shape), of_lists(listed, 64, 64)
-    out = attend(*leaves, selection)
-    assert torch.equal(out[:, :, :64], torch.zeros_like(out[:, :, :64]))
-    grad_q, grad_k, grad_v = grads(out, leaves)
-    assert all(bool((x[:, :, :64] == 0).all() and (x[:, :, 64:] != 0).any()) for x in (grad_q, grad_k, grad_v))
 
 
 @needs_kernel
@@ -312,19 +220,6 @@ def test_autocast_decides_the_format() -> None:
 
 
 @needs_kernel
-def test_lists_that_name_no_block_are_refused() -> None:
-    shape = (2, 1, 1, 1, 100, 100, 16, 16, 64, 64)
-    leaves, selection = draw(shape), select(shape)
-    for wrong in (-1, 2):
-        bad = Selection(**{**vars(selection), "indices": torch.full_like(selection.indices, wrong)})
-        with pytest.raises(ValueError, match="indices: must be between 0 and 1"):
-            attend(*leaves, bad)
-    bad = Selection(**{**vars(selection), "counts": selection.counts + 9})
-    with pytest.raises(ValueError, match="counts: must be between 0 and K=2"):
-        attend(*leaves, bad)
-
-
-@needs_kernel
 def test_there_is_no_second_derivative() -> None:
     shape = (2, 1, 1, 1, 10, 10, 16, 16, 64, 64)
     leaves, selection = draw(shape), select(shape)
@@ -369,6 +264,37 @@ def test_a_machine_without_a_compiler_says_so_once_and_computes_all_the_same(
     close(attend(*leaves, selection), right(leaves, shape, selection, 8**-0.5), 1e-6)
     with pytest.raises(RuntimeError, match="the C\\+\\+ kernel of attention is not at hand: there is no C"):
         blocks.block_attention(*leaves, selection, scale=1.0)
+
+
+@needs_kernel
+def test_a_compiler_that_goes_through_another_is_used_with_a_ninja_beside_python(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Up to compiling itself: CXX="ccache g++" is common, and an environment's folder need not be on PATH."""
+    monkeypatch.setenv("CXX", "env c++")
+    assert build._digest(["env", "c++"]) == build._digest(["c++"])
+    tools, beside = tmp_path / "tools", tmp_path / "bin"
+    for folder, program in ((tools, "env"), (beside, "ninja")):
+        folder.mkdir()
+        (folder / program).symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tools))
+    monkeypatch.setattr(build, "_digest", lambda compiler: "-".join(compiler).replace("/", "-"))
+    monkeypatch.setattr(build, "_root", lambda: tmp_path / "cache")
+    found: list[str | None] = []
+
+    def compiled(folder: Path) -> None:
+        folder.mkdir()
+        found.extend((folder.name, shutil.which("ninja")))
+
+    monkeypatch.setattr(build, "_compile", compiled)
+    monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(RuntimeError, match="ninja is missing"):
+        build._load()
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    build._load()
+    assert found == ["env-c++", str(beside / "ninja")]
+    assert os.environ["PATH"] == str(tools)
 
 
 def test_a_compiler_that_fails_is_no_error_of_the_user(

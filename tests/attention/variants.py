@@ -1,10 +1,12 @@
 """One attention per choice that changes what it computes; the contract holds for each of them."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from dsv3.attention import Selection, build, reference
-from dsv3.attention.select import Index, leading, per_head, remember, window
+from dsv3.attention.select import leading, per_head, remember, window
 from dsv3.attention.select import reference as by_content
 from dsv3.attention.select import select as selection_of
 from dsv3.config import (
@@ -127,5 +129,5 @@ def chosen(
             q, k = compared
             start, shape = total - queries, (batch, queries)
             index = remember(select, q[:, :, leading(select, 0)], k, 0, total)
-            index = Index(index.leaders[:, :, start // select.block_q :], index.nodes)
+            index = replace(index, leaders=index.leaders[:, :, start // select.block_q :])
             return selection_of(select, shape, total, None, q.device, index=index, scale=scale)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsv3.config import Everything, Latent, Model, vary
 from dsv3.model import Transformer, cost
+from dsv3.model.choosing import decoding_flops, selection_flops
 from dsv3.model.hf import entries, read_config, write_config
 from tests.config.strategies import latent, models
 
@@ -47,22 +48,27 @@ def test_active_parameters_leave_out_the_experts_that_a_token_skips(config: Mode
 
 
 @given(models(), st.integers(4, 40))
-def test_flops_grow_with_length_and_training_is_threefold(config: Model, length: int) -> None:
-    forward = cost.flops_per_token(config, length)
-    assert cost.flops_per_token(config, length + 1) >= forward
-    assert cost.flops_per_token(config, length, training=True) == pytest.approx(3 * forward)
+def test_flops_grow_with_length_and_training_is_threefold_but_for_choosing(config: Model, length: int) -> None:
+    flops, longer = (cost.forward_flops(config, at) for at in (length, length + 1))
+    assert all(longer[name] >= value for name, value in flops.items())
+    forward = sum(flops.values())
+    chosen = sum(value for name, value in flops.items() if name.endswith(".selection.scores"))
+    assert cost.flops_per_token(config, length) == forward / length
+    training = cost.flops_per_token(config, length, training=True)
+    assert training == pytest.approx((3 * forward - 2 * chosen) / length)
 
 
 @given(models(), st.integers(2, 40))
 def test_decoding_token_by_token_costs_one_forward_pass(config: Model, length: int) -> None:
-    """Expanded, so that only the latents of earlier tokens going through kv_b_proj again are more than a forward
-    pass.
+    """Expanded, so that only the latents of earlier tokens going through kv_b_proj again, and the searches of a block's
+    later tokens, are more than a forward pass.
     """
-    again = 0
+    searched = sum(decoding_flops(config.attention, visible) for visible in range(1, length + 1))
+    again = config.num_hidden_layers * (searched - selection_flops(config.attention, length))
     if isinstance(config.attention, Latent):
         a = config.attention
         kv_b = a.num_attention_heads * (a.qk_nope_head_dim + a.v_head_dim) * a.kv_lora_rank
-        again = 2 * config.num_hidden_layers * kv_b * length * (length - 1) // 2
+        again += 2 * config.num_hidden_layers * kv_b * length * (length - 1) // 2
     tokens = sum(cost.decode_flops(config, visible, absorbed=False) for visible in range(1, length + 1))
     assert tokens - again == sum(cost.forward_flops(config, length, mtp=False).values())
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.attention.kernels import build
+from dsv3.attention.kernels import build, flops
 from dsv3.attention.selection import Selection
 
 OPERATOR = "dsv3_kernels::forward"
@@ -39,6 +39,7 @@ def _prepared() -> str | None:
         torch.library.register_fake("dsv3_kernels::backward", _shapes_backward)
         torch.library.register_autograd(OPERATOR, _differentiate, setup_context=_keep)
         torch.library.register_autograd("dsv3_kernels::backward", _differentiate_twice)
+        flops.register()
     return reason
 
 

@@ -9,6 +9,7 @@ processor.
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,13 +50,13 @@ def why_not() -> str | None:
 def _load() -> None:
     if sys.platform != "linux":
         raise RuntimeError(f"it is built on Linux only, not on {sys.platform}")
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))  # one that goes through another: "ccache g++"
+    if not compiler or shutil.which(compiler[0]) is None:
         raise RuntimeError("there is no C++ compiler; install g++, or name one in the environment variable CXX")
     folder = _root() / _digest(compiler)
     library = folder / f"{NAME}.so"
     if not library.exists():
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.with_suffix(".lock")), _ninja_at_hand():
             if not library.exists():
                 _compile(folder)
     torch.ops.load_library(library)
@@ -71,8 +72,8 @@ def _sources() -> list[Path]:
     return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
 
 
-def _digest(compiler: str) -> str:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+def _digest(compiler: list[str]) -> str:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
     parts = [torch.__version__, platform.machine(), *FLAGS, *(path.name for path in _sources())]
     content = b"".join(path.read_bytes() for path in _sources())
     return sha256(repr(parts).encode() + version + content).hexdigest()[:16]
@@ -88,9 +89,21 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(folder: Path) -> None:
-    if shutil.which("ninja") is None:
+@contextmanager
+def _ninja_at_hand() -> Iterator[None]:
+    """torch looks for ninja on PATH; pip puts it beside Python, which a PATH need not name."""
+    before = os.environ.get("PATH", os.defpath)
+    path = os.pathsep.join((before, str(Path(sys.executable).parent)))
+    if shutil.which("ninja", path=path) is None:
         raise RuntimeError("ninja is missing, with which torch builds extensions; install it (pip install ninja)")
+    os.environ["PATH"] = path
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _compile(folder: Path) -> None:
     from torch.utils import cpp_extension  # slow to import, and wanted here only
 
     print("dsv3: compiling the attention kernel, once on this machine (about a minute)", file=sys.stderr)

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -93,13 +94,34 @@ void check(const Tensor& q, const Tensor& k, const Tensor& v, int64_t block_q, i
   TORCH_CHECK_VALUE(k.size(2) < (int64_t(1) << 31), "positions=", k.size(2), ": must be below 2^31");
 }
 
-template <class T>
-const T* optional(Call& call, const Optional& given, at::ScalarType type, const char* name, int64_t length) {
-  if (!given) return nullptr;
-  TORCH_CHECK_VALUE(given->dim() == 3 && given->size(0) == call.p.batch && given->size(1) == call.p.shared &&
-                        given->size(2) == length,
-                    name, ": must be [", call.p.batch, ", ", call.p.shared, ", ", length, "]");
-  return call.keep(given->to(type).contiguous()).template data_ptr<T>();
+void check_shape(const Problem& p, const Tensor& given, const char* name, int64_t length) {
+  bool fits = given.dim() == 3 && given.size(0) == p.batch && given.size(1) == p.shared && given.size(2) == length;
+  TORCH_CHECK_VALUE(fits, name, ": must be [", p.batch, ", ", p.shared, ", ", length, "]");
+}
+
+Tensor integers(const Tensor& given, const char* name) {
+  TORCH_CHECK_VALUE(at::isIntegralType(given.scalar_type(), false), name, ": must be integers");
+  return given.to(at::kLong).contiguous();
+}
+
+// The rule per token in 32 bits. Ranks have to fit; a limit beyond them says the same at the end of their range.
+void read_rule(Call& call, const Tensor& rank, const Tensor& limit) {
+  Problem& p = call.p;
+  constexpr int64_t END = std::numeric_limits<int32_t>::max();
+  check_shape(p, rank, "rank", p.keys);
+  check_shape(p, limit, "limit", p.queries);
+  Tensor wide[] = {integers(rank, "rank"), integers(limit, "limit")};
+  const int32_t* narrow[2];
+  for (int i = 0; i < 2; ++i) {
+    const int64_t* from = wide[i].data_ptr<int64_t>();
+    int32_t* to = call.keep(at::empty({wide[i].numel()}, at::kInt)).data_ptr<int32_t>();
+    for (int64_t j = 0; j < wide[i].numel(); ++j) {
+      TORCH_CHECK_VALUE(i || (-END <= from[j] && from[j] <= END), "rank=", from[j], ": must be within +-", END);
+      to[j] = std::clamp(from[j], -END - 1, END);
+    }
+    narrow[i] = to;
+  }
+  p.rank = narrow[0], p.limit = narrow[1];
 }
 
 // Sort the listed blocks, and drop repeats and what lies in the future of the whole block of queries.
@@ -111,17 +133,23 @@ void read_lists(Call& call, const Tensor& indices, const Tensor& counts) {
   TORCH_CHECK_VALUE(fits, "indices, counts: must be [B, h, ", blocks_q, ", K] and [B, h, ", blocks_q, "]");
   p.shared = indices.size(1), p.most = indices.size(3);
   TORCH_CHECK_VALUE(p.shared == 1 || p.shared == p.groups || p.shared == p.heads, "indices: h must be 1, G or H");
-  // a copy of our own: it is sorted in place
-  Tensor lists = call.keep(at::empty(indices.sizes(), indices.options().dtype(at::kInt)).copy_(indices));
-  Tensor lengths = call.keep(at::empty(counts.sizes(), counts.options().dtype(at::kInt)).copy_(counts));
+  Tensor given = integers(indices, "indices"), numbers = integers(counts, "counts");
+  const int64_t *wide = given.data_ptr<int64_t>(), *many = numbers.data_ptr<int64_t>();
+  // copies of our own: they are sorted in place; never of nothing, whose address would say that there is no selection
+  Tensor lists = call.keep(at::empty({std::max<int64_t>(given.numel(), 1)}, at::kInt));
+  Tensor lengths = call.keep(at::empty({numbers.numel()}, at::kInt));
   int32_t *list = lists.data_ptr<int32_t>(), *length = lengths.data_ptr<int32_t>();
   at::parallel_for(0, p.batch * p.shared * blocks_q, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      int32_t *one = list + i * p.most, *stop = one + length[i];
-      TORCH_CHECK_VALUE(length[i] >= 0 && length[i] <= p.most, "counts: must be between 0 and K=", p.most);
+      TORCH_CHECK_VALUE(many[i] >= 0 && many[i] <= p.most, "counts: must be between 0 and K=", p.most);
+      int32_t *one = list + i * p.most, *stop = one + many[i];
+      for (int64_t j = 0; j < many[i]; ++j) {
+        int64_t block = wide[i * p.most + j];
+        TORCH_CHECK_VALUE(0 <= block && block < blocks_k, "indices: must be between 0 and ", blocks_k - 1,
+                          ", the last of the blocks of keys");
+        one[j] = block;
+      }
       std::sort(one, stop);
-      TORCH_CHECK_VALUE(one == stop || (*one >= 0 && stop[-1] < blocks_k), "indices: must be between 0 and ",
-                        blocks_k - 1, ", the last of the blocks of keys");
       int64_t newest = p.keys - p.queries + std::min((i % blocks_q + 1) * p.block_q, p.queries) - 1;
       stop = std::upper_bound(one, std::unique(one, stop), (int32_t)(newest / p.block_k));
       length[i] = stop - one;
@@ -143,9 +171,11 @@ Call prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Optional&
   TORCH_CHECK_VALUE(indices.has_value() == counts.has_value(), "indices, counts: give both or neither");
   TORCH_CHECK_VALUE(rank.has_value() == limit.has_value(), "rank, limit: give both or neither");
   if (indices) read_lists(call, *indices, *counts);
-  p.weights = optional<float>(call, weights, at::kFloat, "weights", p.keys);
-  p.rank = optional<int32_t>(call, rank, at::kInt, "rank", p.keys);
-  p.limit = optional<int32_t>(call, limit, at::kInt, "limit", p.queries);
+  if (rank) read_rule(call, *rank, *limit);
+  if (weights) {
+    check_shape(p, *weights, "weights", p.keys);
+    p.weights = call.keep(weights->to(at::kFloat).contiguous()).data_ptr<float>();
+  }
   return call;
 }
 
@@ -183,27 +213,25 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-struct Inverse {
-  std::vector<int64_t> start;
-  std::vector<int32_t> blocks;
-};
-
 // For each block of keys the blocks of queries that list it, in ascending order.
-Inverse inverted(const Problem& p) {
+void invert(Call& call) {
+  Problem& p = call.p;
   int64_t blocks_q = pieces(p.queries, p.block_q), blocks_k = pieces(p.keys, p.block_k);
   int64_t lists = p.batch * p.shared;
-  Inverse made{std::vector<int64_t>(lists * blocks_k + 1, 0), {}};
+  int64_t* start = call.keep(at::zeros({lists * blocks_k + 1}, at::kLong)).data_ptr<int64_t>();
   auto each = [&](auto&& act) {
     for (int64_t i = 0; i < lists * blocks_q; ++i)
       for (int64_t j = 0; j < p.counts[i]; ++j)
         act(i / blocks_q * blocks_k + p.listed[i * p.most + j], int32_t(i % blocks_q));
   };
-  each([&](int64_t key, int32_t) { ++made.start[key + 1]; });
-  for (int64_t i = 0; i < lists * blocks_k; ++i) made.start[i + 1] += made.start[i];
-  made.blocks.resize(made.start.back());
-  std::vector<int64_t> filled(made.start.begin(), made.start.end() - 1);
-  each([&](int64_t key, int32_t block) { made.blocks[filled[key]++] = block; });
-  return made;
+  each([&](int64_t key, int32_t) { ++start[key + 1]; });
+  for (int64_t i = 0; i < lists * blocks_k; ++i) start[i + 1] += start[i];
+  int32_t* blocks = call.keep(at::empty({start[lists * blocks_k]}, at::kInt)).data_ptr<int32_t>();
+  Tensor next = at::empty({lists * blocks_k}, at::kLong);
+  int64_t* filled = next.data_ptr<int64_t>();
+  std::copy_n(start, lists * blocks_k, filled);
+  each([&](int64_t key, int32_t block) { blocks[filled[key]++] = block; });
+  p.inverse_start = start, p.inverse = blocks;
 }
 
 // grad_q of one head, from rows of fp32.
@@ -265,9 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_q = rows_of(grad_q), p.grad_k = rows_of(grad_k), p.grad_v = rows_of(grad_v);
   p.lse = logs.data_ptr<float>(), p.delta = delta.data_ptr<float>();
   p.grad_weights = weights ? grad_w.data_ptr<float>() : nullptr;
-  Inverse inverse;
-  if (p.listed) inverse = inverted(p);
-  p.inverse_start = inverse.start.data(), p.inverse = inverse.blocks.data();
+  if (p.listed) invert(call);
   int64_t pieces_q = pieces(p.queries, TILE);
   shared_out(p.batch * p.heads * pieces_q, 0, [&](int64_t i, char*) {
     int64_t head = i / pieces_q, first = i % pieces_q * TILE;

@@ -22,7 +22,7 @@ def best(
     value, place = score.topk(min(most + 1, score.shape[1]))
     rank = torch.arange(most, device=score.device)
     tied = (value[:, 1:] == value[:, :-1]) & (value[:, 1:] > float("-inf"))
-    at = torch.arange(1, value.shape[1], device=score.device)
+    at = torch.arange(1, 1 + tied.shape[1], device=score.device)
     undecided = tied & (at <= number[:, None] if ordered else at == number[:, None])
     open_rows = undecided.any(dim=1).nonzero()[:, 0]
     place = place[:, :most]

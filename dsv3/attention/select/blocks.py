@@ -9,9 +9,10 @@ of its own queries: that lets the last of its tokens decide what the first one s
 future in training and cannot be repeated when decoding. The first query alone is known to all tokens of the block, and
 is all that a cache has to remember. `block_q=1` is MoBA's own granularity.
 
-Scoring costs n/block_q * n/block_k products: quadratic, with a small constant. `hierarchical` prunes them. Ties go to
-the earlier block. The choice has no gradient: see `index`. Ways for a selector to learn (a pooled branch in the output,
-distillation) come on top of this.
+Scoring costs n/block_q * n/block_k / 2 products: quadratic, with a small constant. `hierarchical` prunes them. Blocks
+of queries are scored side by side, all against the blocks before the last of them, which `cost.computed` counts. Ties
+go to the earlier block. The choice has no gradient: see `index`. Ways for a selector to learn (a pooled branch in the
+output, distillation) come on top of this.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.attention.select.best import best, fewest
-from dsv3.attention.select.counts import scored_in_all
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index
-from dsv3.attention.select.listed import FAR, complete_blocks, of_complete, selection
+from dsv3.attention.select.listed import FAR, complete_blocks, joined, of_complete, selection, unscored
 from dsv3.attention.selection import Selection
 from dsv3.config import Blocks
+from dsv3.config.counts import scored_in_all
 
 CHUNK = 2**20  # scores held at once per sequence and head
+PARTS = 8  # a sequence is scored in at least so many: then what the last of each part adds is an eighth at most
 
 
 def blocks(
@@ -55,26 +57,26 @@ def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -
     """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
     complete = complete_blocks(choice, start, total)
     free = of_complete(choice.past, complete) - complete.clamp(max=2)
-    step = max(1, CHUNK // max(1, int(complete[-1])))
-    parts = [
-        _best_blocks(choice, index.leaders[:, :, rows], index.nodes[0], complete[rows], free[rows], scale)
-        for rows in (slice(i, i + step) for i in range(0, len(complete), step))
-    ]
-    most = max(part.shape[-1] for part in parts)
-    chosen = torch.cat([torch.nn.functional.pad(part, (0, most - part.shape[-1]), value=FAR) for part in parts], dim=2)
-    rows = chosen.shape[0] * chosen.shape[1]
-    per_level = tuple(rows * number for number in scored_in_all(choice, start, total))
-    return selection(choice, chosen, start, total, per_level)
+    heads = index.leaders.shape[:2]
+    parts, computed = [unscored(choice, complete, heads, index.leaders.device)], 0
+    step = max(1, min(CHUNK // max(1, int(complete[-1])), len(complete) // PARTS))
+    for i in range(parts[0].shape[2], len(complete), step):
+        rows = slice(i, i + step)
+        found, products = _best_blocks(
+            choice, index.leaders[:, :, rows], index.nodes[0], complete[rows], free[rows], scale
+        )
+        parts.append(found)
+        computed += products
+    per_level = tuple(heads.numel() * number for number in scored_in_all(choice, start, total))
+    return selection(choice, joined(parts), start, total, per_level, computed)
 
 
 def _best_blocks(
     choice: Blocks, q: Tensor, nodes: Tensor, complete: Tensor, free: Tensor, scale: float
-) -> Int[Tensor, "B h n m"]:
-    """The best of the key blocks between the first and the previous one."""
+) -> tuple[Int[Tensor, "B h n m"], int]:
+    """The best of the key blocks between the first and the previous one, and how many scores were computed."""
     batch, heads, rows, width = q.shape
     last = int(complete[-1]) - 1  # the previous block of the last row, no candidate to any
-    if last <= 1 or int(free.max()) == 0:
-        return torch.full((batch, heads, rows, 0), FAR, device=q.device)
     groups = nodes.shape[1]
     seen = nodes[:, :, 1:last]
     score = q.reshape(batch, groups, -1, width) @ seen.transpose(2, 3)
@@ -86,4 +88,4 @@ def _best_blocks(
     place, counted = best(score, number, ordered=choice.top_p is not None)
     if choice.top_p is not None:
         counted = fewest(score.gather(1, place) * scale, counted, choice.top_p)
-    return torch.where(counted, place + 1, FAR).view(batch, heads, rows, -1)
+    return torch.where(counted, place + 1, FAR).view(batch, heads, rows, -1), score.numel()

@@ -78,11 +78,11 @@ def _joined(parts: list[Selection], starts: list[int]) -> Selection:
     per_level = tuple(
         sum(part.cost.per_level[level] for part in parts if level < len(part.cost.per_level)) for level in range(levels)
     )
-    kept = sum(part.cost.kept for part in parts)
+    kept, computed = sum(part.cost.kept for part in parts), sum(part.cost.computed for part in parts)
     return Selection(
         indices=torch.cat(indices, dim=2),
         counts=torch.cat([part.counts for part in parts], dim=2),
         block_q=parts[0].block_q,
         block_k=size,
-        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level),
+        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level, computed=computed),
     )

@@ -18,6 +18,9 @@ beam as wide as there are blocks the result is the same.
                 that it runs on tensors. Worst case: all nodes, linear per query; `cost.per_level` counts what was
                 scored, the beam's included.
 
+Searches run side by side, padded to rows of one length: `cost.computed` counts what that adds. A search alone, as in
+decoding, computes what the closed form says and nothing else.
+
 Trees over keys for attention: HiP (arXiv 2406.09827) and LLSA's pyramid, neither both causal and trained. ZETA (arXiv
 2501.14577) sorts keys along a curve, log-linear attention (arXiv 2506.04761) gives every query a fixed hierarchy. top_p
 cuts among the best leaves, never on the way down, so it changes no count. Ties go to the earlier block.
@@ -31,13 +34,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsv3.attention.select.best import best, fewest
-from dsv3.attention.select.counts import scored_in_all
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index, query_vectors
-from dsv3.attention.select.listed import FAR, complete_blocks, of_complete, selection
+from dsv3.attention.select.listed import FAR, complete_blocks, joined, of_complete, selection, unscored
 from dsv3.attention.select.tree import Walks, beam_leaves, leaves_above
 from dsv3.attention.selection import Selection
 from dsv3.config import Blocks, Hierarchical
+from dsv3.config.counts import scored_in_all
 
 ROWS = 1024  # searches run side by side, so that a step costs more than its call
 
@@ -68,21 +71,21 @@ def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -
     complete = complete_blocks(choice, start, total)
     batch, heads, _, width = index.leaders.shape
     each = max(1, ROWS // (batch * heads))
-    scored, parts = [0] * len(index.nodes), []
-    for i in range(0, len(complete), each):
+    scored, computed = [0] * len(index.nodes), 0
+    parts = [unscored(choice, complete, index.leaders.shape[:2], index.leaders.device)]
+    for i in range(parts[0].shape[2], len(complete), each):
         rows = slice(i, i + each)
         query = query_vectors(choice, index.leaders[:, :, rows].permute(2, 0, 1, 3).reshape(-1, width))
-        found, looked_at = _leaves(choice, _walks(choice, index, query, complete[rows]), index.nodes, scale)
+        found, looked_at, products = _leaves(choice, _walks(choice, index, query, complete[rows]), index, scale)
         parts.append(found.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3))
+        computed += products
         for level, number in enumerate(looked_at):
             scored[level] += number
-    most = max(part.shape[-1] for part in parts)
-    chosen = torch.cat([F.pad(part, (0, most - part.shape[-1]), value=FAR) for part in parts], dim=2)
     for level, number in enumerate(scored_in_all(choice, start, total)):
         scored[level] += batch * heads * number
     while len(scored) > 1 and scored[-1] == 0:
         scored.pop()
-    return selection(choice, chosen, start, total, tuple(scored))
+    return selection(choice, joined(parts), start, total, tuple(scored), computed)
 
 
 def _walks(choice: Hierarchical, index: Index, query: Tensor, complete: Tensor) -> Walks:
@@ -106,25 +109,31 @@ def _walks(choice: Hierarchical, index: Index, query: Tensor, complete: Tensor) 
 
 
 def _leaves(
-    choice: Hierarchical, walks: Walks, levels: tuple[Tensor, ...], scale: float
-) -> tuple[Int[Tensor, "r m"], list[int]]:
-    """The leaves that each walk finds (FAR: none), and how many nodes it scored whose number no closed form tells."""
-    if int(walks.free.max()) == 0:
-        return torch.full((len(walks.query), 0), FAR, device=walks.query.device), []
-    nodes, found, counted = beam_leaves(walks, levels, ordered=choice.top_p is not None)
+    choice: Hierarchical, walks: Walks, index: Index, scale: float
+) -> tuple[Int[Tensor, "r m"], list[int], int]:
+    """The leaves that each walk finds (FAR: none), how many nodes it scored whose number no closed form tells, by
+    level, and how many scores were computed in all.
+    """
+    nodes, found, counted, computed = beam_leaves(walks, index.nodes, ordered=choice.top_p is not None)
     looked_at: list[int] = []
-    if choice.search == "best_first":
-        threshold = found.masked_fill(~counted, float("inf")).amin(dim=1) - _rounding(walks, levels)
+    if index.largest is not None:
+        worst = found.masked_fill(~counted, float("inf"))
+        threshold = F.pad(worst, (0, 1), value=float("inf")).amin(dim=1) - _rounding(walks, index.largest)
         threshold = threshold.masked_fill(counted.sum(dim=1) < walks.free, float("-inf"))
-        nodes, found, looked_at = leaves_above(walks, levels, threshold)
+        nodes, found, looked_at = leaves_above(walks, index.nodes, threshold)
+        computed += sum(looked_at)
         place, counted = best(found, walks.free, ordered=choice.top_p is not None)
         nodes, found = nodes.gather(1, place), found.gather(1, place)
     if choice.top_p is not None:
         counted = fewest(found * scale, counted, choice.top_p)
-    return nodes.masked_fill(~counted, FAR), looked_at
+    return nodes.masked_fill(~counted, FAR), looked_at, computed
 
 
-def _rounding(walks: Walks, levels: tuple[Tensor, ...]) -> Float[Tensor, " r"]:
-    """More than a bound can fall below that of a descendant by rounding alone."""
-    largest = levels[0].abs().amax() * walks.query.abs().sum(dim=1)
-    return largest * walks.query.shape[1] * torch.finfo(walks.query.dtype).eps
+def _rounding(walks: Walks, largest: Float[Tensor, "B g n"]) -> Float[Tensor, " r"]:
+    """More than a bound can fall by rounding alone below that of a descendant and a threshold summed in another order.
+
+    A sum of W products errs by at most W eps / 2 times the sum of their sizes; four sums stand between a threshold and
+    a bound. O(1) for a walk: the index knows how large the numbers of all leaves before it are.
+    """
+    largest = largest.flatten(0, 1)[walks.tree, walks.complete - 1]
+    return 2 * largest * walks.query.abs().sum(dim=1) * walks.query.shape[1] * torch.finfo(walks.query.dtype).eps

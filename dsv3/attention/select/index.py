@@ -8,6 +8,9 @@ A summary is the mean, or the smallest and the largest number of each column (fo
 its last token is there, from tokens alone: so a tree grown token by token while decoding is the tree of a prefill, and
 goes on from any earlier length. Growing costs O(1) per token, and the tree holds 1/block_k * b/(b-1) of the keys.
 
+For bounds the index also keeps how large the finite numbers of all leaves up to each are: so much a sum over them may
+err.
+
 Leaders and nodes are kept in fp32 or wider, without a graph: which blocks are seen has no gradient. Keys learn to be
 found only by being attended to, as in MoBA (arXiv 2502.13189).
 """
@@ -24,11 +27,12 @@ from dsv3.config import Blocks, Hierarchical
 @dataclass(frozen=True)
 class Index:
     """Leaders and the levels of nodes, leaves first; h leaders per block of queries, g rows of nodes, h a multiple of
-    g.
+    g. Where nodes are bounds: the largest size of a finite number in the leaves up to each.
     """
 
     leaders: Float[Tensor, "B h Nq P"]
     nodes: tuple[Float[Tensor, "B g _ W"], ...]
+    largest: Float[Tensor, "B g _"] | None = None
 
     @classmethod
     def empty(
@@ -55,12 +59,13 @@ class Index:
             torch.zeros(batch, groups, length // span, columns, dtype=kind, device=device)
             for span in spans(choice, length)
         )
-        return cls(leaders, nodes)
+        return cls(leaders, nodes, torch.zeros_like(nodes[0][..., 0]) if bounds(choice) else None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
-        return self.leaders.nbytes + sum(level.nbytes for level in self.nodes)
+        largest = 0 if self.largest is None else self.largest.nbytes
+        return self.leaders.nbytes + sum(level.nbytes for level in self.nodes) + largest
 
     @torch.no_grad()
     def extend(
@@ -91,7 +96,9 @@ class Index:
             part = below[:, :, low * ratio - offset : high * ratio - offset]
             level[:, :, low:high] = _summary(part.unflatten(2, (high - low, ratio)), bounds(choice))
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
-        return Index(leaders, self.nodes)
+        if self.largest is not None:
+            _extend_largest(self.largest, self.nodes[0], start // choice.block_k, total // choice.block_k)
+        return Index(leaders, self.nodes, self.largest)
 
 
 def bounds(choice: Blocks) -> bool:
@@ -135,6 +142,14 @@ def _summary(part: Float[Tensor, "B g N ratio W"], bound: bool) -> Float[Tensor,
         return part.mean(dim=3)
     largest, smallest = part.chunk(2, dim=-1)
     return torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
+
+
+def _extend_largest(largest: Float[Tensor, "B g n"], leaves: Float[Tensor, "B g n W"], low: int, high: int) -> None:
+    """Write what the leaves from `low` to `high` make of the largest number so far."""
+    size = leaves[:, :, low:high].abs()
+    size = size.masked_fill(~size.isfinite(), 0).amax(dim=-1)
+    before = largest[:, :, max(0, low - 1) : low]
+    largest[:, :, low:high] = torch.cat((before, size), dim=-1).cummax(dim=-1).values[..., before.shape[-1] :]
 
 
 def query_vectors(choice: Blocks, leaders: Float[Tensor, "*rows P"]) -> Float[Tensor, "*rows W"]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Blocks
@@ -32,8 +33,31 @@ def of_complete(rule: Callable[[int], int], complete: Int[Tensor, " Nq"]) -> Int
     return torch.tensor([rule(c) for c in range(low, int(complete[-1]) + 1)])[complete - low]
 
 
+def unscored(choice: Blocks, complete: Int[Tensor, " Nq"], heads: torch.Size, device: torch.device) -> Tensor:
+    """What the first blocks of queries choose, those that need no score, [*heads, n, m]: all that may be chosen, or
+    nothing beside the forced blocks. From the n-th block on scores decide.
+    """
+    past = of_complete(choice.past, complete)
+    decided = (past > 2) & ((complete > past) | (choice.top_p is not None))
+    first = int((decided.cumsum(0) == 0).sum())
+    most = (complete - 2).where(complete == past, torch.tensor(0))[:first, None]
+    number = torch.arange(1, 1 + max(0, int(most.max())) if first else 1)
+    return torch.where(number <= most, number, FAR).to(device).expand(*heads, -1, -1)
+
+
+def joined(parts: list[Tensor]) -> Int[Tensor, "B h Nq m"]:
+    """Rows of what was chosen, of any lengths, below each other (FAR: none)."""
+    most = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, most - part.shape[-1]), value=FAR) for part in parts], dim=2)
+
+
 def selection(
-    choice: Blocks, chosen: Int[Tensor, "B h Nq m"], start: int, total: int, per_level: tuple[int, ...]
+    choice: Blocks,
+    chosen: Int[Tensor, "B h Nq m"],
+    start: int,
+    total: int,
+    per_level: tuple[int, ...],
+    computed: int,
 ) -> Selection:
     """The forced blocks and the chosen ones (FAR: none), for the queries at positions `start` to `total`."""
     device = chosen.device
@@ -51,7 +75,7 @@ def selection(
         counts=counts[:, :, block],
         block_q=size,
         block_k=choice.block_k,
-        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level),
+        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level, computed=computed),
     )
 
 

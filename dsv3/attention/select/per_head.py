@@ -83,7 +83,7 @@ def per_head(
         counts=counts,
         block_q=block_q,
         block_k=1,
-        cost=SelectionCost(scored=rows * queries, kept=rows * per_row),
+        cost=SelectionCost(scored=rows * queries, kept=rows * per_row, computed=rows * queries),
         rank=rank,
         limit=kth_of_prefixes(rank, visible.to(rank.device), kept.to(rank.device) - 1),
         weights=importance,

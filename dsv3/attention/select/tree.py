@@ -48,24 +48,28 @@ class Walks:
 
 def beam_leaves(
     walks: Walks, levels: tuple[Tensor, ...], *, ordered: bool = False
-) -> tuple[Int[Tensor, "r m"], Float[Tensor, "r m"], Bool[Tensor, "r m"]]:
+) -> tuple[Int[Tensor, "r m"], Float[Tensor, "r m"], Bool[Tensor, "r m"], int]:
     """The best leaves under the best nodes of each level, best first (equals in any order, unless `ordered`), with
-    their scores, and which of them count.
+    their scores, which of them count, and how many scores were computed.
     """
     level = _first_pruned(walks)
     number = torch.arange(walks.longest // walks.branching**level, device=walks.query.device)
     nodes, found = number.expand(len(walks.query), -1), every_score(walks, levels[level][:, :, : len(number)])
+    computed = 0
     while True:
+        computed += found.numel()
         before = walks.ending(level)[:, None]
         chosen = walks.candidates(nodes, before, level == 0)
-        found = torch.where(chosen & (found > float("-inf")), found, float("-inf"))
+        # a score that is no number chooses no leaf, and hides no node as long as none has to be left out
+        lowest = torch.finfo(found.dtype).min if level else float("-inf")
+        found = torch.where(found > float("-inf"), found, lowest).masked_fill(~chosen, float("-inf"))
         place, counted = best(found, walks.beam if level else walks.free, ordered=ordered and level == 0)
         nodes = nodes.gather(1, place)
         if level == 0:
-            return nodes, found.gather(1, place), counted
+            return nodes, found.gather(1, place), counted, computed
         opened = torch.cat((nodes.masked_fill(~counted, FAR), before), dim=1).sort(dim=1).values
         level -= 1
-        nodes = children(opened, walks.branching).flatten(1)
+        nodes = _ending(children(opened, walks.branching).flatten(1), walks.ending(level))
         found = score(walks, levels[level], nodes)
 
 
@@ -86,7 +90,7 @@ def leaves_above(
         found = pair_scores(walks, levels[level], walk, nodes)
         looked_at.append(len(walk))
         if level:
-            opened = found >= threshold[walk]
+            opened = ~(found < threshold[walk])  # nothing is known of what is under a bound that is no number
             lies_in = torch.arange(len(before), device=device)
             walk, nodes = torch.cat((walk[opened], lies_in)), torch.cat((nodes[opened], before))
     chosen = walks.candidates(nodes, walks.complete[walk], True) & (found > float("-inf"))
@@ -111,10 +115,10 @@ def score(walks: Walks, level: Float[Tensor, "B g N W"], nodes: Int[Tensor, "r n
     """The scores of each walk's nodes; of those that do not exist, any."""
     rows = level.flatten(0, 1).flatten(0, 1)
     row = walks.tree[:, None] * level.shape[2] + nodes.clamp(max=level.shape[2] - 1)
-    step = max(1, PIECE // (rows.shape[1] * nodes.shape[1]))
+    step = max(1, PIECE // max(1, rows.shape[1] * nodes.shape[1]))
     parts = []
     for query, piece in zip(walks.query.split(step), row.split(step), strict=True):
-        gathered = rows.index_select(0, piece.flatten()).view(*piece.shape, -1)
+        gathered = rows.index_select(0, piece.flatten()).view(*piece.shape, rows.shape[1])
         parts.append(gathered.mul_(query[:, None]).sum(dim=2))
     return torch.cat(parts)
 
@@ -131,6 +135,11 @@ def pair_scores(
         piece = rows.index_select(0, row[i : i + step])
         parts.append(piece.mul_(walks.query.index_select(0, walk[i : i + step])).sum(dim=1))
     return torch.cat(parts)
+
+
+def _ending(nodes: Int[Tensor, "r n"], before: Int[Tensor, " r"]) -> Int[Tensor, "r m"]:
+    """Ascending nodes without the columns in which no walk has one that ends before its query."""
+    return nodes[:, : int((nodes < before[:, None]).sum(dim=1).max())]
 
 
 def _levels(walks: Walks) -> int:
