@@ -12,7 +12,7 @@ from bench.budget.shares import Share, shares
 from bench.budget.splits import Split, check
 from bench.budget.states import Recipe
 from bench.budget.traffic import sent
-from dsv3.config import Config, presets, vary
+from dsv3.config import Config, Indexer, presets, vary
 from dsv3.config.rules import require
 from dsv3.model import cost
 from dsv3.model.hf.config import read_config
@@ -34,6 +34,10 @@ class Asked:
     def __post_init__(self) -> None:
         require(self.policy in POLICIES, "recompute", self.policy, f"must be one of {', '.join(POLICIES)}", "pick one")
         require(self.sequences >= 1, "sequences", self.sequences, "must be at least 1", "a microbatch has rows")
+        select = self.config.model.attention.select
+        rule = "must not be an indexer: what one keeps for backward is not priced"
+        priced = not isinstance(select, Indexer)
+        require(priced, "attention.select", type(select).__name__, rule, "ask for deepseek_v3: all else is the same")
         check(self.config.model, self.split)
 
     @property

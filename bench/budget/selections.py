@@ -12,7 +12,18 @@ All rows are as long as the longest. `dsv3.attention.select` makes the lists.
 
 from typing import assert_never
 
-from dsv3.config import Attention, Blocks, Everything, Grouped, Hierarchical, Latent, MultiHead, PerHead, Window
+from dsv3.config import (
+    Attention,
+    Blocks,
+    Everything,
+    Grouped,
+    Hierarchical,
+    Indexer,
+    Latent,
+    MultiHead,
+    PerHead,
+    Window,
+)
 
 QUERIES, KEYS = 256, 64  # in a block of a window; per-head selection lists key by key
 
@@ -33,6 +44,8 @@ def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool
             last = (length - 1) // choice.block_q
             most = choice.past(last * choice.block_q // choice.block_k) + choice.own
             return sequences * lists * (last + 1) * (most + 1), lists == heads
+        case Indexer():
+            raise AssertionError("a budget with an indexer is refused where it is asked for")
         case _:
             assert_never(attention.select)
 

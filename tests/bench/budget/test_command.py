@@ -73,6 +73,7 @@ def test_a_checkpoints_config_gives_the_budget_of_the_preset(tmp_path: Path) -> 
         (["--preset", "tiny", "--ep", "3", "--dp", "3"], "ep=3: must divide n_routed_experts=16"),
         (["--preset", "nobody"], "preset='nobody': must be one of tiny"),
         (["--preset", "tiny", "--sequence", "9999"], "sequence_length=9999: must be at most"),
+        (["--preset", "deepseek_v32"], "attention.select='Indexer': must not be an indexer"),
         (["--preset", "tiny", "--recompute", "some"], "recompute='some': must be one of none"),
     ],
 )
