@@ -87,6 +87,8 @@ def draw(study: Study, figure: Figure, records: Sequence[Record]) -> tuple[Pictu
             points = _points(study, figure, records)
             picture = {"line": _line, "interval": _interval}[figure.kind](study, figure, points)
             return picture, twins.of_points(figure, points)
+        except KeyError as missing:  # a frame has a column for each axis that some record has
+            return pending(figure.caption, f"no record with {missing.args[0]} yet"), []
         except LookupError as missing:
             return pending(figure.caption, str(missing.args[0])), []
 

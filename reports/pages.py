@@ -123,7 +123,8 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         warning=_warning(study, rows),
         arms=tuple((arm.name, arm.changes) for arm in study.arms),
         baseline=study.baseline,
-        figures=tuple(_drawn(study, figure, rows) for figure in study.figures),
+        # Of a study that has not run the answer says so once; as many sheets that say it again hide the rest.
+        figures=tuple(_drawn(study, figure, rows) for figure in study.figures if rows),
         rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
         tables=(*against_baseline(study, rows), *chosen(rows), *results(rows, study.metrics, arms)),
         failures=failures(rows),

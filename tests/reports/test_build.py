@@ -208,6 +208,7 @@ def test_a_study_that_has_not_run_has_a_page_that_says_so(coin: Study, tmp_path:
     pending = "Pending: python -m bench.budget --preset deepseek_v3"
     assert [page.answers for page in report.pages] == [("Pending: not run yet.",), (pending,), ()]
     assert [page.title for page in report.pages] == ["attention sparsity", "budget", "coin benchmark"]
+    assert report.files.keys() == {"index.html", "report.md"}, "a study that has not run has no figures to say so"
     assert "missing: no machines/m.json" in html(report)
 
 

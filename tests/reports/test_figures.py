@@ -86,6 +86,8 @@ def test_a_figure_that_draws_itself_is_pending_without_its_records(coin: Study) 
         raise NoEvidence("no record of wear")
 
     assert "pending: no record of wear" in texts(picture(coin, Figure("f", "c", draw=own), []))
+    by_phase = Figure("f", "c", draw=lambda table: table["phase"])
+    assert "pending: no record with phase yet" in texts(picture(coin, by_phase, []))
 
 
 def test_an_inlined_picture_has_the_colours_of_its_page_light_or_dark() -> None:
