@@ -16,7 +16,7 @@ from reports.pages import Page
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("budget")
-    assert main(["--preset", "tiny", "--sequence", "32", "--out", str(folder)]) == 0
+    assert main(["--preset", "tiny", "--sequence", "32", "--dp", "2", "--out", str(folder)]) == 0
     assert main(["--preset", "deepseek_v3", "--no-trace", "--out", str(folder)]) == 0
     return folder
 
@@ -38,8 +38,33 @@ def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Rec
     assert answer.startswith("Arithmetic and trace of tiny differ by at most ")
     assert "of the allocator's where the step fits in memory" in answer
     captions = [table.caption for table in page.tables]
-    assert captions[:2] == ["Arithmetic against the trace of one device", "Published figures"]
+    device, replicas, published = captions[:3]
+    assert device == "Arithmetic against the trace of one device"
+    assert (replicas, published) == ("One of several replicas of the whole model", "Published figures")
     assert {"Fullest rank: tiny", "Fullest rank: deepseek_v3", "A run by arithmetic"} <= set(captions)
+
+
+def test_replicas_stand_in_a_table_of_their_own(records: tuple[Record, ...]) -> None:
+    (table,) = (table for table in budget_page(records, {}).tables if table.caption.startswith("One of several"))
+    what, peak = table.rows
+    assert "dp2" in what[0]
+    assert (what[1], what[-1]) == ("sent by a ring in a step", "+0.00%")
+    assert peak[1] == "peak"
+
+
+def test_how_far_the_arithmetic_of_ranks_is_off_stands_beside_them(records: tuple[Record, ...]) -> None:
+    (tiny, large) = (table.note for table in budget_page(records, {}).tables if table.caption.startswith("Fullest"))
+    by_arm = {row.arm: row for row in records if row.metric == "live_bytes" and "split" not in row.axes}
+    off = abs((by_arm["analytic"].value or 0) / (by_arm["traced"].value or 1) - 1)
+    assert f"; for one device at most {100 * off:.3g}% from the traced peak. tp, pp, ep, dp: " in tiny
+    assert "traced peak" not in large, "it was not traced"
+
+
+def test_a_recipe_without_optimizer_state_is_no_deviation(tmp_path: Path) -> None:
+    assert main(["--preset", "tiny", "--sequence", "16", "--recipe", "sgd", "--out", str(tmp_path)]) == 0
+    page = budget_page(load(tmp_path / "records.jsonl").records, {})
+    at = page.tables[0].head.index("optimizer bytes")
+    assert page.tables[0].rows[0][at] == "+0.00%"
 
 
 def test_running_the_command_again_changes_no_number_of_the_page(records: tuple[Record, ...]) -> None:
