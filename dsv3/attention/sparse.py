@@ -131,7 +131,8 @@ def _countable(selection: Selection) -> Selection:
     least, most = (int(x) for x in selection.limit.aminmax())
     if least >= -LONGEST and most <= LONGEST:
         return selection
-    return replace(selection, limit=selection.limit.clamp(-2 * LONGEST, LONGEST))
+    limit = selection.limit.clamp(max=LONGEST)
+    return replace(selection, limit=limit.masked_fill(limit < -LONGEST, -2 * LONGEST))
 
 
 def _operands(

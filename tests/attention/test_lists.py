@@ -124,6 +124,17 @@ def test_a_window_wider_than_any_sequence_is_dense_attention(implementation: str
 
 
 @by_each
+def test_a_limit_below_every_rank_lets_nothing_through(implementation: str) -> None:
+    """Also where fp32 would round one to the other."""
+    shape = (1, 1, 1, 1, 20, 20, 16, 16, 64, 64)
+    leaves, lowest = draw(shape), -(2**24)
+    rank, limit = torch.full((1, 1, 20), lowest), torch.tensor([lowest - 1, lowest] * 10)[None, None]
+    ruled = replace(window(1, 20, 20, size=5), rank=rank, limit=limit)
+    out = attend(*leaves, ruled, implementation=implementation)
+    assert (out != 0).any(dim=-1)[0, 0].tolist() == [False, True] * 10
+
+
+@by_each
 def test_ranks_that_cannot_be_compared_are_refused(implementation: str) -> None:
     shape = (1, 1, 1, 1, 20, 20, 16, 16, 64, 64)
     selection = window(1, 20, 20, size=5)

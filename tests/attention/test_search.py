@@ -17,6 +17,7 @@ from dsv3.attention.select import blocks, hierarchical, leading, remember
 from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, bounds
+from dsv3.attention.select.indexer import indexer
 from dsv3.config import Blocks, Hierarchical, vary
 from dsv3.config.counts import scored, scored_in_all
 from tests.attention.test_blocks import choices, listed, seeds
@@ -35,10 +36,6 @@ def drawn(total: int, *, heads: int = 2, groups: int = 1, width: int = WIDTH, se
     generator = torch.Generator().manual_seed(seed)
     q, k = (torch.randn(1, n, total, width, generator=generator) for n in (heads, groups))
     return q, k
-
-
-def node_width(choice: Blocks, width: int = WIDTH, groups: int = 1) -> int:
-    return width * (2 if bounds(choice) else 1) * (groups if choice.sharing == "all" else 1)
 
 
 def run(choice: Blocks, index: Index, start: int, total: int) -> tuple[Selection, int]:
@@ -79,7 +76,7 @@ def test_searches_side_by_side_compute_what_they_say_and_little_more_than_each_a
     choice = vary(KINDS[kind], block_q=block_q, block_k=16)
     q, k = drawn(total)
     selector, found = (hierarchical if isinstance(choice, Hierarchical) else blocks), []
-    count = scores(lambda: found.append(selector(q, k, choice)), node_width(choice))
+    count = scores(lambda: found.append(selector(q, k, choice)), WIDTH * (2 if bounds(choice) else 1))
     cost = found[0].cost
     assert count == cost.computed >= cost.scored
     if kind == "flat":
@@ -117,6 +114,19 @@ def test_all_blocks_of_a_million_tokens_compute_little_more_than_the_closed_form
     assert found.cost.scored == sum(scored_in_all(choice, 0, MILLION))
     # side by side are 64 (flat) or 1024 searches of 16384
     assert found.cost.scored < count == found.cost.computed < 1.1 * found.cost.scored
+
+
+@pytest.mark.parametrize("queries", [1, 5, 120])
+def test_an_indexer_computes_what_it_says_in_each_of_its_heads(queries: int) -> None:
+    heads, generator = 3, torch.Generator().manual_seed(0)
+    q = torch.randn(2, queries, heads, WIDTH, generator=generator)
+    k, weight = torch.randn(2, 120, WIDTH, generator=generator), torch.randn(2, queries, heads, generator=generator)
+    found: list[Selection] = []
+    count = scores(lambda: found.append(indexer(q, weight, k, topk=20)), WIDTH)
+    cost = found[0].cost
+    assert count == heads * cost.computed
+    # a token alone computes no more than it needs; rows side by side are as long as the last of them
+    assert cost.computed == cost.scored if queries == 1 else cost.computed > cost.scored
 
 
 class _Written(TorchDispatchMode):

@@ -43,6 +43,13 @@ def test_choosing_worked_by_hand() -> None:
     assert selection_flops(latent(select=choice), 6) == 2 * 2 * 12 * 5 + moved
     assert selection_flops(latent(select=vary(choice, rotated=False)), 6) == 2 * 2 * 8 * 5 + moved
     assert [decoding_flops(latent(select=choice), t) for t in (4, 5, 6)] == [moved // 6 + 48 * s for s in (0, 2, 3)]
+    # in blocks of two queries the first alone is brought there, for both
+    pairs = Blocks(k=10, block_q=2, block_k=2)
+    assert [decoding_flops(latent(select=pairs), t) for t in (1, 2, 3, 4)] == [moved // 6, 0, moved // 6, 0]
+    # a walk looks at the forced blocks too, 4 and 5 in all; a bound has two numbers a column
+    beam = Hierarchical(k=4, block_q=1, block_k=1)
+    assert selection_flops(latent(select=beam), 6) == 2 * 2 * 12 * 9 + moved
+    assert selection_flops(latent(select=vary(beam, search="best_first")), 6) == 2 * 2 * 24 * 9 + moved
     assert selection_flops(MultiHead(num_attention_heads=2, head_dim=8, select=PerHead(k=3)), 6) == 0
 
 

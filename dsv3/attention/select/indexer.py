@@ -97,9 +97,11 @@ def indexer(
         return everything(batch, queries, total, q.device)
     start = total - queries
     indices = torch.arange(topk, device=q.device).repeat(batch, 1, queries, 1)
+    computed = 0
     for rows in chunks(q, total, first=max(topk - start, 0)):
         seen = start + rows.stop
         score = index_scores(q[:, rows], weight[:, rows], k[:, :seen])
+        computed += score.numel()
         indices[:, 0, rows] = _best(score, topk)
     scored = _up_to(total) - _up_to(max(start, topk))
     kept = clipped_sum(start + 1, total, topk)
@@ -108,7 +110,7 @@ def indexer(
         counts=torch.arange(start + 1, total + 1, device=q.device).clamp(max=topk).expand(batch, 1, -1),
         block_q=1,
         block_k=1,
-        cost=SelectionCost(scored=batch * scored, kept=batch * kept, per_level=(batch * scored,)),
+        cost=SelectionCost(scored=batch * scored, kept=batch * kept, per_level=(batch * scored,), computed=computed),
     )
 
 
