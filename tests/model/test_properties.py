@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3.config import Everything, Latent, Model, vary
+from dsv3.config import Everything, Indexer, Latent, Model, vary
 from dsv3.model import Transformer, cost
 from dsv3.model.choosing import decoding_flops, selection_flops
 from dsv3.model.hf import entries, read_config, write_config
@@ -16,8 +16,9 @@ from tests.config.strategies import latent, models
 
 
 def writable(model: Model, attention: Latent) -> Model:
-    """The nearest model that a deepseek_v3 checkpoint can describe."""
-    model = replace(model, attention=replace(attention, select=Everything()))
+    """The nearest model that a checkpoint can describe."""
+    select = attention.select if isinstance(attention.select, Indexer) else Everything()
+    model = replace(model, attention=replace(attention, select=select))
     if model.moe is None:
         return replace(model, mtp=None, first_k_dense_replace=model.num_hidden_layers)
     shared = max(model.moe.n_shared_experts, 1)

@@ -12,7 +12,9 @@ has a bias and eps 1e-6. Scores are computed in fp32 or wider, and ties go to th
 t + 1 over their t >= index_topk, quadratic still, but cheaper per pair than attention.
 
 DeepSeek's inference code also multiplies q and k with a Hadamard matrix, which no product notices, so that they lose
-less in fp8; neither is done here. transformers computes the same scores, but leaves equal ones in any order.
+less in fp8; neither is done here. transformers takes w in the weights' own type, where DeepSeek and this take fp32; its
+indexer has no gradient, so that training leaves it as it was; and it attends to everything under a mask. Both leave
+open which of equal scores they take.
 """
 
 import torch
