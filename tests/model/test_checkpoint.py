@@ -147,6 +147,7 @@ def test_a_config_that_is_not_understood_is_refused_by_name(text: str, says: str
     [
         (vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=6)), "attention='MultiHead'"),
         (vary(BASE, attention=latent(select=Window(size=3))), "select=Window"),
+        (vary(VARIANTS["deepseek_v32"], **{"attention.select.stage": "warmup"}), "stage='warmup': readers of such"),
         (vary(BASE, **{"moe.scoring_func": "softmax"}), "scoring_func='softmax'"),
         (vary(BASE, **{"moe.n_shared_experts": 0}), "n_shared_experts=0"),
         (vary(BASE, moe=None), "mtp=MTP"),

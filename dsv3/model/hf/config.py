@@ -7,9 +7,10 @@ The file has two dialects: DeepSeek's own (`rope_theta` and `rope_scaling`, trai
 is not understood, or whose value asks for something that this model does not do, is an error that names it: a setting
 that is silently dropped is a different model.
 
-The format has no word for five choices of ours (balance methods, capacity, which hidden state feeds multi-token
-prediction, the embedding's initial weights, a model without experts). They are written under one key,
-"dsv3", which transformers carries along unread; without it a checkpoint gets the defaults of `MoE` and `MTP`.
+The format has no word for six choices of ours (balance methods, capacity, which hidden state feeds multi-token
+prediction, the embedding's initial weights, the weight of an indexer's loss, a model without experts). They are written
+under one key, "dsv3", which transformers carries along unread; without it a checkpoint gets the defaults of `MoE`,
+`MTP` and `Indexer`.
 """
 
 import json
@@ -123,11 +124,11 @@ def read_config(text: str) -> Model:
     _check_keys(plain)
     _check_derived(plain)
     ours = plain.get(OURS, {})
-    unknown = sorted(ours.keys() - {"balance", "capacity", "embedding_range", "mtp_hidden"})
+    unknown = sorted(ours.keys() - {"balance", "capacity", "embedding_range", "indexer_loss_weight", "mtp_hidden"})
     require(not unknown, f"config.json {OURS}", unknown, "are not keys that this reader understands", "remove them")
     return Model(
         **{name: _need(plain, name) for name in SAME_NAME},
-        attention=_read_attention(plain),
+        attention=_read_attention(plain, ours),
         moe=_read_experts(plain, ours),
         mtp=_read_mtp(plain, ours),
         rope=_read_rope(plain),
@@ -153,6 +154,8 @@ def write_config(model: Model) -> dict[str, Any]:
     plain |= {name: getattr(attention, name) for name in LATENT} | {"num_key_value_heads": heads}
     plain |= {"rope_parameters": _write_rope(model.rope), "num_nextn_predict_layers": depths}
     ours: dict[str, Any] = {} if model.embedding_range is None else {"embedding_range": model.embedding_range}
+    if isinstance(attention.select, Indexer):
+        ours["indexer_loss_weight"] = attention.select.loss_weight
     if model.moe is None:
         # Readers build experts from this layer on, so it says that none has any.
         return plain | {"first_k_dense_replace": model.num_hidden_layers} | ({OURS: ours} if ours else {})
@@ -201,10 +204,12 @@ def _need(plain: dict[str, Any], name: str) -> Any:
     return plain[name]
 
 
-def _read_attention(plain: dict[str, Any]) -> Latent:
-    indexed = plain["model_type"] == INDEXED
-    select = Indexer(**{name: _need(plain, name) for name in INDEXER}) if indexed else Everything()
-    return Latent(**{name: _need(plain, name) for name in LATENT}, select=select)
+def _read_attention(plain: dict[str, Any], ours: dict[str, Any]) -> Latent:
+    latent = Latent(**{name: _need(plain, name) for name in LATENT})
+    if plain["model_type"] == DENSE:
+        return latent
+    given = {"loss_weight": ours["indexer_loss_weight"]} if "indexer_loss_weight" in ours else {}
+    return replace(latent, select=Indexer(**{name: _need(plain, name) for name in INDEXER}, **given))
 
 
 def _read_experts(plain: dict[str, Any], ours: dict[str, Any]) -> MoE | None:
@@ -275,6 +280,9 @@ def _check_expressible(model: Model) -> None:
     known = isinstance(attention.select, Everything | Indexer)
     rule = "readers of such checkpoints attend to every key, or to those of an indexer"
     require(known, "select", attention.select, rule, remedy)
+    if isinstance(attention.select, Indexer):
+        rule = "readers of such checkpoints see what the indexer selects"
+        require(attention.select.stage == "sparse", "stage", attention.select.stage, rule, "set it to sparse")
     if moe is None:
         require(model.mtp is None, "mtp", model.mtp, "readers give its block experts, and the model has none", remedy)
         return
