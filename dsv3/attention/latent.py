@@ -74,7 +74,10 @@ class LatentAttention(nn.Module):
         else:
             q, k, v = self._absorbed(q_nope, q_rope, memory["latent"], up[0])
         if self.indexer is not None:
-            selection: Selection | None = self.indexer(x, q_index, memory["index_key"])
+            learns = self.training and cache is None and self.indexer.choice.loss_weight > 0
+            selection: Selection | None = self.indexer(
+                x, q_index, memory["index_key"], (q, k) if learns else None, scale=self.scale
+            )
             seen = selection if self.indexer.prunes(k.shape[2]) else None
         else:
             seen = selection = self._select(x, q_nope, q_rope, memory, None if cache is None else cache.index)

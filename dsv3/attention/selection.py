@@ -45,6 +45,7 @@ class Selection:
         and once; order, repeats and blocks of the future change nothing.
     rank, limit  the token-exact rule, both or neither.
     weights  added to the logits of a key: the importance that selected it, so that selecting has a gradient.
+    loss  of a selector that learns by a loss of its own, while it trains; attention does not read it.
     """
 
     indices: Int[Tensor, "B h Nq K"]
@@ -55,6 +56,7 @@ class Selection:
     rank: Int[Tensor, "B h S"] | None = None
     limit: Int[Tensor, "B h T"] | None = None
     weights: Float[Tensor, "B h S"] | None = None
+    loss: Float[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
         assert (self.rank is None) == (self.limit is None), "rank and limit are one rule: give both or neither"

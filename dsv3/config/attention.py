@@ -155,14 +155,25 @@ class Indexer:
     Attributes:
         index_n_heads, index_head_dim: the indexer's heads and their width, of which `qk_rope_head_dim` are rotated.
         index_topk: keys seen; a token with fewer before it sees them all.
+        stage: of training. "warmup": attention is dense, and the indexer alone learns to follow it. "sparse": attention
+            sees what the indexer selects, and both learn.
+        loss_weight: of the indexer's loss; 0: it does not learn.
     """
 
     index_n_heads: int
     index_head_dim: int
     index_topk: int
+    stage: Literal["warmup", "sparse"] = "sparse"
+    loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "index_n_heads", "index_head_dim", "index_topk")
+        require_one_of(self, "stage", ("warmup", "sparse"))
+        require_number(self, "loss_weight", low=0.0)
+        idle = self.stage == "warmup" and self.loss_weight == 0
+        require(
+            not idle, "loss_weight", self.loss_weight, "must be above 0 in the warmup: nothing else learns", "use 1"
+        )
 
 
 Select = Everything | Window | PerHead | Blocks | Hierarchical | Indexer

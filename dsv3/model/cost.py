@@ -13,7 +13,7 @@ Conventions, where papers and tools differ:
   - attention counts the keys that a query must look at, its own included: t + 1 of them at position t when all are
     visible, (T + 1) / 2 on average. A kernel that computes masked pairs too does more than is counted here.
   - choosing keys by content costs the scores that decide (`dsv3.model.choosing`), and nothing in the backward pass: a
-    choice has no gradient. A per-head choice costs its linear map.
+    choice has no gradient. A per-head choice costs its linear map. An indexer's inputs are detached, and its loss counts.
   - the backward pass costs twice the forward pass (a product with respect to its input, one with respect to its
     weight); recomputation is not counted.
   - depth m of multi-token prediction runs on T - m positions and pays for the shared head once more.
@@ -98,11 +98,16 @@ def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, i
 
 
 def flops_per_token(model: Model, length: int, *, training: bool = False, mtp: bool = True) -> float:
-    """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`."""
+    """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`, in which an
+    indexer's loss is computed too.
+    """
     flops = forward_flops(model, length, mtp=mtp)
-    forward = sum(flops.values())
-    learning = forward - sum(value for name, value in flops.items() if name.endswith(".selection.scores"))
-    return (forward + (BACKWARD_OVER_FORWARD * learning if training else 0)) / length
+    if not training:
+        return sum(flops.values()) / length
+    learning = model.num_hidden_layers * distillation_flops(model.attention, length)
+    for depth in range(mtp_depths(model) if mtp else 0):
+        learning += distillation_flops(model.attention, length - depth - 1)
+    return (sum(_passes(model.attention.select, name) * value for name, value in flops.items()) + learning) / length
 
 
 def decode_flops(model: Model, visible: int, *, absorbed: bool = True) -> int:
@@ -139,14 +144,28 @@ def attention_flops(attention: Attention, length: int) -> int:
 def index_flops(select: Indexer, first: int, last: int) -> int:
     """FLOPs of an indexer's scores for queries that may see `first`, `first` + 1, ... `last` keys.
 
-    A score of a pair is a product per index head and their weighted sum; a query that takes all keys needs none.
+    A score of a pair is a product per index head and their weighted sum; a query that sees all keys needs none.
     """
+    if select.stage == "warmup":
+        return 0
 
     def pairs(visible: int) -> int:
         return visible * (visible + 1) // 2
 
     least = max(first - 1, select.index_topk)
     return 2 * max(0, pairs(last) - pairs(least)) * select.index_n_heads * (select.index_head_dim + 1)
+
+
+def distillation_flops(attention: Attention, length: int) -> int:
+    """FLOPs of an indexer's loss in one layer, over one sequence: the logits of attention once more, forward, and the
+    indexer's scores forward and backward, of all keys that a query sees.
+    """
+    select = attention.select
+    if not isinstance(attention, Latent) or not isinstance(select, Indexer) or select.loss_weight == 0:
+        return 0
+    teacher = attention.num_attention_heads * attention.qk_head_dim
+    learner = select.index_n_heads * (select.index_head_dim + 1)
+    return 2 * kept_pairs(select, length) * (teacher + (1 + BACKWARD_OVER_FORWARD) * learner)
 
 
 def macs_per_pair(attention: Attention, *, absorbed: bool = False) -> int:
@@ -199,6 +218,18 @@ def mtp_depths(model: Model) -> int:
     return 0 if model.mtp is None else model.mtp.num_nextn_predict_layers
 
 
+def _passes(select: Select, name: str) -> int:
+    """How often training pays for a product: a choice has no gradient, an indexer none for its inputs, and beside one
+    that warms up nothing else learns.
+    """
+    if name.endswith((".selection.scores", ".indexer.scores")):
+        return 1
+    if isinstance(select, Indexer) and ".indexer." in name:
+        return 2 if select.loss_weight > 0 else 1
+    frozen = isinstance(select, Indexer) and select.stage == "warmup"
+    return 1 if frozen else 1 + BACKWARD_OVER_FORWARD
+
+
 def _scores(attention: Attention, length: int) -> dict[str, int]:
     scores = {"scores": attention_flops(attention, length)}
     if isinstance(attention.select, Blocks):
@@ -220,7 +251,7 @@ def _kept(select: Select, visible: int) -> int:
             assert select.k is not None, "PerHead has keep or k"
             return min(visible, select.k)
         case Indexer():
-            return min(visible, select.index_topk)
+            return min(visible, select.index_topk) if select.stage == "sparse" else visible
         case Blocks():
             # the blocks that end before the query's own block of queries, then everything up to the query itself
             complete = (visible - 1) // select.block_q * select.block_q // select.block_k

@@ -21,7 +21,7 @@ class ModelOutput:
         routing: what the router of each expert layer decided, bottom to top, multi-token prediction last; dense
             layers have none.
         selection: which keys each layer's attention kept, bottom to top, multi-token prediction last; None for dense
-            attention.
+            attention. In training an indexer's carries its loss.
         cache: the cache with these tokens in it, when one was given.
     """
 

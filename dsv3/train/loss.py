@@ -3,9 +3,12 @@
     main        mean over positions of -log p(next token)
     mtp         mean over depths m of the mean over positions of -log p(token m further)
     balance_*   the routers' losses, each times its alpha, summed over the expert layers
-    total       main + mtp_loss_weight * mtp + sum of balance_*
+    indexer     mean over positions of the KL divergence of an indexer from its attention, times loss_weight, summed
+                over the layers
+    total       main + mtp_loss_weight * mtp + sum of balance_* + indexer
 
-Equations 24 and 25 of arXiv 2412.19437 (section 2.2), and the equations in `dsv3.moe.balance`.
+Equations 24 and 25 of arXiv 2412.19437 (section 2.2), and the equations in `dsv3.moe.balance` and
+`dsv3.attention.select.distillation`.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.config import Config
+from dsv3.config import Config, Indexer
 from dsv3.model import ModelOutput
 from dsv3.moe import balance_losses
 
@@ -41,6 +44,12 @@ def loss_parts(
             named = f"balance_{name}"
             parts[named] = parts[named] + value if named in parts else value
             total = total + value
+    select = config.model.attention.select
+    losses = [selection.loss for selection in output.selection if selection is not None and selection.loss is not None]
+    if losses:
+        assert isinstance(select, Indexer), "only an indexer learns by a loss of its own"
+        parts["indexer"] = select.loss_weight * torch.stack(losses).sum()
+        total = total + parts["indexer"]
     return parts | {"total": total}
 
 

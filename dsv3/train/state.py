@@ -1,11 +1,16 @@
-"""What a run moves from step to step, and what its checkpoint therefore holds."""
+"""What a run moves from step to step, and what its checkpoint therefore holds.
+
+While an indexer warms up it alone learns. The other weights are frozen and come from a run that attended densely, which
+has the same names: `state.model.load_state_dict(weights, strict=False)`; so does the sparse stage that follows.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from dsv3.config import Config
+from dsv3.attention.select import LightningIndexer
+from dsv3.config import Config, Indexer
 from dsv3.model import Transformer
 from dsv3.moe import MoELayer
 from dsv3.precision import LossScale, apply, initial
@@ -27,6 +32,11 @@ class TrainState:
         """The state before the first step; initial weights depend on the seed alone."""
         model = Transformer(config.model, seed=seed).to(device)
         apply(model, config.train.precision)
+        select = config.model.attention.select
+        if isinstance(select, Indexer) and select.stage == "warmup":
+            model.requires_grad_(False)
+            for indexer in indexers(model):
+                indexer.requires_grad_(True)
         optimizer = optimizers.build(model, config.train.optimizer)
         return cls(config=config, model=model, optimizer=optimizer, loss_scale=initial(config.train.precision))
 
@@ -55,3 +65,8 @@ class TrainState:
         self.step = state["progress"]["step"]
         scale = state["progress"]["loss_scale"]
         self.loss_scale = None if scale is None else LossScale(**scale)
+
+
+def indexers(model: Transformer) -> list[LightningIndexer]:
+    """The indexers of all layers."""
+    return [module for module in model.modules() if isinstance(module, LightningIndexer)]

@@ -3,6 +3,7 @@
     gradients    mean over microbatches, then over processes; divided by the loss scale; clipped to a norm
     update       optimizer at the scheduled rate; then the routers' biases, by the loads of the whole global batch
                  before any dropping
+    indexers     clipped by themselves: neither their loss nor the main one shrinks the other's step
     a gradient that is not finite skips the update, and the report says so
 
 Accumulation changes nothing but rounding where every loss is a mean over tokens or sequences and no expert is full. It
@@ -25,7 +26,7 @@ from dsv3.parallel import ALONE, Ranks
 from dsv3.precision import autocast, unscale, update
 from dsv3.train.loss import loss_parts
 from dsv3.train.schedule import share_of_peak
-from dsv3.train.state import TrainState
+from dsv3.train.state import TrainState, indexers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +150,25 @@ def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str
     if state.loss_scale is not None:
         scaled = unscale(gradients, state.loss_scale)
         state.loss_scale, reason = update(state.loss_scale, scaled), scaled
-    norm = torch.nn.utils.clip_grad_norm_(parameters, state.config.train.clip_grad_norm).item()
+    norm = _clip(state, parameters)
     if reason is None and not math.isfinite(norm):
         reason = "gradient that is not finite"
     if reason is None:
         state.optimizer.step()
         for layer, loads in zip(state.expert_layers, counts, strict=False):  # depths left out of a step have no loads
-            layer.update_bias(loads)
+            if layer.gate.weight.requires_grad:  # a frozen router keeps its bias too
+                layer.update_bias(loads)
     state.optimizer.zero_grad(set_to_none=True)
     return norm, "ok" if reason is None else f"skipped: {reason}"
+
+
+def _clip(state: TrainState, parameters: list[torch.nn.Parameter]) -> float:
+    """The norm of the whole gradient before clipping."""
+    learning = {id(parameter) for indexer in indexers(state.model) for parameter in indexer.parameters()}
+    groups = (
+        [parameter for parameter in parameters if id(parameter) not in learning],
+        [parameter for parameter in parameters if id(parameter) in learning],
+    )
+    most = state.config.train.clip_grad_norm
+    norms = [torch.nn.utils.clip_grad_norm_(group, most).item() for group in groups if group]
+    return math.hypot(*norms)

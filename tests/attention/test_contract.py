@@ -234,7 +234,8 @@ def by_definition(made: nn.Module, model: Model, x: torch.Tensor) -> torch.Tenso
         assert isinstance(shape, Latent)
         if isinstance(shape.select, Indexer):
             scores = by_content.index_scores(x, weights, shape, model.rope)
-            keys = by_content.indexed(scores, shape.select.index_topk)
+            topk = shape.select.index_topk if shape.select.stage == "sparse" else x.shape[1]
+            keys = by_content.indexed(scores, topk)
             return reference.latent(x, weights, shape, model.rope, keys)
         compared = reference.latent_space(x.detach(), weights, shape, model.rope, rotated=rotated)
         keys = seen(shape.select, importance, compared, shape.qk_head_dim**-0.5 * softmax_mscale(YARN))

@@ -7,13 +7,14 @@ import torch
 
 from dsv3.attention import KeyValueCache, attend, reference
 from dsv3.attention.select import indexer
+from dsv3.attention.select.indexer import everything
 from dsv3.attention.select.reference import indexed
 from dsv3.config import Everything, Float8Block, vary
 from dsv3.precision import apply
 from tests.attention.test_contract import FLOAT64
 from tests.attention.variants import INDEXER, LATENT, VARIANTS, config, hidden, module
 
-HOME = import_module("dsv3.attention.select.indexer")
+SCORES = import_module("dsv3.attention.select.scores")
 MODEL = VARIANTS["latent-indexer"]
 
 
@@ -33,11 +34,11 @@ def by_pairs(q: torch.Tensor, weight: torch.Tensor, k: torch.Tensor) -> list[lis
 
 
 @pytest.mark.parametrize("queries, total", [(1, 1), (7, 7), (8, 8), (63, 63), (17, 63), (1, 63), (5, 9)])
-@pytest.mark.parametrize("chunk", [1, 500, HOME.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 500, SCORES.CHUNK])
 def test_exactly_the_best_keys_are_seen_the_earlier_of_equals(
     queries: int, total: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HOME, "CHUNK", chunk)
+    monkeypatch.setattr(SCORES, "CHUNK", chunk)
     q, weight, k = drawn(queries, total)
     selection = indexer(q, weight, k, topk=7)
     found = reference.selected(selection, heads=4, queries=queries, total=total)
@@ -60,16 +61,16 @@ def test_a_hadamard_matrix_on_queries_and_keys_changes_no_score() -> None:
     q, weight, k = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     hadamard = torch.kron(two, two) / 2
-    turned = HOME.index_scores(q @ hadamard, weight, k @ hadamard)
-    torch.testing.assert_close(turned, HOME.index_scores(q, weight, k), rtol=FLOAT64, atol=FLOAT64)
+    turned = SCORES.index_scores(q @ hadamard, weight, k @ hadamard)
+    torch.testing.assert_close(turned, SCORES.index_scores(q, weight, k), rtol=FLOAT64, atol=FLOAT64)
 
 
 def test_scores_are_computed_in_fp32_at_least() -> None:
     q, weight, k = (x.bfloat16() / 3 for x in drawn(9, 9))
     with torch.autocast("cpu", torch.bfloat16):
-        score = HOME.index_scores(q, weight, k)
+        score = SCORES.index_scores(q, weight, k)
     assert score.dtype == torch.float32
-    assert torch.equal(score, HOME.index_scores(q.float(), weight.float(), k.float()))
+    assert torch.equal(score, SCORES.index_scores(q.float(), weight.float(), k.float()))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -96,8 +97,8 @@ def test_tokens_that_see_everything_attend_as_dense_attention_does_bit_for_bit()
 def test_what_it_selects_without_pruning_is_dense_attention_too() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 4, 9, 6, generator=generator, dtype=torch.float64) for _ in range(3))
-    everything = HOME.everything(2, 9, 9, q.device)
-    torch.testing.assert_close(attend(q, k, v, everything), attend(q, k, v), rtol=FLOAT64, atol=FLOAT64)
+    selection = everything(2, 9, 9, q.device)
+    torch.testing.assert_close(attend(q, k, v, selection), attend(q, k, v), rtol=FLOAT64, atol=FLOAT64)
 
 
 def test_absorbed_latent_attention_equals_the_expanded_form() -> None:

@@ -68,6 +68,7 @@ VARIANTS = {
 }
 INDEXER = Indexer(index_n_heads=3, index_head_dim=6, index_topk=5)  # few heads: scores of 0, all alike, are common
 VARIANTS["latent-indexer"] = config(LATENT, INDEXER)
+VARIANTS["latent-indexer_warmup"] = config(LATENT, vary(INDEXER, stage="warmup"))
 
 
 def module(model: Model, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

@@ -68,16 +68,18 @@ plain_latent = st.builds(
     select=selects,
 )
 indexed = st.builds(
-    lambda attention, rank, heads, further, topk: vary(
+    lambda attention, rank, further, **choice: vary(
         attention,
         q_lora_rank=rank,
-        select=Indexer(index_n_heads=heads, index_head_dim=attention.qk_rope_head_dim + further, index_topk=topk),
+        select=Indexer(index_head_dim=attention.qk_rope_head_dim + further, **choice),
     ),
     plain_latent,
     small,
-    small,
     st.integers(0, 3),
-    small,
+    index_n_heads=small,
+    index_topk=small,
+    stage=st.sampled_from(["warmup", "sparse"]),
+    loss_weight=share,
 )
 latent = plain_latent | indexed
 attentions = st.one_of(multi_head, grouped, latent)

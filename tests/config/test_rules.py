@@ -57,6 +57,9 @@ REFUSED = [
     (lambda: PerHead(k=0), r"k=0: must be a whole number of at least 1"),
     (lambda: Indexer(index_n_heads=2, index_head_dim=4, index_topk=0), r"index_topk=0: must be a whole number of at"),
     (lambda: vary(INDEXER, index_n_heads=0), r"index_n_heads=0"),
+    (lambda: vary(INDEXER, stage="dense"), r"stage='dense': must be one of warmup, sparse"),
+    (lambda: vary(INDEXER, loss_weight=-1.0), r"loss_weight=-1.0"),
+    (lambda: vary(INDEXER, loss_weight=0, stage="warmup"), r"loss_weight=0: must be above 0 in the warmup"),
     (lambda: vary(INDEXER, index_head_dim=1.5), r"index_head_dim=1.5"),
     (lambda: Latent(**LATENT, qk_rope_head_dim=2, select=INDEXER), r"q_lora_rank=None: must not be None: the indexer"),
     (

@@ -62,8 +62,22 @@ PUBLISHED = {
 }
 
 
+# The same of V3.2, which adds these.
+PUBLISHED_V32 = PUBLISHED | {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_head_dim": 6,
+    "index_n_heads": 3,
+    "index_topk": 5,
+    "model_type": "deepseek_v32",
+}
+
+
 def changed(**changes: Any) -> str:
     return json.dumps(PUBLISHED | changes)
+
+
+def changed_v32(**changes: Any) -> str:
+    return json.dumps(PUBLISHED_V32 | changes)
 
 
 def without(name: str) -> str:
@@ -72,6 +86,7 @@ def without(name: str) -> str:
 
 def test_the_published_dialect_reads_as_the_same_model() -> None:
     assert hf.read_config(json.dumps(PUBLISHED)) == BASE
+    assert hf.read_config(json.dumps(PUBLISHED_V32)) == VARIANTS["deepseek_v32"]
 
 
 def test_published_yarn_reads_as_ours() -> None:
@@ -92,6 +107,15 @@ def test_published_yarn_reads_as_ours() -> None:
         (changed(hidden_act="gelu"), "hidden_act='gelu'"),
         (changed(rope_interleave=False), "rope_interleave=False"),
         (changed(model_type="deepseek_v2"), "model_type='deepseek_v2'"),
+        (changed(model_type="llama"), "model_type='llama': must be 'deepseek_v3' or 'deepseek_v32'"),
+        (changed(index_topk=4), "index_topk=4: is not a key that this reader understands"),
+        (changed_v32(index_topk=0), "index_topk=0: must be a whole number"),
+        (changed_v32(index_head_dim=2), "index_head_dim=2: must be at least qk_rope_head_dim=4"),
+        (changed_v32(q_lora_rank=None), "q_lora_rank=None: must not be None"),
+        (changed_v32(layer_types=["full_attention"] * 3), r"layer_types=\['full_attention', .* must be \['indexed_att"),
+        (changed_v32(mlp_layer_types=["dense"] * 3), r"must be \['dense', 'sparse', 'sparse'\]"),
+        (changed_v32(mlp_bias=True), "mlp_bias=True"),
+        (json.dumps(PUBLISHED | {"model_type": "deepseek_v32"}), "index_n_heads: missing"),
         (changed(moe_layer_freq=2), "moe_layer_freq=2"),
         (changed(num_key_value_heads=1), "num_key_value_heads=1: must be 2"),
         (changed(qk_head_dim=9), "qk_head_dim=9: must be 10"),
@@ -123,6 +147,7 @@ def test_a_config_that_is_not_understood_is_refused_by_name(text: str, says: str
     [
         (vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=6)), "attention='MultiHead'"),
         (vary(BASE, attention=latent(select=Window(size=3))), "select=Window"),
+        (vary(VARIANTS["deepseek_v32"], **{"attention.select.stage": "warmup"}), "stage='warmup': readers of such"),
         (vary(BASE, **{"moe.scoring_func": "softmax"}), "scoring_func='softmax'"),
         (vary(BASE, **{"moe.n_shared_experts": 0}), "n_shared_experts=0"),
         (vary(BASE, moe=None), "mtp=MTP"),
@@ -134,7 +159,9 @@ def test_a_model_that_the_format_cannot_say_is_not_written(model: Any, says: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "plain_queries", "yarn", "tied", "two_ahead", "nothing_ahead"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "deepseek_v32", "plain_queries", "yarn", "tied", "two_ahead", "nothing_ahead"]
+)
 @pytest.mark.parametrize("shard_bytes", [1, 4000, 10**9])
 def test_saved_and_loaded_the_model_is_the_same_bit_for_bit(name: str, shard_bytes: int, tmp_path: Path) -> None:
     model = Transformer(VARIANTS[name], seed=3)

@@ -1,4 +1,8 @@
-"""Against transformers' DeepseekV3ForCausalLM, in both directions: they write and we read, we write and they read."""
+"""Against transformers' DeepSeek-V3 and V3.2, in both directions: they write and we read, we write and they read.
+
+V3.2 selects 16 keys of up to 63, with 32 index heads: few heads leave many scores at exactly 0, of which transformers
+takes any. Its indexer learns nothing, so it has no gradients to compare.
+"""
 
 import json
 from dataclasses import replace
@@ -9,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM, DeepseekV32ForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
-from dsv3.config import MTP
+from dsv3.attention import KeyValueCache
+from dsv3.config import MTP, Everything, Indexer, Latent, vary
 from dsv3.model import Transformer, hf
 
 logging.disable_progress_bar()
@@ -49,6 +54,7 @@ YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+INDEXER = {"index_n_heads": 32, "index_head_dim": 72, "index_topk": 16}
 CONFIGS = {
     "v3_in_small": {},
     "plain_queries": {"q_lora_rank": None, "n_shared_experts": 2},
@@ -58,15 +64,22 @@ CONFIGS = {
     "one_group": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
     "all_groups_of_two": {"topk_group": 4, "norm_topk_prob": False, "routed_scaling_factor": 1.0},
     "tied": {"tie_word_embeddings": True, "first_k_dense_replace": 0},
+    "v32_in_small": INDEXER,
+    "v32_yarn": INDEXER | {"rope_parameters": YARN, "n_shared_experts": 2},
+    "v32_tied_and_all_rotated": INDEXER | {"tie_word_embeddings": True, "index_head_dim": 64, "index_topk": 3},
     "two_dense_and_wide_values": {"first_k_dense_replace": 2, "v_head_dim": 104, "rms_norm_eps": 1e-3},
 }
 
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS.keys())
 
 
-def oracle(changes: dict[str, object]) -> DeepseekV3ForCausalLM:
+def their_class(changes: dict[str, object]) -> type[DeepseekV3ForCausalLM] | type[DeepseekV32ForCausalLM]:
+    return DeepseekV32ForCausalLM if "index_topk" in changes else DeepseekV3ForCausalLM
+
+
+def oracle(changes: dict[str, object]) -> PreTrainedModel:
     """Their model with norm weights away from 1, biases away from 0, and weights wide enough that scores differ."""
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**TINY | changes)).eval()
+    model = their_class(changes)(their_class(changes).config_class(**TINY | changes)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -84,10 +97,12 @@ def by_stored_name(ours: Transformer, tensors: dict[str, Tensor]) -> dict[str, T
     return {e.stored: e.view(tensors[e.ours]) for e in hf.entries(ours.config) if not e.copy and e.ours in tensors}
 
 
-def stored_gradients(theirs: DeepseekV3ForCausalLM) -> dict[str, Tensor]:
+def stored_gradients(theirs: PreTrainedModel) -> dict[str, Tensor]:
     """Their gradients under the names of a checkpoint, experts apart."""
     gradients = {}
     for name, parameter in theirs.named_parameters():
+        if ".indexer." in name:
+            continue
         assert parameter.grad is not None, name
         if name.endswith("gate_up_proj"):
             for expert, both in enumerate(parameter.grad):
@@ -125,19 +140,45 @@ def test_logits_of_what_we_wrote(changes: dict[str, object], tmp_path: Path) -> 
     ours = hf.load(tmp_path / "theirs").eval()
     hf.save(ours, tmp_path / "ours", shard_bytes=100_000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1
-    again = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    again = their_class(changes).from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(text()).logits, theirs(text()).logits)
     assert hf.load(tmp_path / "ours").config == ours.config
 
 
-def test_round_trip_is_equal_bit_for_bit(tmp_path: Path) -> None:
-    oracle({}).save_pretrained(tmp_path / "theirs")
+@pytest.mark.parametrize("changes", [{}, INDEXER], ids=["v3", "v32"])
+def test_round_trip_is_equal_bit_for_bit(changes: dict[str, object], tmp_path: Path) -> None:
+    oracle(changes).save_pretrained(tmp_path / "theirs")
     hf.save(hf.load(tmp_path / "theirs"), tmp_path / "ours")
     before, after = (load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype
         assert torch.equal(tensor, after[name]), name
+
+
+def test_the_indexer_of_v32_decides_what_is_seen(tmp_path: Path) -> None:
+    """So that equal logits say something of it: seeing everything, they would be others."""
+    oracle(INDEXER).save_pretrained(tmp_path)
+    ours = hf.load(tmp_path).eval()
+    assert isinstance(ours.config.attention, Latent)
+    assert ours.config.attention.select == Indexer(**INDEXER)
+    dense = Transformer(vary(ours.config, **{"attention.select": Everything()})).eval()
+    dense.load_state_dict({name: weight for name, weight in ours.state_dict().items() if ".indexer." not in name})
+    sparse, full = ours(text()).logits, dense(text()).logits
+    torch.testing.assert_close(sparse[:, :16], full[:, :16])
+    assert (sparse[:, 16:] - full[:, 16:]).abs().max() > 0.1 * full.abs().max()
+
+
+def test_decoding_with_a_cache_reads_like_theirs(tmp_path: Path) -> None:
+    theirs = oracle(INDEXER)
+    theirs.save_pretrained(tmp_path)
+    ours, tokens = hf.load(tmp_path).eval(), text(length=40)
+    cache, held = KeyValueCache.empty(ours.config, 2, 40), None
+    with torch.no_grad():
+        for part in tokens.split([30, *[1] * 10], dim=1):
+            output, expected = ours(part, cache=cache), theirs(part, cache=held, use_cache=True)
+            cache, held = output.cache, expected.cache
+            assert (output.logits - expected.logits).abs().max() <= 2e-5 * expected.logits.abs().max()
 
 
 def test_bf16_checkpoints_stay_bf16_and_their_bias_fp32(tmp_path: Path) -> None:

@@ -52,9 +52,12 @@ BASE = Model(
     initializer_range=0.1,
 )
 
+INDEXER = Indexer(index_n_heads=3, index_head_dim=6, index_topk=5)
+
 VARIANTS = {
     "deepseek_v3": BASE,
-    "deepseek_v32": vary(BASE, attention=latent(select=Indexer(index_n_heads=3, index_head_dim=6, index_topk=5))),
+    "deepseek_v32": vary(BASE, attention=latent(select=INDEXER)),
+    "deepseek_v32_warmup": vary(BASE, attention=latent(select=vary(INDEXER, stage="warmup"))),
     "plain_queries": vary(BASE, attention=latent(q_lora_rank=None)),
     "yarn": vary(BASE, rope=Rope(scaling=Yarn(factor=8, original_max_position_embeddings=8))),
     "multi_head": vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=6)),

@@ -11,9 +11,16 @@ has a bias and eps 1e-6. Scores are computed in fp32 or wider, and ties go to th
 `index_topk` keys before it leaves none out, so nothing is scored for it: the last T of S positions cost the sum of
 t + 1 over their t >= index_topk, quadratic still, but cheaper per pair than attention.
 
+A choice has no gradient; the indexer learns by a loss of its own, see `distillation`, in two stages: "warmup", in which
+attention is dense and the indexer alone learns, then "sparse".
+
 DeepSeek's inference code also multiplies q and k with a Hadamard matrix, which no product notices, so that they lose
-less in fp8; neither is done here. transformers computes the same scores, but leaves equal ones in any order.
+less in fp8; neither is done here. transformers takes w in the weights' own type, where DeepSeek and this take fp32; its
+indexer has no gradient, so that training leaves it as it was; and it attends to everything under a mask. Both leave
+open which of equal scores they take.
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsv3.attention.select.best import best
+from dsv3.attention.select.distillation import distillation
+from dsv3.attention.select.scores import chunks, index_scores
 from dsv3.attention.select.window import clipped_sum
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Indexer, Latent, Model
@@ -28,7 +37,6 @@ from dsv3.config.rules import require
 from dsv3.layers import rope
 
 EPS = 1e-6
-CHUNK = 2**22  # products held at once, of all index heads
 
 
 class LightningIndexer(nn.Module):
@@ -59,13 +67,30 @@ class LightningIndexer(nn.Module):
         """What a cache holds of each token."""
         return self._turned(self.k_norm(self.wk(x.detach())), position)
 
-    def forward(self, x: Float[Tensor, "B T D"], q: Float[Tensor, "B T J W"], k: Float[Tensor, "B S W"]) -> Selection:
-        """What tokens x with queries q, the last T of S, see."""
-        return indexer(q, self._weight(x.detach()), k, topk=self.choice.index_topk)
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        q: Float[Tensor, "B T J W"],
+        k: Float[Tensor, "B S W"],
+        attended: tuple[Float[Tensor, "B H T P"], Float[Tensor, "B G S P"]] | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Selection:
+        """What tokens x with queries q, the last T of S, see; with the loss where attention's own queries and keys, and
+        the scale of its softmax, are there to learn from.
+        """
+        weight, total = self._weight(x.detach()), k.shape[1]
+        if self.prunes(total):
+            seen = selection = indexer(q, weight, k, topk=self.choice.index_topk)
+        else:
+            seen, selection = None, everything(len(x), x.shape[1], total, x.device)
+        if attended is None:
+            return selection
+        return replace(selection, loss=distillation(q, weight, k, attended, seen, scale=scale))
 
     def prunes(self, total: int) -> bool:
         """Whether any of `total` tokens sees less than all before it."""
-        return total > self.choice.index_topk
+        return self.choice.stage == "sparse" and total > self.choice.index_topk
 
     def _weight(self, x: Tensor) -> Float[Tensor, "B T J"]:
         """The weight of each head, in fp32 or wider, as a router's logits are."""
@@ -98,7 +123,7 @@ def indexer(
     start = total - queries
     indices = torch.arange(topk, device=q.device).repeat(batch, 1, queries, 1)
     computed = 0
-    for rows in chunks(q, total, first=max(topk - start, 0)):
+    for rows in chunks(queries, batch * q.shape[2] * total, first=max(topk - start, 0)):
         seen = start + rows.stop
         score = index_scores(q[:, rows], weight[:, rows], k[:, :seen])
         computed += score.numel()
@@ -123,24 +148,6 @@ def everything(batch: int, queries: int, total: int, device: torch.device) -> Se
         block_k=total,
         cost=SelectionCost(scored=0, kept=batch * (_up_to(total) - _up_to(total - queries)), per_level=(0,)),
     )
-
-
-def index_scores(
-    q: Float[Tensor, "B n J W"], weight: Float[Tensor, "B n J"], k: Float[Tensor, "B m W"]
-) -> Float[Tensor, "B n m"]:
-    """I of n queries and m keys, in fp32 or wider."""
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        product = q.to(dtype).flatten(1, 2) @ k.to(dtype).transpose(1, 2)
-        product = product.relu_().unflatten(1, q.shape[1:3])
-        return (weight.to(dtype)[:, :, None] @ product).squeeze(2)
-
-
-def chunks(q: Float[Tensor, "B T J W"], total: int, *, first: int = 0) -> list[slice]:
-    """The rows from `first` on in pieces, so that the products of one with `total` keys stay few."""
-    queries = q.shape[1]
-    step = max(1, CHUNK // (q.shape[0] * q.shape[2] * total))
-    return [slice(row, min(row + step, queries)) for row in range(first, queries, step)]
 
 
 def _best(score: Float[Tensor, "B n m"], topk: int) -> Int[Tensor, "B n K"]:

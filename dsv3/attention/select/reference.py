@@ -2,7 +2,7 @@
 
 `content` says which keys each query sees; `walk` goes down one tree with any score, so that it also counts what a
 search looks at where there is no data to score, and `by_priority` is best-first search with a queue. `index_scores` and
-`indexed` are the lightning indexer.
+`indexed` are the lightning indexer, `divergence` is its loss.
 """
 
 import heapq
@@ -78,6 +78,25 @@ def indexed(scores: list[list[list[float]]], topk: int) -> Callable[[int, int, i
         return sorted(sorted(range(position + 1), key=lambda s: (-score[s], s))[:topk])
 
     return seen
+
+
+def divergence(
+    scores: Float[Tensor, "B T T"],
+    q: Float[Tensor, "B H T P"],
+    k: Float[Tensor, "B G T P"],
+    seen: Callable[[int, int, int], Sequence[int]],
+    scale: float,
+) -> Float[Tensor, ""]:
+    """KL of softmax(scores) from attention's weights, averaged over heads, mean over queries; over the seen keys."""
+    batch, heads, length, _ = q.shape
+    share, total = heads // k.shape[1], scores.new_zeros(())
+    for b in range(batch):
+        for t in range(length):
+            keys = list(seen(b, 0, t))
+            weights = [(scale * k[b, h // share, keys] @ q[b, h, t]).softmax(0) for h in range(heads)]
+            p = torch.stack(weights).mean(dim=0).detach()
+            total = total + (p * (p.log() - scores[b, t, keys].log_softmax(0))).sum()
+    return total / (batch * length)
 
 
 def _turn_halves(x: Tensor, position: int, frequency: list[float]) -> Tensor:

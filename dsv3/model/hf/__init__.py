@@ -1,4 +1,5 @@
-"""Hugging Face checkpoints of `deepseek_v3` type: config.json and safetensors, as transformers reads and writes them.
+"""Hugging Face checkpoints of `deepseek_v3` and `deepseek_v32` type: config.json and safetensors, as transformers reads
+and writes them.
 
     load(directory) -> Transformer                      save(model, directory)
     read(directory) -> Checkpoint(model, float8)        save(model, directory, float8=checkpoint.float8)

@@ -47,7 +47,7 @@ def load(directory: str | Path, *, dtype: torch.dtype | None = None) -> Transfor
 
 
 def read(directory: str | Path, *, dtype: torch.dtype | None = None) -> Checkpoint:
-    """The model of a checkpoint of `deepseek_v3` type, and the FP8 codes that it may have been stored in.
+    """The model of a checkpoint and the FP8 codes that it may have been stored in.
 
     Weights get `dtype`, or the widest type that any of them is stored in (bf16 for FP8 codes). A checkpoint whose
     config announces multi-token prediction but that holds no tensor of it, as transformers writes them, becomes a

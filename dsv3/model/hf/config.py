@@ -1,23 +1,41 @@
-"""config.json of a `deepseek_v3` checkpoint, to `Model` and back.
+"""config.json of a `deepseek_v3` or `deepseek_v32` checkpoint, to `Model` and back.
+
+The second is the first with an indexer in every layer (DeepSeek-V3.2).
 
 The file has two dialects: DeepSeek's own (`rope_theta` and `rope_scaling`, training-only keys such as
 `aux_loss_alpha`) and that of transformers 5 (`rope_parameters`). Both are read; transformers' is written. A key that
 is not understood, or whose value asks for something that this model does not do, is an error that names it: a setting
 that is silently dropped is a different model.
 
-The format has no word for five choices of ours (balance methods, capacity, which hidden state feeds multi-token
-prediction, the embedding's initial weights, a model without experts). They are written under one key,
-"dsv3", which transformers carries along unread; without it a checkpoint gets the defaults of `MoE` and `MTP`.
+The format has no word for six choices of ours (balance methods, capacity, which hidden state feeds multi-token
+prediction, the embedding's initial weights, the weight of an indexer's loss, a model without experts). They are written
+under one key, "dsv3", which transformers carries along unread; without it a checkpoint gets the defaults of `MoE`,
+`MTP` and `Indexer`.
 """
 
 import json
 from dataclasses import replace
 from typing import Any
 
-from dsv3.config import MTP, Balance, Capacity, Everything, Latent, Model, MoE, Rope, Yarn, from_json, to_json
+from dsv3.config import (
+    MTP,
+    Balance,
+    Capacity,
+    Everything,
+    Indexer,
+    Latent,
+    Model,
+    MoE,
+    Rope,
+    Yarn,
+    from_json,
+    to_json,
+)
 from dsv3.config.rules import require
 
 OURS = "dsv3"
+DENSE, INDEXED = "deepseek_v3", "deepseek_v32"
+CLASSES = {DENSE: "DeepseekV3ForCausalLM", INDEXED: "DeepseekV32ForCausalLM"}  # of transformers, by model_type
 
 # Keys that say nothing about the function that the weights compute, each with the reason.
 IRRELEVANT = {
@@ -51,7 +69,7 @@ FIXED: dict[str, Any] = {
     "attention_bias": False,
     "attention_dropout": 0.0,
     "hidden_act": "silu",
-    "model_type": "deepseek_v3",
+    "mlp_bias": False,
     "moe_layer_freq": 1,
     "rope_interleave": True,
     "scoring_func": "sigmoid",
@@ -77,6 +95,7 @@ LATENT = (
     "qk_rope_head_dim",
     "v_head_dim",
 )
+INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
 EXPERTS = (
     "n_routed_experts",
     "num_experts_per_tok",
@@ -105,11 +124,11 @@ def read_config(text: str) -> Model:
     _check_keys(plain)
     _check_derived(plain)
     ours = plain.get(OURS, {})
-    unknown = sorted(ours.keys() - {"balance", "capacity", "embedding_range", "mtp_hidden"})
+    unknown = sorted(ours.keys() - {"balance", "capacity", "embedding_range", "indexer_loss_weight", "mtp_hidden"})
     require(not unknown, f"config.json {OURS}", unknown, "are not keys that this reader understands", "remove them")
     return Model(
         **{name: _need(plain, name) for name in SAME_NAME},
-        attention=Latent(**{name: _need(plain, name) for name in LATENT}),
+        attention=_read_attention(plain, ours),
         moe=_read_experts(plain, ours),
         mtp=_read_mtp(plain, ours),
         rope=_read_rope(plain),
@@ -121,17 +140,22 @@ def write_config(model: Model) -> dict[str, Any]:
     """What config.json says about the model, in transformers' dialect.
 
     Raises:
-        ValueError: for a choice that a reader of `deepseek_v3` checkpoints would not know of.
+        ValueError: for a choice that a reader of such checkpoints would not know of.
     """
     _check_expressible(model)
     attention, heads = model.attention, model.attention.num_attention_heads
     depths = 0 if model.mtp is None else model.mtp.num_nextn_predict_layers
-    fixed = ("attention_bias", "attention_dropout", "hidden_act", "model_type", "rope_interleave")
-    plain: dict[str, Any] = {"architectures": ["DeepseekV3ForCausalLM"]} | {name: FIXED[name] for name in fixed}
+    indexed = isinstance(attention.select, Indexer)
+    kind, other = (INDEXED, "mlp_bias") if indexed else (DENSE, "rope_interleave")
+    plain: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind}
+    plain |= {name: FIXED[name] for name in ("attention_bias", "attention_dropout", "hidden_act", other)}
+    plain |= {name: getattr(attention.select, name) for name in INDEXER if indexed}
     plain |= {name: getattr(model, name) for name in SAME_NAME}
     plain |= {name: getattr(attention, name) for name in LATENT} | {"num_key_value_heads": heads}
     plain |= {"rope_parameters": _write_rope(model.rope), "num_nextn_predict_layers": depths}
     ours: dict[str, Any] = {} if model.embedding_range is None else {"embedding_range": model.embedding_range}
+    if isinstance(attention.select, Indexer):
+        ours["indexer_loss_weight"] = attention.select.loss_weight
     if model.moe is None:
         # Readers build experts from this layer on, so it says that none has any.
         return plain | {"first_k_dense_replace": model.num_hidden_layers} | ({OURS: ours} if ours else {})
@@ -143,36 +167,49 @@ def write_config(model: Model) -> dict[str, Any]:
 
 
 def _check_keys(plain: dict[str, Any]) -> None:
+    kind = _need(plain, "model_type")
+    rule = f"must be {' or '.join(map(repr, CLASSES))}"
+    require(kind in CLASSES, "config.json model_type", kind, rule, "use another checkpoint")
     known = {*SAME_NAME, *LATENT, *EXPERTS, *FIXED, *IRRELEVANT, OURS}
     known |= {"num_key_value_heads", "num_nextn_predict_layers", "num_mtp_layers", "qk_head_dim", "head_dim"}
-    known |= {"rope_parameters", "rope_scaling", "rope_theta", "quantization_config"}
+    known |= {"rope_parameters", "rope_scaling", "rope_theta", "quantization_config", "model_type"}
+    known |= {*INDEXER, "layer_types", "mlp_layer_types"} if kind == INDEXED else set()
     for name, value in plain.items():
         rule = "is not a key that this reader understands, and dropping it could change the model"
         require(name in known, f"config.json {name}", value, rule, "remove it if it does not matter")
         if name in FIXED:
             rule = f"must be {FIXED[name]!r}, which is all that this model computes"
             require(value == FIXED[name], f"config.json {name}", value, rule, "use another checkpoint")
-    _need(plain, "model_type")
 
 
 def _check_derived(plain: dict[str, Any]) -> None:
     heads, rope = _need(plain, "num_attention_heads"), _need(plain, "qk_rope_head_dim")
+    layers, dense = _need(plain, "num_hidden_layers"), _need(plain, "first_k_dense_replace")
     derived = {
+        "layer_types": ["indexed_attention"] * layers,
+        "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * (layers - dense),
         "num_key_value_heads": heads,
         "head_dim": rope,
         "qk_head_dim": _need(plain, "qk_nope_head_dim") + rope,
     }
     for name, value in derived.items():
         given = plain.get(name)
-        require(
-            given in (None, value), f"config.json {name}", given, f"must be {value}, by the other widths", "remove it"
-        )
+        rule = f"must be {value}, by the other keys"
+        require(given in (None, value), f"config.json {name}", given, rule, "remove it")
 
 
 def _need(plain: dict[str, Any], name: str) -> Any:
     if name not in plain:
         raise ValueError(f"config.json {name}: missing; the checkpoint cannot be read without it")
     return plain[name]
+
+
+def _read_attention(plain: dict[str, Any], ours: dict[str, Any]) -> Latent:
+    latent = Latent(**{name: _need(plain, name) for name in LATENT})
+    if plain["model_type"] == DENSE:
+        return latent
+    given = {"loss_weight": ours["indexer_loss_weight"]} if "indexer_loss_weight" in ours else {}
+    return replace(latent, select=Indexer(**{name: _need(plain, name) for name in INDEXER}, **given))
 
 
 def _read_experts(plain: dict[str, Any], ours: dict[str, Any]) -> MoE | None:
@@ -239,15 +276,19 @@ def _check_expressible(model: Model) -> None:
     attention, moe = model.attention, model.moe
     remedy = "save it with dsv3.resilience instead"
     kind = type(attention).__name__
-    require(isinstance(attention, Latent), "attention", kind, "a deepseek_v3 checkpoint has latent attention", remedy)
-    dense = isinstance(attention.select, Everything)
-    require(dense, "select", attention.select, "readers of deepseek_v3 checkpoints attend to every key", remedy)
+    require(isinstance(attention, Latent), "attention", kind, "such a checkpoint has latent attention", remedy)
+    known = isinstance(attention.select, Everything | Indexer)
+    rule = "readers of such checkpoints attend to every key, or to those of an indexer"
+    require(known, "select", attention.select, rule, remedy)
+    if isinstance(attention.select, Indexer):
+        rule = "readers of such checkpoints see what the indexer selects"
+        require(attention.select.stage == "sparse", "stage", attention.select.stage, rule, "set it to sparse")
     if moe is None:
         require(model.mtp is None, "mtp", model.mtp, "readers give its block experts, and the model has none", remedy)
         return
-    rule = "readers of deepseek_v3 checkpoints score experts by sigmoid"
+    rule = "readers of such checkpoints score experts by sigmoid"
     require(moe.scoring_func == "sigmoid", "scoring_func", moe.scoring_func, rule, remedy)
-    rule = "readers of deepseek_v3 checkpoints expect a shared expert"
+    rule = "readers of such checkpoints expect a shared expert"
     require(moe.n_shared_experts > 0, "n_shared_experts", moe.n_shared_experts, rule, remedy)
     rule = "readers score a group by its two best experts, even a single group"
     require(moe.n_routed_experts > 1, "n_routed_experts", moe.n_routed_experts, rule, remedy)
