@@ -97,8 +97,8 @@ def configured(arm: str, *, length: int, steps: int) -> Config:
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """A cell per seed, task and arm; no time is measured."""
     if profile == "quick":
-        small = {"task": ("recall",), "length": (256,), "steps": (12,)}
-        return grid(arms=("dense", "hierarchical"), seeds=range(SEEDS["quick"]), seconds=10, timed=False, **small)
+        arms, seeds = ("dense", "hierarchical"), range(SEEDS["quick"])
+        return grid(arms=arms, seeds=seeds, seconds=10, timed=False, task=("recall",), length=(256,), steps=(12,))
     every = [
         grid(arms=CHANGES, seeds=(seed,), seconds=120, timed=False, task=(task,), length=(LENGTH,), steps=(steps,))
         for seed in range(SEEDS[profile])
@@ -167,7 +167,7 @@ def _points(records: Sequence[Record]) -> list[dict[str, Value]]:
 
 def _points_lost(records: Sequence[Record], at: Mapping[str, Value]) -> Estimate:
     """Dense minus hierarchical, in percentage points."""
-    gap = compare(records, arm="hierarchical", baseline="dense", metric="accuracy", **at)
+    gap = compare(records, arm="hierarchical", baseline="dense", metric="accuracy", ratio=False, **at)
     return gap.map(lambda difference: -100 * difference)
 
 

@@ -187,7 +187,7 @@ def _pairs(random: np.random.Generator, number: int) -> Numbers:
     return np.stack((random.choice(KEYS, number, replace=False), random.choice(VALUES, number)), axis=1)
 
 
-def _scatter(random: np.random.Generator, tokens: Numbers, where: range, texts: Sequence[Numbers]) -> Numbers:
+def _scatter(random: np.random.Generator, tokens: Numbers, where: range, texts: Sequence[Numbers] | Numbers) -> Numbers:
     """Write the texts in their order, with random gaps between them; returns where they begin."""
     lengths = np.array([len(text) for text in texts])
     gaps = np.sort(random.integers(0, len(where) - lengths.sum() + 1, len(texts)))

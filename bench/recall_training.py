@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from bench.recall_tasks import LENGTHS, NO_LABEL, Batch, Split, Task, batch
 from dsv3.config import Config
 from dsv3.model import Transformer
+from dsv3.model.block import Block
 from dsv3.model.initialise import stream
 from dsv3.train.optimizer import build
 from dsv3.train.schedule import share_of_peak
@@ -69,8 +70,9 @@ def model_of(config: Config, seed: int) -> Transformer:
     """The config's model with a convolution before each attention; arms of one seed share all weights they have."""
     model = Transformer(config.model, seed=seed)
     for number, layer in enumerate(model.layers):
+        assert isinstance(layer, Block), "a transformer stacks blocks"
         convolution = ShortConvolution(config.model.hidden_size, seed, f"layers.{number}.convolution")
-        layer.input_layernorm = nn.Sequential(layer.input_layernorm, convolution)
+        layer.input_layernorm = nn.Sequential(layer.input_layernorm, convolution)  # type: ignore[assignment]
     return model
 
 
