@@ -37,6 +37,9 @@ _THIS_HOUR = "moves with load, clocks and neighbours; compare within one process
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
+    Metric("accuracy", "share", "higher", "absolute", transfers=True,
+           formula="labelled positions of held-out rows where the likeliest token is the label / all of them",
+           bias=_ONE_RUN),
     Metric("active_parameters", "parameters", "none", "exact", transfers=True,
            formula="parameters that one token multiplies with",
            bias="embedding rows are counted whole though a token reads one"),
@@ -235,6 +238,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("step_wall_ratio", "ratio", "lower", "paired", transfers=False,
            formula="wall time of a training step, arm / baseline, median over blocks",
            bias=_WALL_RATIO),
+    Metric("steps_to_criterion", "steps", "lower", "absolute", transfers=True,
+           formula="steps until validation rows are first answered at 99%",
+           bias="the whole training where they never were, which is then a lower bound; looks are some steps apart"),
     Metric("tokens_per_second", "token/s", "higher", "absolute", transfers=False,
            formula="tokens of a training step / its wall time",
            bias=_THIS_HOUR),
