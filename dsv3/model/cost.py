@@ -13,7 +13,7 @@ Conventions, where papers and tools differ:
   - attention counts the keys that a query must look at, its own included: t + 1 of them at position t when all are
     visible, (T + 1) / 2 on average. A kernel that computes masked pairs too does more than is counted here.
   - choosing keys by content costs the scores that decide (`dsv3.model.choosing`), and nothing in the backward pass: a
-    choice has no gradient. A per-head choice costs its linear map. An indexer's inputs are detached, and its loss counts.
+    choice has no gradient. A per-head choice costs its linear map. An indexer's inputs are detached; its loss counts.
   - the backward pass costs twice the forward pass (a product with respect to its input, one with respect to its
     weight); recomputation is not counted.
   - depth m of multi-token prediction runs on T - m positions and pays for the shared head once more.
