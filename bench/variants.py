@@ -25,7 +25,7 @@ BATCH, LENGTH, VOCABULARY = 2, 32, 256
 # the variants that decode differently
 SERVED = (
     *("base", "multi_head", "grouped", "window", "per_head"),
-    *("blocks", "beam", "latent_blocks", "latent_per_head"),
+    *("blocks", "beam", "latent_blocks", "latent_per_head", "indexer"),
 )
 PHASES = ("prefill", "decode")
 
@@ -130,6 +130,8 @@ def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
             )
         },
         "latent_per_head": lambda: {"model.attention": latent(select=choices.PerHead(k=8))},
+        "indexer": lambda: {"model.attention.select": indexer()},
+        "indexer_warmup": lambda: {"model.attention.select": indexer(stage="warmup")},
         # long enough for the C++ kernel; where it cannot be built this is the plain path, and the key says so
         "block_kernel": lambda: {"model.attention": multi_head(select=choices.Blocks(k=3, block_q=16, block_k=16))},
     }
@@ -187,6 +189,11 @@ def latent(**changed: Any) -> "choices.Latent":
     """The base's attention."""
     sizes = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     return choices.Latent(num_attention_heads=4, **sizes | changed)
+
+
+def indexer(**changed: Any) -> "choices.Indexer":
+    """DeepSeek-V3.2's selection, of a quarter of the base's tokens."""
+    return choices.Indexer(index_n_heads=4, index_head_dim=16, index_topk=8, **changed)
 
 
 def drawn_tokens() -> Tensor:

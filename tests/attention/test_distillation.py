@@ -130,6 +130,19 @@ def test_autocast_leaves_the_loss_in_fp32(stage: str) -> None:
     torch.testing.assert_close(selection.loss, whole, rtol=0.1, atol=0)
 
 
+def test_a_loss_scale_keeps_gradients_from_underflow_in_fp16() -> None:
+    (q, weight, k), attended = drawn(64)
+    grads = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 2.0**16)):
+        leaves = [q.detach().to(dtype).requires_grad_(), k.detach().to(dtype).requires_grad_()]
+        loss = distillation(leaves[0], 1e-5 * weight.detach(), leaves[1], attended, None, scale=1.0)
+        grads.append([grad.float() / scale for grad in torch.autograd.grad(loss * scale, leaves)])
+    for wide, half in zip(*grads, strict=True):
+        assert wide.abs().median() < 2.0**-25, "most are 0 in fp16"
+        # inputs and gradients are each rounded to 11 bits
+        assert (half - wide).norm() < 2.0**-8 * wide.norm()
+
+
 class Largest(TorchDispatchMode):
     """The most numbers that any tensor held."""
 

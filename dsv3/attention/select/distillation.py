@@ -56,7 +56,7 @@ class _Distillation(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         kind = torch.promote_types(torch.promote_types(q.dtype, main_q.dtype), torch.float32)
-        learning, dtypes = any(ctx.needs_input_grad), (q.dtype, weight.dtype, k.dtype)
+        learning, ctx.dtypes = any(ctx.needs_input_grad), (q.dtype, weight.dtype, k.dtype)
         q, weight, k = (x.detach().to(kind) for x in (q, weight, k))
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, weight, k)]
         total, queries = k.new_zeros(()), q.shape[1]
@@ -72,13 +72,15 @@ class _Distillation(torch.autograd.Function):
                 part_q, part_weight, part_k = torch.autograd.grad(part, leaves)
                 grads[0][:, rows], grads[1][:, rows] = part_q, part_weight
                 grads[2] += part_k
-        ctx.save_for_backward(*(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)))
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(kept * grad.to(kept.dtype) for kept in ctx.saved_tensors), None, None, None, None)
+        # multiplied first: without the loss scale that is in grad, fp16 would round them to 0
+        parts = (kept * grad for kept in ctx.saved_tensors)
+        return (*(part.to(dtype) for part, dtype in zip(parts, ctx.dtypes, strict=True)), None, None, None, None)
 
 
 def _numbers_per_query(q: Tensor, k: Tensor, main_q: Tensor, main_k: Tensor, seen: tuple[Tensor, Tensor] | None) -> int:
