@@ -36,8 +36,8 @@ ASKED_HOURS = 72
 INPUTS = {"tokens": 1e12, "cards": 1, "utilisation": 1, "price": 1}  # of a run, and in how many they are told
 LIMITS = (
     "Splits over ranks are arithmetic: balanced routing, no fragments of an allocator, no buffers of collectives.",
-    "Traced on fake tensors, every layer: the whole model on one device, and, where the command is given replicas "
-    "(--dp), as one of them, its gradients averaged. ZeRO and all other splits are not traced; nothing is timed.",
+    "Traced on fake tensors, every layer: the whole model on one device, and as one of several replicas that average "
+    "their gradients. ZeRO and all other splits are not traced; nothing is timed.",
     "Attention's FLOPs are counted by the same causal formula in arithmetic and trace, so that part agrees by "
     "construction; a test holds the formula against torch's own count.",
     "DeepSeek-V3's own split is that with dual_pipe, weights and gradients twice; that part of its activations are "
