@@ -36,8 +36,8 @@ ASKED_HOURS = 72
 INPUTS = {"tokens": 1e12, "cards": 1, "utilisation": 1, "price": 1}  # of a run, and in how many they are told
 LIMITS = (
     "Splits over ranks are arithmetic: balanced routing, no fragments of an allocator, no buffers of collectives.",
-    "Traced on fake tensors, every layer: the whole model on one device, and, where the command is given replicas "
-    "(--dp), as one of them, its gradients averaged. ZeRO and all other splits are not traced; nothing is timed.",
+    "Traced on fake tensors, every layer: the whole model on one device, and as one of several replicas that average "
+    "their gradients. ZeRO and all other splits are not traced; nothing is timed.",
     "Attention's FLOPs are counted by the same causal formula in arithmetic and trace, so that part agrees by "
     "construction; a test holds the formula against torch's own count.",
     "DeepSeek-V3's own split is that with dual_pipe, weights and gradients twice; that part of its activations are "
@@ -249,9 +249,10 @@ def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
     starts = [0.0] * len(names)
     for at, kind in enumerate(KINDS):
         sizes = [bars[name][kind] / 2**30 for name in names]
-        drawn = axes.barh(range(len(names)), sizes, left=starts, color=figures.COLOURS[at], height=0.7, label=kind)
+        label = NAMES.get(kind, kind)
+        drawn = axes.barh(range(len(names)), sizes, left=starts, color=figures.COLOURS[at], height=0.7, label=label)
         for bar in drawn:
-            bar.set_label(kind)
+            bar.set_label(label)
         starts = [start + size for start, size in zip(starts, sizes, strict=True)]
     axes.axvline(CARD / 2**30, color=figures.INK, linewidth=1, linestyle=":")
     axes.annotate("80 GiB", (CARD / 2**30, 1.0), xycoords=("data", "axes fraction"), fontsize=7.5, va="bottom")
@@ -261,7 +262,7 @@ def _draw_ranks(axes: Axes, bars: Mapping[str, Mapping[str, float]]) -> None:
     axes.grid(True, axis="x")
     axes.set_axisbelow(True)
     handles = [drawn[0] for drawn in axes.containers]
-    axes.legend(handles, KINDS, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.legend(handles, [NAMES.get(kind, kind) for kind in KINDS], loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _hours_figure(rows: Sequence[Record]) -> Drawn:

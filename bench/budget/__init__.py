@@ -5,7 +5,7 @@
 
 Two independent ways to the same figures. By arithmetic (no torch): bytes of states, of activations kept for backward,
 FLOPs, bytes sent, the fullest rank of a split. By a trace: the real model on fake tensors, whole, on one device, and as
-one of `--dp` replicas that average their gradients. `agreement` holds the two together, and both against the allocator
+one of several replicas that average their gradients. `agreement` holds the two together, and both against the allocator
 at sizes that fit. Other splits, ZeRO included, are arithmetic alone.
 
 states.py       parameters, gradients, optimizer state, by recipe of number formats

@@ -46,11 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.trace:
         same, device = measured(asked, console)
         found += answered(same, device, provenance)
-        apart = differing(device, console)
-        if asked.split.dp > 1:
-            several = exchanged(same, console)
-            found += answered(same, several, provenance, replicas(same))
-            apart |= differing(several, console)
+        several = exchanged(same, console)
+        found += answered(same, several, provenance, replicas(same))
+        apart = differing(device, console) | differing(several, console)
     for table in (*of_ranks(asked, same, device), *of_runs(asked)):
         console.print(table, "")
     fingerprint.save(chosen.out)

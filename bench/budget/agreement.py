@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from bench.budget.allocator import allocated
-from bench.budget.asked import Asked
+from bench.budget.asked import Asked, replicas
 from bench.budget.traced import trace, traceable
 from bench.budget.traffic import ring_all_reduce
 
@@ -34,16 +34,17 @@ def traced(asked: Asked) -> tuple[dict[str, int], Mapping[str, int]]:
 
 
 def traced_replica(asked: Asked) -> dict[str, int]:
-    """The same step as one of `dp` replicas: what a ring sends of the bytes that it hands over, and its peak."""
+    """The same step as one of several replicas: what a ring sends of what it hands over, and its peak."""
+    ranks = replicas(asked).dp
     found = trace(
         asked.config,
         asked.recipe,
         sequences=asked.sequences,
         policy=asked.policy,
-        replicas=asked.split.dp,
+        replicas=ranks,
         accumulating=True,
     )
-    return {"sent_bytes": ring_all_reduce(found.handed, asked.split.dp), "live_bytes": found.peak}
+    return {"sent_bytes": ring_all_reduce(found.handed, ranks), "live_bytes": found.peak}
 
 
 def real(asked: Asked) -> tuple[dict[str, int], Mapping[str, int]]:

@@ -18,6 +18,10 @@ from dsv3.model import cost
 from dsv3.model.hf.config import read_config
 
 LENGTH = 4096  # of a sequence, for a model without a training config
+REPLICAS = 64  # where the question has none
+DEEPSEEK = Split(  # arXiv 2412.19437 section 3.2
+    pp=16, ep=64, dp=128, zero=1, microbatches=120, schedule="dual_pipe"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +100,8 @@ def alone(asked: Asked) -> Share:
 
 
 def replica_figures(asked: Asked) -> dict[str, int]:
-    """Bytes that one of `dp` replicas of the whole model sends in a step of `dsv3.parallel`, and its peak: that of the
-    backward pass, or of the exchange, when states and two flat buffers of all gradients are there.
+    """Bytes that one of several replicas of the whole model sends in a step of `dsv3.parallel`, and its peak: in
+    backward, or in the exchange, when states and two flat buffers of all gradients are there.
     """
     split, share = replicas(asked), alone(asked)
     states = share.parameters + share.gradients + share.optimizer
@@ -108,23 +112,19 @@ def replica_figures(asked: Asked) -> dict[str, int]:
 
 
 def replicas(asked: Asked) -> Split:
-    """The data parallelism of the question, alone: what `dsv3.parallel` does."""
-    return Split(dp=asked.split.dp)
+    """The data parallelism of the question, or a usual one, alone: what `dsv3.parallel` does."""
+    return Split(dp=asked.split.dp if asked.split.dp > 1 else REPLICAS)
 
 
 def examples(asked: Asked) -> tuple[Split, ...]:
-    """The split that was asked for, and well-known ones that come out even for this model.
-
-    The last is DeepSeek-V3's own (arXiv 2412.19437 section 3.2); the one before is the same without DualPipe.
-    """
-    own = Split(pp=16, ep=64, dp=128, zero=1, microbatches=120)
+    """The split that was asked for, and well-known ones that come out even for this model."""
     known = (
         Split(),
-        Split(dp=64, zero=1),
-        Split(dp=64, zero=3),
+        Split(dp=REPLICAS, zero=1),
+        Split(dp=REPLICAS, zero=3),
         Split(tp=8, pp=8, ep=8, dp=8, zero=1, microbatches=16, sequence_parallel=True),
-        own,
-        vary(own, schedule="dual_pipe"),
+        vary(DEEPSEEK, schedule="one_f_one_b"),
+        DEEPSEEK,
     )
     return tuple(dict.fromkeys((asked.split, *_even(asked, known))))
 

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from bench.budget import wall
 from bench.budget.activations import POLICIES, by_module, kept
-from bench.budget.asked import Asked, alone, examples, replicas
+from bench.budget.asked import DEEPSEEK, Asked, alone, examples, replicas
 from bench.budget.published import compared
 from bench.budget.shares import fullest, shares
 from bench.budget.states import RECIPES
@@ -110,7 +110,8 @@ def ranks(asked: Asked, same: Asked, device: Mapping[str, Mapping[str, int]] | N
         where = f"{most.stage + 1} of {split.pp}"
         rows.append((split.name, f"{split.ranks}", where, *(size_of(getattr(most, kind)) for kind in KINDS)))
     title = f"Memory of the fullest rank: {_microbatch(asked)}, recompute {asked.policy}"
-    return grid(title, ("split", "ranks", "stage", *KINDS.values()), rows, f"{LEGEND}\n{_held(same, device)}")
+    note = "\n".join((LEGEND, f"DeepSeek-V3's own split is {DEEPSEEK.name}.", _held(same, device)))
+    return grid(title, ("split", "ranks", "stage", *KINDS.values()), rows, note)
 
 
 def _held(same: Asked, device: Mapping[str, Mapping[str, int]] | None) -> str:

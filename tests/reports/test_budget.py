@@ -16,7 +16,7 @@ from reports.pages import Page
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("budget")
-    assert main(["--preset", "tiny", "--sequence", "32", "--dp", "2", "--out", str(folder)]) == 0
+    assert main(["--preset", "tiny", "--sequence", "32", "--out", str(folder)]) == 0
     assert main(["--preset", "deepseek_v3", "--no-trace", "--out", str(folder)]) == 0
     return folder
 
@@ -47,7 +47,7 @@ def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Rec
 def test_replicas_stand_in_a_table_of_their_own(records: tuple[Record, ...]) -> None:
     (table,) = (table for table in budget_page(records, {}).tables if table.caption.startswith("One of several"))
     what, peak = table.rows
-    assert "dp2" in what[0]
+    assert "dp64" in what[0]
     assert (what[1], what[-1]) == ("sent by a ring in a step", "+0.00%")
     assert peak[1] == "peak"
 

@@ -45,7 +45,7 @@ def test_the_command_prints_the_agreement_and_keeps_records(
     assert list((tmp_path / "machines").glob("*.json"))
 
 
-def test_replicas_are_traced_where_the_question_has_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_many_replicas_are_traced_as_the_question_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--preset", "tiny", "--sequence", "32", "--dp", "4", "--out", str(tmp_path)]) == 0
     assert "One of 4 replicas of the whole model" in capsys.readouterr().out
     records = load(tmp_path / "records.jsonl").records
@@ -131,7 +131,7 @@ def test_figures_that_are_too_far_apart_are_named() -> None:
 def test_a_true_size_takes_less_than_a_minute_of_cpu_time(whose: str, policy: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(write_config(presets.deepseek_v3().model)))
     model = "deepseek_v3" if whose == "--preset" else str(tmp_path)
-    asked = [whose, model, "--recompute", policy, "--dp", "128", "--out", str(tmp_path)]
+    asked = [whose, model, "--recompute", policy, "--out", str(tmp_path)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "bench.budget", *asked], cwd=ROOT, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
