@@ -147,7 +147,10 @@ def measure_and_judge(chosen: argparse.Namespace, stored: Stored, base: str | No
         found = replace(found, dearer=compared.dearer)
         if chosen.save:
             save(chosen.save, found)
-    if chosen.accept and not (isinstance(compared, NotCounted) and compared.code):
+    if chosen.accept:
+        if isinstance(compared, NotCounted) and compared.code:
+            print(f"instructions: {compared}; nothing is accepted")
+            return Verdict(compared.code)
         return Verdict(accepted(stored, found, chosen.reason))
     verdicts = (structure, judge_instructions(compared, stored))
     code = next(code for code in WORST_FIRST if any(verdict.code == code for verdict in verdicts))

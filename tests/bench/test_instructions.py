@@ -1,18 +1,16 @@
 """Instruction counts: the same to the last digit for the same code, and one empty tensor more is seen in them."""
 
-import gc
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench import instructions, instrumented
+from bench import instructions, instrumented, variants
 from bench.instructions import DISPATCH_MARGIN, Comparison, Count, Counts, Row, copied, joined, read, started
 from bench.revision import ROOT
-from dsv3.attention.kernels import blocks
+from bench.variants import Work
 
 WORK = ("base", "decode_grouped")
 REASON = instructions.why_not()
@@ -94,25 +92,20 @@ def test_a_comparison_tells_what_moved_and_how_far_the_rest_is() -> None:
     ]
 
 
-def test_the_kernel_is_loaded_before_anything_is_counted_where_this_dsv3_has_one(
+def test_work_is_called_once_before_anything_is_counted_and_what_fails_has_a_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(blocks, "why_not", lambda: asked.append("kernel"))
-    monkeypatch.setattr(instrumented, "build", lambda *_: asked.append("build") or {})
-
-    def stop() -> None:
-        gc.enable()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(instrumented, "instrument", stop)
-    threads = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt):
-        instrumented.main(["answer.json"])
-    torch.set_num_threads(threads)
-    assert asked == ["build", "kernel"]
-    monkeypatch.setitem(sys.modules, "dsv3.attention.kernels", None)  # of an older dsv3
-    instrumented.load_kernel()
+    called: list[str] = []
+    works = {
+        "good": lambda: Work(build=lambda: "state", call=called.append),
+        "bad": lambda: Work(build=lambda: 0, call=lambda state: 1 / state),
+        "unasked": lambda: pytest.fail("built"),
+    }
+    monkeypatch.setattr(variants, "works", lambda: works)
+    reasons: dict[str, str] = {}
+    assert list(instrumented.build(["good", "bad"], reasons)) == ["good"]
+    assert called == ["state"]
+    assert reasons == {"bad": "ZeroDivisionError: division by zero"}
 
 
 CALLGRIND = """version: 1
