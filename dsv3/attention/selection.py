@@ -74,15 +74,18 @@ def tidy(selection: Selection, queries: int, total: int) -> Selection:
     if indices.shape[-1] == 0:
         indices = F.pad(indices, (0, 1))
     most, blocks = selection.indices.shape[-1], -(-total // selection.block_k)
-    low, high = (int(x) for x in counts.aminmax())
-    rule = f"must be between 0 and K={most}"
-    require(low >= 0 and high <= most, "selection.counts", (low, high), rule, "count the listed blocks")
     unlisted = torch.arange(indices.shape[-1], device=indices.device) >= counts[..., None]
-    stop = (torch.arange(1, indices.shape[2] + 1, device=indices.device) * selection.block_q).clamp(max=queries)
-    newest = (total - queries + stop - 1) // selection.block_k
-    last = indices.gather(-1, (counts[..., None] - 1).clamp(min=0).long())[..., 0]
-    edges = ((indices[..., 0] >= 0) & (last <= newest)) | (counts == 0)
-    if bool(edges.all()) and bool(((indices[..., 1:] > indices[..., :-1]) | unlisted[..., 1:]).all()):
+    ends = torch.arange(total - queries, total, selection.block_q, device=indices.device) + selection.block_q
+    newest = (ends.clamp(max=total) - 1) // selection.block_k
+    last = indices.gather(-1, (counts[..., None] - 1).clamp(0, max(0, most - 1)).long())[..., 0]
+    inside = ((indices[..., 0] >= 0) & (last <= newest)) | (counts == 0)
+    rising = (indices[..., 1:] > indices[..., :-1]) | unlisted[..., 1:]
+    counted = (counts >= 0) & (counts <= most)
+    fits, is_tidy = torch.stack((counted.all(), inside.all() & rising.all())).tolist()  # the host waits once
+    if not fits:
+        given = (int(counts.min()), int(counts.max()))
+        require(False, "selection.counts", given, f"must be between 0 and K={most}", "count the listed blocks")
+    if is_tidy:
         return replace(selection, indices=indices)
     low, high = (int(x) for x in indices.masked_fill(unlisted, 0).aminmax())
     rule = f"must be between 0 and {blocks - 1}, the last of the blocks of keys"

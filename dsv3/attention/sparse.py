@@ -125,10 +125,10 @@ def _countable(selection: Selection) -> Selection:
     """Ranks and limits that fp32 compares exactly: limits beyond the largest rank all say the same."""
     if selection.rank is None or selection.limit is None:
         return selection
-    low, high = (int(x) for x in selection.rank.aminmax())
+    ends = (*selection.rank.aminmax(), *selection.limit.aminmax())
+    low, high, least, most = torch.stack([end.long() for end in ends]).tolist()  # the host waits once
     rule = f"must be between {-LONGEST} and {LONGEST}: ranks are compared in fp32"
     require(low >= -LONGEST and high <= LONGEST, "selection.rank", (low, high), rule, "number the keys in their order")
-    least, most = (int(x) for x in selection.limit.aminmax())
     if least >= -LONGEST and most <= LONGEST:
         return selection
     limit = selection.limit.clamp(max=LONGEST)
