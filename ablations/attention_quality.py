@@ -6,12 +6,13 @@ than a quarter of what causality leaves; blocks are so many that a tree prunes a
 
     length / block_k  >=  k branching^2        64 blocks, k = 8 of them seen, 2 children a node
 
-Choices are made per token (block_q = 1) on every task. The window is the control: it does not reach from a question to
-what was told, in two layers either, so that where it succeeds the task does not ask for recall. Counting needs all keys
-at once, which no choice of an eighth has: named here, before any run, as the one task on which sparse arms may lose.
+Keys are chosen for each token (block_q = 1) on every task. The window is the control: it does not reach from a question
+to what was told, in two layers either, so that where it succeeds the task does not ask for recall. Counting needs all
+keys at once, which no choice of an eighth has: named here, before any run, as the one task on which sparse arms may
+lose.
 
-Not part of the report, since all seeds take hours: `python -m ablations run ablations/attention_quality.py`, again and
-again until all cells are done.
+Not part of the report, since all seeds take hours: `python -m ablations run ablations/attention_quality.py --profile
+full`, in as many sittings as it takes, since finished cells are kept.
 """
 
 from collections.abc import Mapping, Sequence
@@ -139,11 +140,11 @@ def answer(records: Sequence[Record]) -> str:
     points = _points(records)
     share = estimate(records, arm="hierarchical", metric="selection_share", **points[0])
     dense = {str(at["task"]): estimate(records, arm="dense", metric="accuracy", **at) for at in points}
-    gaps = {str(at["task"]): _points_lost(records, at) for at in points}
-    worst = max(gaps, key=lambda task: gaps[task].value)
+    lost = {str(at["task"]): _points_lost(records, at) for at in points}
+    worst = max(lost, key=lambda task: lost[task].value)
     short = [f"{task} ({_percent(found)})" for task, found in dense.items() if found.value < LEARNT]
     unlearnt = f"Dense attention itself stays below {LEARNT:.0%} on {', '.join(short)}. " if short else ""
-    listed = ", ".join(f"{task} {found}" for task, found in gaps.items())
+    listed = ", ".join(f"{task} {found}" for task, found in lost.items())
     return (
         f"{unlearnt}With {_percent(share)} of the visible pairs, chosen down a tree for each token, accuracy falls "
         f"short of dense attention's by these points: {listed}. The most is lost on {worst}."
