@@ -86,10 +86,10 @@ def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, i
     for name, shape in parameter_shapes(model, mtp=mtp).items():
         if len(shape) > 1 and name != "embed_tokens.weight":
             flops[name] = 2 * _active(model, name, shape) * _positions(name, length)
-    head = 2 * model.vocab_size * model.hidden_size
+    head, scores = 2 * model.vocab_size * model.hidden_size, _scores(model.attention, length)
     flops["lm_head.weight"] = head * length
     for layer in range(model.num_hidden_layers):
-        flops |= _within(f"layers.{layer}.self_attn", _scores(model.attention, length))
+        flops |= _within(f"layers.{layer}.self_attn", scores)
     for depth in range(mtp_depths(model) if mtp else 0):
         positions = length - depth - 1
         flops |= _within(f"mtp.{depth}.block.self_attn", _scores(model.attention, positions))
