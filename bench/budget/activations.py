@@ -16,7 +16,7 @@ experts, W = max(P, R) the width that the CPU's fused attention pads queries, ke
     loss                 log-probabilities in fp32, 4 N V, for the head and for each MTP depth
     a selection of keys  q, k, v and out without padding, out once more for the layer that reads it, 8 B for each number
                          of `selections`, and for per-head selection an importance e N H. Choosing by content has no
-                         gradient and keeps no score
+                         gradient and keeps no score; an indexer that learns keeps what its own loss needs
 
 Policies:
 
@@ -27,18 +27,20 @@ Policies:
                 backward, as DeepSeek-V3 does (arXiv 2412.19437 sections 3.2.3 and 3.3.3)
     full        within a block its input alone; the block's forward runs again
 
-A capacity is counted as dropping nothing: how much it drops hangs on the routing.
+A capacity is counted as dropping nothing: how much it drops hangs on the routing. An indexer that learns keeps under a
+policy what the policy says; torch's own checkpointing runs its block at once, since the loss is differentiated while it
+is computed, and keeps the whole of it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from bench.budget.selections import listed
+from bench.budget.selections import chooses, listed
 from dsv3.config import (
     Attention,
-    Everything,
     Grouped,
+    Indexer,
     Latent,
     Model,
     PerHead,
@@ -147,6 +149,8 @@ def _attention(model: Model, batch: Batch) -> Iterator[Kept]:
     yield Kept(module="attention", bytes=2 * 4 * batch.length * rotated, axis="rows")
     yield Kept(module="attention", bytes=4 * n * attention.num_attention_heads, axis="width")
     yield from _selection(attention, batch)
+    if isinstance(attention.select, Indexer) and attention.select.loss_weight > 0:
+        yield from _indexer(attention.select, rotated, model.hidden_size, batch)
 
 
 def _latents(attention: Latent, batch: Batch) -> Iterator[Kept]:
@@ -161,7 +165,7 @@ def _latents(attention: Latent, batch: Batch) -> Iterator[Kept]:
 def core_widths(model: Model, batch: Batch) -> tuple[int, ...]:
     """Numbers per token of q, k, v, out, and of the output layer's input where that is not `out` itself."""
     attention, heads = model.attention, model.attention.num_attention_heads
-    selected = not isinstance(attention.select, Everything)
+    selected = chooses(attention.select, batch.length)
     if isinstance(attention, Latent):
         p, r = attention.qk_head_dim, attention.v_head_dim
         padded = p if selected else max(p, r)
@@ -180,6 +184,23 @@ def _selection(attention: Attention, batch: Batch) -> Iterator[Kept]:
     size = 8 * numbers + batch.element * batch.tokens * scored
     if size:
         yield Kept(module="selection", bytes=size, axis="width" if per_head else "rows")
+
+
+def _indexer(indexer: Indexer, rotated: int, width: int, batch: Batch) -> Iterator[Kept]:
+    """The turns of its queries and keys; the input of its weights in fp32; what LayerNorm reads, and both statistics;
+    and, in place of what its loss reads, the gradients of that: queries, keys and weights.
+    """
+    e, n = batch.element, batch.tokens
+    copied = 4 * width if e < 4 else 0
+    normed = e * (indexer.index_head_dim + 2)
+    yield Kept(module="indexer", bytes=2 * 4 * batch.length * rotated, axis="rows")
+    yield Kept(module="indexer", bytes=n * (copied + normed + _indexer_gives(indexer, e)), axis="tokens")
+
+
+def _indexer_gives(indexer: Indexer, element: int) -> int:
+    """Bytes a token of its queries, its key and its weights."""
+    heads, width = indexer.index_n_heads, indexer.index_head_dim
+    return element * (heads + 1) * width + 4 * heads
 
 
 def _swiglu(module: str, model: Model, batch: Batch, inner: int) -> Iterator[Kept]:
@@ -215,13 +236,14 @@ def _products_of_attention(model: Model, batch: Batch) -> Iterator[Kept]:
         rank = attention.q_lora_rank
         down = attention.kv_lora_rank + attention.qk_rope_head_dim + (0 if rank is None else rank)
         wide = heads * attention.qk_head_dim if rank is None else 0
-        padded = max(attention.qk_head_dim, attention.v_head_dim)
-        out = heads * (padded if isinstance(attention.select, Everything) else attention.v_head_dim)
+        out = heads * max(attention.qk_head_dim, attention.v_head_dim)
     else:
         groups = attention.num_key_value_heads if isinstance(attention, Grouped) else heads
         down, wide, out = 0, (heads + 2 * groups) * attention.head_dim, heads * attention.head_dim
     yield Kept(module="attention", bytes=e * n * (down + model.hidden_size), axis="tokens")
     yield Kept(module="attention", bytes=n * (e * (wide + out) + 4 * heads), axis="width")
+    if isinstance(attention.select, Indexer):
+        yield Kept(module="indexer", bytes=n * _indexer_gives(attention.select, e), axis="tokens")
 
 
 def _gate_up(module: str, batch: Batch, inner: int) -> Iterator[Kept]:

@@ -39,9 +39,9 @@ class Asked:
         require(self.policy in POLICIES, "recompute", self.policy, f"must be one of {', '.join(POLICIES)}", "pick one")
         require(self.sequences >= 1, "sequences", self.sequences, "must be at least 1", "a microbatch has rows")
         select = self.config.model.attention.select
-        rule = "must not be an indexer: what one keeps for backward is not priced"
-        priced = not isinstance(select, Indexer)
-        require(priced, "attention.select", type(select).__name__, rule, "ask for deepseek_v3: all else is the same")
+        if isinstance(select, Indexer):
+            rule = "must be 'sparse': an indexer that warms up beside frozen weights is not priced"
+            require(select.stage == "sparse", "attention.select.stage", select.stage, rule, "ask for the later stage")
         check(self.config.model, self.split)
 
     @property

@@ -7,6 +7,9 @@
     Blocks,        for each sequence, head that chooses and block of queries as many blocks of keys as the last one may
     Hierarchical   see, and a count; fewer are chosen under top_p, in as much room
 
+    Indexer        for each sequence and position its keys, and one count for all sequences; nothing while no position
+                   has more keys before it than it may see
+
 All rows are as long as the longest. `dsv3.attention.select` makes the lists.
 """
 
@@ -22,15 +25,23 @@ from dsv3.config import (
     Latent,
     MultiHead,
     PerHead,
+    Select,
     Window,
 )
 
 QUERIES, KEYS = 256, 64  # in a block of a window; per-head selection lists key by key
 
 
+def chooses(select: Select, length: int) -> bool:
+    """Whether attention over `length` tokens goes by lists."""
+    return not isinstance(select, Everything) and not (isinstance(select, Indexer) and length <= select.index_topk)
+
+
 def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool]:
     """How many numbers one layer's lists hold, and whether each head has its own."""
     heads = attention.num_attention_heads
+    if not chooses(attention.select, length):
+        return 0, False
     match attention.select:
         case Everything():
             return 0, False
@@ -44,8 +55,8 @@ def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool
             last = (length - 1) // choice.block_q
             most = choice.past(last * choice.block_q // choice.block_k) + choice.own
             return sequences * lists * (last + 1) * (most + 1), lists == heads
-        case Indexer():
-            raise AssertionError("a budget with an indexer is refused where it is asked for")
+        case Indexer() as indexer:
+            return sequences * length * indexer.index_topk + length, False
         case _:
             assert_never(attention.select)
 

@@ -37,7 +37,7 @@ def shares(model: Model, split: Split, recipe: Recipe, batch: Batch, policy: Pol
     """
     check(model, split)
     moments = Moments(model=model, split=split, recipe=recipe, batch=batch, policy=policy)
-    return tuple(_share(moments, rank) for rank in range(split.pp))
+    return tuple(_share(moments, rank, parameters) for rank, parameters in enumerate(held(model, split)))
 
 
 def fullest(found: tuple[Share, ...]) -> Share:
@@ -45,9 +45,9 @@ def fullest(found: tuple[Share, ...]) -> Share:
     return max(found, key=lambda share: share.total)
 
 
-def _share(moments: Moments, rank: int) -> Share:
+def _share(moments: Moments, rank: int, parameters: dict[str, int]) -> Share:
     model, split, recipe = moments.model, moments.split, moments.recipe
-    parameters, alike = held(model, split, rank), copies(split)
+    alike = copies(split)
 
     def states(each: int, cut_from: int) -> int:
         ways = {kind: alike[kind] if split.zero >= cut_from else 1 for kind in alike}

@@ -119,18 +119,19 @@ def parts_of(model: Model, split: Split, stage: int) -> tuple[str, ...]:
     )
 
 
-def held(model: Model, split: Split, rank: int) -> dict[str, int]:
-    """Parameters that a rank of the pipeline multiplies with, experts apart from the rest."""
-    found = {"dense": 0, "experts": 0}
-    parts = [part for stage in split.stages(rank) for part in parts_of(model, split, stage)]
-    here = {"norm" if part == "head" else part for part in parts}
-    here |= {"lm_head"} if "norm" in here else set()
-    tied = model.tie_word_embeddings and "norm" in here  # the head's copy on the last stage
+def held(model: Model, split: Split) -> tuple[dict[str, int], ...]:
+    """Parameters that each rank of the pipeline multiplies with, experts apart from the rest."""
+    sizes: dict[str, dict[str, int]] = {}
     for name, shape in parameter_shapes(model).items():
-        expert = ".mlp.experts." in name
-        if _part(name) in here or (tied and name == "embed_tokens.weight"):
-            found["experts" if expert else "dense"] += cut(name, shape, split)
-    return found
+        kind = "experts" if ".mlp.experts." in name else "dense"
+        sizes.setdefault(_part(name), {"dense": 0, "experts": 0})[kind] += cut(name, shape, split)
+    found = []
+    for rank in range(split.pp):
+        here = {part for stage in split.stages(rank) for part in parts_of(model, split, stage)}
+        if model.tie_word_embeddings and "head" in here:
+            here.add("embed_tokens")  # the head's copy on the last stage
+        found.append({kind: sum(sizes[part][kind] for part in here) for kind in ("dense", "experts")})
+    return tuple(found)
 
 
 def cut(name: str, shape: tuple[int, ...], split: Split) -> int:
@@ -151,5 +152,8 @@ def divided(item: Kept, split: Split) -> int:
 
 
 def _part(name: str) -> str:
-    head, _, rest = name.partition(".")
-    return f"{head}.{rest.partition('.')[0]}" if head in ("layers", "mtp") else head
+    """Where a parameter stands, by the names of `activations.kept`."""
+    first, _, rest = name.partition(".")
+    if first in ("norm", "lm_head"):
+        return "head"
+    return f"{first}.{rest.partition('.')[0]}" if first in ("layers", "mtp") else first

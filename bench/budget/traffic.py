@@ -48,7 +48,7 @@ def ring_all_reduce(size: int, ranks: int) -> int:
 
 
 def _data(model: Model, split: Split, recipe: Recipe, rank: int) -> int:
-    parameters, alike, m = held(model, split, rank), copies(split), _microbatches(split)
+    parameters, alike, m = held(model, split)[rank], copies(split), _microbatches(split)
     total = 0
     for kind, size in parameters.items():
         weights, gradients = recipe.weight * size, recipe.gradient * size

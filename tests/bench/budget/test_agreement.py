@@ -1,5 +1,6 @@
 """Arithmetic, trace and allocator say the same of one step."""
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,10 @@ from bench.budget.agreement import real, traced, traced_replica, without_selecti
 from bench.budget.allocator import allocated
 from bench.budget.asked import Asked, figures, replica_figures
 from bench.budget.counted import attention_formulas
+from bench.budget.live import Live
 from bench.budget.splits import Split
 from bench.budget.states import RECIPES, recipe
 from bench.budget.traced import build, trace
-from bench.meters.saved import saved_bytes
 from dsv3.config import (
     MTP,
     Blocks,
@@ -26,6 +27,7 @@ from dsv3.config import (
     Fixed,
     Grouped,
     Hierarchical,
+    Indexer,
     Latent,
     MultiHead,
     PerHead,
@@ -164,10 +166,39 @@ def test_what_a_selection_keeps_is_as_measured_on_real_tensors(attention: str, n
     whole = {"train.sequence_length": 270, "model.attention": CONFIGS[attention].model.attention}
     config = vary(presets.article_small(), **whole, **{"model.num_hidden_layers": 2, "model.moe.capacity": Dropless()})
     config = vary(config, **{"model.attention.select": SELECTS[select]})
+    assert kept_now(config, name) == pytest.approx(kept_said(config, name), abs=SCALARS)
+
+
+@pytest.mark.parametrize("topk", [10, 100], ids=["few_keys", "all_keys"])
+@pytest.mark.parametrize("loss_weight", [0.0, 1.0], ids=["fixed", "learns"])
+@pytest.mark.parametrize("name", ["bfloat16", "float32"])
+def test_what_an_indexer_keeps_is_as_measured_on_real_tensors(name: str, loss_weight: float, topk: int) -> None:
+    indexer = Indexer(index_n_heads=3, index_head_dim=32, index_topk=topk, loss_weight=loss_weight)
+    config = tiny(**{"model.attention.select": indexer})
+    assert kept_now(config, name) == pytest.approx(kept_said(config, name), abs=SCALARS)
+
+
+def test_an_indexer_that_warms_up_is_refused() -> None:
+    indexer = Indexer(index_n_heads=3, index_head_dim=32, index_topk=10, stage="warmup")
+    with pytest.raises(ValueError, match=r"stage='warmup': must be 'sparse'.*not priced"):
+        Asked(name="tiny", config=tiny(**{"model.attention.select": indexer}), recipe=recipe("bfloat16"))
+
+
+def kept_said(config: Config, name: str) -> int:
+    length = config.train.sequence_length
+    return kept_bytes(config.model, Batch(sequences=2, length=length, element=recipe(name).weight))
+
+
+def kept_now(config: Config, name: str) -> int:
+    """Bytes that two real sequences leave behind after forward; what a loss differentiates inside itself is gone."""
     step = build(config, recipe(name), sequences=2, policy="none")
-    batch = Batch(sequences=2, length=270, element=recipe(name).weight)
-    measured = saved_bytes(step.loss, step.model.parameters()).value
-    assert abs(measured - kept_bytes(config.model, batch)) <= SCALARS
+    with Live() as live:
+        live.own(step.model.parameters(), "parameters")
+        before = live.now
+        loss = step.loss()
+        gc.collect()
+        assert loss.requires_grad
+        return live.now - before
 
 
 def test_a_selection_of_keys_is_refused_with_what_to_trace_instead() -> None:
