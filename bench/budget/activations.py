@@ -188,17 +188,17 @@ def _selection(attention: Attention, batch: Batch) -> Iterator[Kept]:
 
 def _indexer(indexer: Indexer, rotated: int, width: int, batch: Batch) -> Iterator[Kept]:
     """The turns of its queries and keys; the input of its weights in fp32; what LayerNorm reads, and both statistics;
-    and, in place of what its loss reads, the gradients of that: queries, keys and weights.
+    and, in place of what its loss reads, the gradients of that in fp32: queries, keys and weights.
     """
     e, n = batch.element, batch.tokens
     copied = 4 * width if e < 4 else 0
     normed = e * (indexer.index_head_dim + 2)
     yield Kept(module="indexer", bytes=2 * 4 * batch.length * rotated, axis="rows")
-    yield Kept(module="indexer", bytes=n * (copied + normed + _indexer_gives(indexer, e)), axis="tokens")
+    yield Kept(module="indexer", bytes=n * (copied + normed + _indexer_gives(indexer, 4)), axis="tokens")
 
 
 def _indexer_gives(indexer: Indexer, element: int) -> int:
-    """Bytes a token of its queries, its key and its weights."""
+    """Bytes a token of its queries and its key, `element` each, and its weights in fp32."""
     heads, width = indexer.index_n_heads, indexer.index_head_dim
     return element * (heads + 1) * width + 4 * heads
 
