@@ -124,5 +124,5 @@ def gate(session: nox.Session) -> None:
 
 @job
 def ab(session: nox.Session) -> None:
-    """Times of the working tree against a revision; too little evidence and a gain pass."""
+    """Times of the working tree against a revision; too little evidence and a gain pass, a tree that fails does not."""
     module(session, "bench.ab", *session.posargs, passing=(0, 3, 5))

@@ -18,7 +18,8 @@ budget/         what true-size models take: by arithmetic, traced on fake tensor
 gate.py         exact figures (structure.py and compiled.py measure them, of variants.py) against expectations.json, and
                 instructions.py against another revision's (instrumented.py runs inside valgrind); differences.py;
                 stability.py: do the figures repeat?
-pytest_gate.py  the same for any step in anyone's repository, as a pytest fixture
+ab/             the working tree's times against a revision's, in pairs of fresh processes
+pytest_gate.py  the exact figures of any step in anyone's repository, as a pytest fixture
 
 The first four do not import torch, and neither does this file.
 

@@ -21,16 +21,21 @@ def table(metrics: tuple[Metric, ...] = METRICS) -> str:
 
 
 def refresh(text: str) -> str:
-    """The text with what stands between the two markers replaced by the table.
+    """The text with the glossary in it replaced by the table."""
+    return between(text, BEGIN, END, table())
+
+
+def between(text: str, begin: str, end: str, lines: str) -> str:
+    """The text with what stands between two markers replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{README.name}: has no line {BEGIN if not begin else END!r}; put both markers back")
-    return f"{before}{BEGIN}\n{table()}{END}{after}"
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise ValueError(f"{README.name}: has no line {begin if not first else end!r}; put both markers back")
+    return f"{before}{begin}\n{lines}{end}{after}"
 
 
 def main(arguments: list[str] | None = None) -> int:

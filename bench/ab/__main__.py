@@ -2,16 +2,22 @@
 
     python -m bench.ab main                            compare the working tree with main
     python -m bench.ab main -k step_base -k decode     these cases only
-    python -m bench.ab main -k step_two_processes      wall time of a step on two processes, which needs two idle cores
+    python -m bench.ab main -k step_two_processes      wall time of a step on two processes
     python -m bench.ab --calibrate                     what the gate does where nothing has changed, and where 10% has
 
-Both sides run today's cases in blocks of fresh processes that take turns (`bench.ab.block`) until every case has a
+Both sides run today's cases in blocks of fresh processes that take turns (`bench.ab.turns`) until every case has a
 verdict (`bench.ab.decide`) or the time budget is spent. Blocks are kept in <out>/ab/: the same command goes on where a
 killed run was, and a larger budget adds to what is there. An older dsv3 that lacks what a case needs leaves it "not
-comparable". A control, the revision against itself, and slow-downs of real work say what the verdicts are worth here.
+comparable"; a working tree that fails where the base does not ends the run. A control, the revision against itself, and
+slow-downs of real work say what the verdicts are worth here.
+
+CPU time decides, since it does not count waiting for a core. A step on two processes is all waiting: its wall time is
+compared only where it is named, on a machine with two idle cores. On a busy one it would never be decided, and keep all
+the other cases waiting until the budget is spent.
 
 Exit code 0: some case is the same and none is different; 1: a case is slower; 2: a bad command; 3: no case has a
-verdict; 4: the control failed, so there are no verdicts; 5: a case is faster and none is slower.
+verdict; 4: the control failed, so there are no verdicts; 5: a case is faster and none is slower; 6: the working tree
+fails at a case that the base serves, or a process that measures ended.
 """
 
 import argparse
@@ -27,12 +33,13 @@ from rich.table import Table
 from bench.ab import block, recording
 from bench.ab.cases import CASES
 from bench.ab.decide import MARGIN, Verdict, decide, decided
-from bench.ab.judge import REFUSED, UNKNOWN, Judgement, judge
+from bench.ab.judge import FAILED, REFUSED, Judgement, judge
 from bench.fingerprint import machine_id
 from bench.revision import resolve
 from dsv3.config.rules import require
 
 DEFAULT = tuple(name for name, case in CASES.items() if case.clock == "cpu")
+BY_WALL_TIME = tuple(name for name in CASES if name not in DEFAULT)
 BUDGET = 600.0
 
 Measure = Callable[[int], block.Block]
@@ -45,17 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.calibrate or chosen.record:
             from bench.ab import calibrate
 
-            return calibrate.main(chosen.record, chosen.blocks, chosen.budget)
+            return calibrate.main(chosen.record, chosen.blocks, chosen.budget, write=chosen.write)
         cases = selected(chosen.cases)
-        require(chosen.budget > 0, "budget", chosen.budget, "must be above 0 seconds", "600 finds a tenth")
+        require(chosen.budget > 0, "budget", chosen.budget, "must be above 0 seconds", f"{BUDGET:.0f} is usual")
         require(bool(chosen.revision), "revision", chosen.revision, "must name the base", "python -m bench.ab main")
         return compare(resolve(chosen.revision), cases, chosen.budget, chosen.out)
     except ValueError as error:
         print(f"python -m bench.ab: {error}", file=sys.stderr)
         return REFUSED
+    except block.BrokenHead as error:
+        print(f"python -m bench.ab: the working tree fails where the base does not:\n{error}", file=sys.stderr)
+        return FAILED
     except RuntimeError as error:
         print(f"python -m bench.ab: {error}\nThe blocks before are kept; the same command goes on.", file=sys.stderr)
-        return UNKNOWN
+        return FAILED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,15 +73,20 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.ab", description=(__doc__ or "").partition("\n")[0])
     made.add_argument("revision", nargs="?", help="the base: a commit, branch or tag")
     made.add_argument(
-        "-k", dest="cases", action="append", metavar="CASE", help=f"one of {', '.join(CASES)}; repeatable"
+        "-k",
+        dest="cases",
+        action="append",
+        metavar="CASE",
+        help=f"one of {', '.join(CASES)}; repeatable; {', '.join(BY_WALL_TIME)} (wall time) only when named",
     )
     made.add_argument("--budget", type=float, default=BUDGET, help="seconds of blocks, those on file counted (600)")
     made.add_argument("--out", type=Path, default=Path("reports/out"), help="folder of the recorded blocks")
     made.add_argument("--calibrate", action="store_true", help="replay the gate on recorded runs without a change")
+    made.add_argument("--write", action="store_true", help="with --calibrate: state what came out in bench/README.md")
     made.add_argument(
         "--record", type=int, default=0, metavar="RUNS", help="first record so many runs of HEAD against HEAD"
     )
-    made.add_argument("--blocks", type=int, default=8, help="blocks of a recorded run (8)")
+    made.add_argument("--blocks", type=int, default=4, help="blocks of a recorded run (4)")
     return made
 
 

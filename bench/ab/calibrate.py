@@ -1,6 +1,7 @@
 """How often the gate errs: its whole decision replayed on recorded runs in which nothing had changed.
 
     python -m bench.ab --calibrate                      replay bench/ab/null_blocks.jsonl
+    python -m bench.ab --calibrate --write              and state what came out in bench/README.md
     python -m bench.ab --record 40 --calibrate          first add 40 runs of HEAD against HEAD to it
 
 A trial fills the time budget with recorded runs drawn with replacement, each whole and in its order, all cases of a
@@ -12,22 +13,26 @@ The file keeps of every block the ratios to the base, and which measuring code m
 refused, since they say nothing of today's.
 """
 
+import ast
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from random import Random
 from statistics import fmean, median, stdev
+from types import ModuleType
 
-from rich.console import Console
-
-from bench.ab import block, cases, recording, worker
-from bench.ab.block import ARMS, SLOWED, Block
-from bench.ab.decide import Rate, alarms, decide, decided
+from bench.ab import block, cases, recording, turns, worker
+from bench.ab.block import Block
+from bench.ab.decide import ALPHA, MARGIN, Rate, alarms, decide, decided
 from bench.ab.judge import added
+from bench.ab.turns import ARMS, SLOWED
 from bench.fingerprint import machine_id
+from bench.glossary import README, between
+from bench.meters import paired
 from bench.record import append_lines
 from bench.revision import checked_out
 from bench.syntax import dump, parse
@@ -35,6 +40,9 @@ from dsv3.config.rules import require
 
 NULL_BLOCKS = Path(__file__).parent / "null_blocks.jsonl"
 TRIALS = 300
+BUSY = 8  # the load average from which a run stands in the second column too
+BEGIN = "<!-- begin calibration: python -m bench.ab --calibrate --write -->"
+END = "<!-- end calibration -->"
 COMPARED = (*ARMS[1:], *SLOWED)  # what has a ratio to the base
 
 
@@ -58,16 +66,20 @@ class Calibration:
     blocks: float
 
 
-def main(runs: int, blocks: int, budget: float) -> int:
-    """Record runs if any are asked for, replay all of them, and print what came out."""
+def main(runs: int, blocks: int, budget: float, *, write: bool = False) -> int:
+    """Record runs if any are asked for, replay all of them, and print what came out, into the README too if asked."""
     require(runs >= 0, "record", runs, "must be a number of runs", "40 are in the file")
-    require(blocks >= 1, "blocks", blocks, "must be at least 1", "8 is a run")
+    require(blocks >= 1, "blocks", blocks, "must be at least 1", "4 is a run")
     require(budget > 0, "budget", budget, "must be above 0 seconds", "600 is the gate's own")
     for _ in range(runs):
         record(blocks, NULL_BLOCKS)
     recorded = load(NULL_BLOCKS)
     gc.freeze()  # statsmodels collects garbage at every correction: with all that scipy holds, a tenth of a second each
-    show(Console(), recorded, calibrate(recorded, budget=budget, seed=0), budget)
+    found = {name: calibrate(runs, budget=budget, seed=0, trials=TRIALS) for name, runs in groups(recorded).items()}
+    text = stated(recorded, found, budget)
+    print(text, end="")
+    if write:
+        README.write_text(between(README.read_text(), BEGIN, END, text))
     return 0
 
 
@@ -106,13 +118,19 @@ def load(path: Path) -> list[NullBlock]:
 
 
 def code() -> str:
-    """A digest of what measures: the cases, the worker and the design of a block; docstrings do not count."""
-    design = (ARMS, block.ROUNDS, block.CALLS, block.SLOW)
-    parts = [str(design), *(dump(parse(Path(str(room.__file__)))) for room in (cases, worker))]
-    return sha256("\n".join(parts).encode()).hexdigest()[:12]
+    """A digest of what measures: the cases, the turns, their order and their ratio; docstrings do not count."""
+    rooms = [parse(Path(str(room.__file__))) for room in (cases, worker, turns)]
+    parts = [_definition(block, "orders"), _definition(paired, "order"), _definition(recording, "ratio")]
+    return sha256("\n".join(dump(tree) for tree in (*rooms, *parts)).encode()).hexdigest()[:12]
 
 
-def calibrate(recorded: Sequence[NullBlock], *, budget: float, seed: int, trials: int = TRIALS) -> Calibration:
+def _definition(room: ModuleType, name: str) -> ast.FunctionDef:
+    """A function of a file."""
+    found = (node for node in parse(Path(str(room.__file__))).body if isinstance(node, ast.FunctionDef))
+    return next(node for node in found if node.name == name)
+
+
+def calibrate(recorded: Sequence[NullBlock], *, budget: float, seed: int, trials: int) -> Calibration:
     """The gate's decisions in so many trials on the recorded blocks."""
     random = Random(seed)
     names = tuple(recorded[0].ratios)
@@ -166,28 +184,54 @@ def series(blocks: Sequence[NullBlock], arms: Mapping[str, str]) -> dict[str, li
     return {case: [made.ratios[case][COMPARED.index(arm)] for made in blocks] for case, arm in arms.items()}
 
 
-def show(console: Console, recorded: Sequence[NullBlock], found: Calibration, budget: float) -> None:
-    """Print the spread of the recorded ratios and what happened in the trials."""
+def groups(recorded: Sequence[NullBlock]) -> dict[str, list[NullBlock]]:
+    """All blocks, and those of the runs on a busy machine, if any are."""
+    loads: dict[str, list[float]] = {}
+    for made in recorded:
+        loads.setdefault(made.run, []).append(made.load)
+    busy = [made for made in recorded if fmean(loads[made.run]) >= BUSY]
+    found = {"all runs": list(recorded)}
+    if busy:
+        found[f"{len({made.run for made in busy})} at load {BUSY} or more"] = busy
+    return found
+
+
+def stated(recorded: Sequence[NullBlock], found: Mapping[str, Calibration], budget: float) -> str:
+    """What happened in the trials on each group of runs, and the spread of the recorded ratios, as Markdown."""
     loads = [made.load for made in recorded]
+    lengths = Counter(made.run for made in recorded).values()
+    each = list(found.values())
+
+    def row(what: str, rates: Iterable[object]) -> str:
+        return f"| {what} | {' | '.join(map(str, rates))} |"
+
     lines = [
-        f"{len(recorded)} blocks of {len({made.run for made in recorded})} runs without a change, "
-        f"{median(made.took for made in recorded):.0f} s each, load {min(loads):.1f} to {max(loads):.1f}"
-    ]
-    for case in recorded[0].ratios:
-        ratios = series(recorded, {case: "head"})[case] + series(recorded, {case: "control"})[case]
-        lines.append(
-            f"  {case}: median {median(ratios):.3f}, coefficient of variation {stdev(ratios) / fmean(ratios):.1%}"
-        )
-    lines += [
-        f"in trials of {budget:.0f} s, {found.blocks:.0f} blocks:",
-        f"  false alarms of the whole suite: {found.alarms}",
-        f"  failed controls: {found.withdrawn}",
+        f"{len(recorded)} blocks without a change in {len(lengths)} runs of {min(lengths)} to {max(lengths)}, "
+        f"{median(made.took for made in recorded):.0f} s each, load {min(loads):.1f} to {max(loads):.1f}. "
+        f"The margin is {MARGIN:.0%}, and a run may err in {ALPHA:.0%}. A trial takes {budget:.0f} s at most:",
+        "",
+        row("in a trial", found),
+        row("---", ["---"] * len(each)),
+        row("blocks until all cases are decided or the time is spent, mean", (f"{of.blocks:.0f}" for of in each)),
+        row("a false alarm in any case", (of.alarms for of in each)),
+        row("a failed control", (of.withdrawn for of in each)),
         *(
-            f"  one case slower by {slow} ({sizes(recorded, slow)}), found: {rate}"
-            for slow, rate in found.power.items()
+            row(f"one case slower by {slow} ({sizes(recorded, slow)}), found", (of.power[slow] for of in each))
+            for slow in SLOWED
         ),
+        "",
+        "| case | head/base | control/base | coefficient of variation |",
+        "|---|---|---|---|",
+        *(f"| `{case}` | {spread(recorded, case)} |" for case in recorded[0].ratios),
     ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return "\n".join(lines) + "\n"
+
+
+def spread(recorded: Sequence[NullBlock], case: str) -> str:
+    """The medians of what should be 1, and how far both scatter."""
+    head, control = (series(recorded, {case: arm})[case] for arm in ("head", "control"))
+    both = head + control
+    return f"{median(head):.3f} | {median(control):.3f} | {stdev(both) / fmean(both):.1%}"
 
 
 def sizes(recorded: Sequence[NullBlock], slow: str) -> str:

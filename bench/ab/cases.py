@@ -2,8 +2,8 @@
 
 Every case is a context that yields a call. It imports what it needs when it is entered, from as few names as it can, so
 that an older dsv3 serves the cases it has and fails alone at those it has not. The sizes are those of the exact gate
-(`bench.variants`): a call takes 1 to 12 ms at one thread, and a sample of 20 calls what a clock and a spike of the
-machine's noise can tell apart. Nothing is imported from torch or dsv3 before a case is entered.
+(`bench.variants`): a call takes 1 to 12 ms at one thread, a turn of calls about 10. Nothing is imported from torch or
+dsv3 before a case is entered.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,10 +32,12 @@ class Case:
     """A piece of work and the clock that decides about it.
 
     make      a context that yields the call; torch is told to use one thread before
+    calls     of a turn, so many that it takes about 10 ms
     clock     "cpu": process CPU time, which does not count waiting for a core; "wall" where waiting is the work
     """
 
     make: Callable[[], AbstractContextManager[Call]]
+    calls: int
     clock: Literal["cpu", "wall"] = "cpu"
 
 
@@ -61,6 +63,14 @@ def step_per_head() -> AbstractContextManager[Call]:
     from dsv3.config import MultiHead, PerHead
 
     return step({"model.attention": MultiHead(num_attention_heads=4, head_dim=16, select=PerHead(keep=0.3))})
+
+
+def step_hierarchical() -> AbstractContextManager[Call]:
+    """Every block of queries looks for one key block beside those that it always sees, in a tree over the blocks."""
+    from dsv3.config import Hierarchical, MultiHead
+
+    select = Hierarchical(k=5, block_q=8, block_k=4, branching=2)
+    return step({"model.attention": MultiHead(num_attention_heads=4, head_dim=16, select=select)})
 
 
 def step_capacity() -> AbstractContextManager[Call]:
@@ -177,12 +187,13 @@ def tokens(rows: int, length: int) -> Any:
 
 # Two processes first: the fork must come before this process has threads of its own.
 CASES: Mapping[str, Case] = {
-    "step_two_processes": Case(step_two_processes, clock="wall"),
-    "step_base": Case(step),
-    "step_multi_head": Case(step_multi_head),
-    "step_per_head": Case(step_per_head),
-    "step_capacity": Case(step_capacity),
-    "step_bfloat16": Case(step_bfloat16),
-    "prefill": Case(lambda: serve(decode=False)),
-    "decode": Case(lambda: serve(decode=True)),
+    "step_two_processes": Case(step_two_processes, calls=2, clock="wall"),
+    "step_base": Case(step, calls=2),
+    "step_multi_head": Case(step_multi_head, calls=2),
+    "step_per_head": Case(step_per_head, calls=1),
+    "step_hierarchical": Case(step_hierarchical, calls=1),
+    "step_capacity": Case(step_capacity, calls=2),
+    "step_bfloat16": Case(step_bfloat16, calls=1),
+    "prefill": Case(lambda: serve(decode=False), calls=4),
+    "decode": Case(lambda: serve(decode=True), calls=12),
 }

@@ -9,7 +9,7 @@ k of n bets won,
 
 (Ville 1939; Robbins 1970, "Statistical methods related to the law of the iterated logarithm"). So one may look after
 every block and stop when it pleases. Any weight keeps this promise; large q weigh more, because a slow-down worth
-finding makes nearly all blocks exceed the margin, and 9 of 9 must do for one of seven cases. With the margin m = 2%:
+finding makes nearly all blocks exceed the margin, and 9 of 9 must do for one of eight cases. With the margin m = 2%:
 
     different   (E against theta <= 1+m, plus E against theta >= 1/(1+m)) / 2 is large: p = 1/E, Holm over the cases
                 at 5%. A bias below the margin, such as one place in the order has, is no difference
@@ -140,9 +140,6 @@ class Rate:
         """The 95% interval of the probability (Clopper and Pearson 1934), which covers at least as often as it says."""
         low, high = proportion_confint(self.happened, self.of, alpha=0.05, method="beta")
         return float(low), float(high)
-
-    def __add__(self, other: "Rate") -> "Rate":
-        return Rate(self.happened + other.happened, self.of + other.of)
 
     def __str__(self) -> str:
         if self.of == 0:

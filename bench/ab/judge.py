@@ -8,18 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from bench.ab.block import ARMS, SLOWED, Block
+from bench.ab.block import Block
 from bench.ab.decide import Rate, Ratios, Verdict, alarms, decide, found
 from bench.ab.recording import ratios, unable
+from bench.ab.turns import ARMS, SLOWED
 
-SAME, SLOWER, REFUSED, UNKNOWN, WITHDRAWN, FASTER = 0, 1, 2, 3, 4, 5
+SAME, SLOWER, REFUSED, UNKNOWN, WITHDRAWN, FASTER, FAILED = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
     """What is known after some blocks.
 
-    cases       verdicts on the cases that both sides can serve
+    cases       verdicts on the cases that the base can serve; a head that cannot leaves no blocks to judge
     unable      why the others are not comparable
     control     the verdicts of the same procedure on the base against itself
     alarms      how many of these are false alarms

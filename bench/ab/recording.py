@@ -17,13 +17,14 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.ab.block import ARMS, CALLS, SLOWED, Block
+from bench.ab.block import Block
 from bench.ab.decide import Ratios
+from bench.ab.turns import ARMS, SLOWED
 from bench.record import Skipped, append_lines
 from bench.revision import ROOT, checked_out
 from dsv3.config.rules import require
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had the seconds of single calls
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +114,11 @@ def read(line: Mapping[str, Any], comparison: Comparison) -> Block:
 
 def ratio(arms: Mapping[str, Sequence[float]], arm: str) -> float:
     """The median over turns of an arm's seconds to the base's: turns beside each other see the same machine."""
-    pairs = zip(turns(arms[arm]), turns(arms["base"]), strict=True)
-    return median(ours / theirs for ours, theirs in pairs)
-
-
-def turns(seconds: Sequence[float]) -> list[float]:
-    """The seconds of the calls of each turn together."""
-    return [sum(seconds[start : start + CALLS]) for start in range(0, len(seconds), CALLS)]
+    return median(ours / theirs for ours, theirs in zip(arms[arm], arms["base"], strict=True))
 
 
 def ratios(blocks: Sequence[Block], arm: str) -> Ratios:
-    """An arm's ratio to the base in each block, by case; cases that some arm could not serve are left out."""
+    """An arm's ratio to the base in each block, by case; cases that the base could not serve are left out."""
     able = [case for case in blocks[0].seconds if all(case in block.seconds for block in blocks)] if blocks else []
     return {case: [ratio(block.seconds[case], arm) for block in blocks] for case in able}
 

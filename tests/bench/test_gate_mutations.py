@@ -1,7 +1,8 @@
-"""Each check of the gate is there because some test needs it: take it out, and the test named beside it fails.
+"""Each check of the gates is there because some test needs it: take it out, and the test named beside it fails.
 
 The table is gate_mutations.toml. A mutation replaces one piece of a module's source and runs the module anew under its
-own name; then the named test runs inside. All of them pass on the source as it is, run anew in the same way.
+own name, and after it those that take names from it; then the named test runs inside. All of them pass on the source as
+it is, run anew in the same way.
 """
 
 import importlib
@@ -16,6 +17,9 @@ from types import ModuleType
 import pytest
 
 # What is imported inside a run would be forgotten at its end, and imported again beside what others hold.
+import bench.ab.__main__
+import bench.ab.judge
+import bench.ab.turns
 import bench.compiled
 import bench.differences
 import bench.expectations
@@ -29,11 +33,16 @@ pytest_plugins = ["pytester"]
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+# By package: the modules that take names from its others.
+USERS = {"": ("expectations", "gate"), "ab": ("ab.judge", "ab.__main__")}
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """A check taken out of bench/<module>.py, and the test in tests/bench/test_<tests>.py that notices."""
+    """A check taken out of the module bench.<module>, and the test in tests/bench/test_<tests>.py that notices.
+
+    `ab/decide` stands for tests/bench/ab/test_decide.py.
+    """
 
     says: str
     module: str
@@ -50,13 +59,13 @@ MUTATIONS = tuple(Mutation(**row) for row in TABLE)
 @contextmanager
 def run_anew(name: str, old: str = "", new: str = "") -> Iterator[None]:
     """A module of bench run anew with `old` replaced by `new`, and after it those that take names from it."""
-    changed, *others = (importlib.import_module(f"bench.{each}") for each in (name, "expectations", "gate"))
-    saved = [(module, dict(vars(module))) for module in (changed, *others)]
+    changed = importlib.import_module(f"bench.{name}")
+    users = [importlib.import_module(f"bench.{each}") for each in USERS[name.rpartition(".")[0]] if each != name]
+    saved = [(module, dict(vars(module))) for module in (changed, *users)]
     try:
         execute(changed, source(changed).replace(old, new) if old else source(changed))
-        for module in others:
-            if module is not changed:
-                execute(module, source(module))
+        for user in users:
+            execute(user, source(user))
         yield
     finally:
         for module, names in saved:
@@ -74,8 +83,9 @@ def execute(module: ModuleType, text: str) -> None:
 
 def run(pytester: pytest.Pytester, patch: pytest.MonkeyPatch, tests: str, *names: str) -> pytest.RunResult:
     """Run those tests of a file in this process."""
-    ids = [f"{HERE / f'test_{tests}.py'}::{name}" for name in names]
-    for held in [held for held in sys.modules if held.rpartition(".")[2] == f"test_{tests}"]:
+    path = (HERE / tests).with_name(f"test_{Path(tests).name}.py")
+    ids = [f"{path}::{name}" for name in names]
+    for held in [held for held in sys.modules if held.rpartition(".")[2] == path.stem]:
         patch.delitem(sys.modules, held)  # one that was collected before holds names of the old source
     settings = (f"--rootdir={ROOT}", "-c", f"{ROOT}/pyproject.toml")
     return pytester.runpytest_inprocess("-q", "-x", "-p", "no:cacheprovider", "-p", "no:logging", *settings, *ids)

@@ -28,7 +28,7 @@ FOUND = {
     1.1: (11, 23, 80),
     1.2: (76, 99, 100),
 }  # percent found, after 20, 40, 120 blocks
-NOISE = {  # of the logarithm of a block's ratio, its median 0; 13% is what blocks of a loaded machine scatter by
+NOISE = {  # of the logarithm of a block's ratio, its median 0; several times what blocks of a loaded machine scatter by
     "normal": lambda random, shape: 0.13 * random.standard_normal(shape),
     "heavy": lambda random, shape: 0.08 * random.standard_t(2, shape),
     "skewed": lambda random, shape: 0.1 * (random.exponential(size=shape) - math.log(2)),

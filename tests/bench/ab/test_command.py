@@ -13,15 +13,16 @@ from rich.console import Console
 
 from bench.ab import __main__ as command
 from bench.ab import block, recording
-from bench.ab.block import ARMS, SLOWED, Block
+from bench.ab.block import Block, BrokenHead
+from bench.ab.turns import ARMS, SLOWED
 from bench.revision import ROOT
 
-SECONDS = {arm: [0.001] * 24 for arm in (*ARMS, *SLOWED)}
+SECONDS = {arm: [0.001] * 12 for arm in (*ARMS, *SLOWED)}
 
 
 def measured(head: float, control: float = 1.0) -> Block:
     """A block of 10 seconds in which the head takes so many times as long."""
-    arms = SECONDS | {"head": [0.001 * head] * 24, "control": [0.001 * control] * 24}
+    arms = SECONDS | {"head": [0.001 * head] * 12, "control": [0.001 * control] * 12}
     return Block(seconds={"decode": arms}, unable={}, took=10.0, load=1.0)
 
 
@@ -97,17 +98,27 @@ def test_nothing_comparable_says_why(
     assert "--budget" not in out
 
 
-def test_a_process_that_dies_keeps_the_blocks_before_it(
-    machine: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (
+            BrokenHead("decode: head: ImportError: no"),
+            "the working tree fails where the base does not:\ndecode: head: Imp",
+        ),
+        (RuntimeError("the process of a block ended with code -9"), "ended with code -9\nThe blocks before are kept"),
+    ],
+)
+def test_a_run_that_fails_fails_and_keeps_the_blocks_before(
+    machine: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, error: Exception, said: str
 ) -> None:
-    def dies(*_: Any) -> Block:
-        raise RuntimeError("the process of head ended with code -9")
+    def fails(*_: Any) -> Block:
+        raise error
 
     assert command.compare("b" * 40, ("decode",), 25.0, tmp_path) == 3
-    monkeypatch.setattr(block, "run", dies)
+    monkeypatch.setattr(block, "run", fails)
     monkeypatch.setattr(command, "resolve", lambda revision: "b" * 40)
-    assert command.main(["main", "-k", "decode", "--out", str(tmp_path)]) == 3
-    assert "ended with code -9" in capsys.readouterr().err
+    assert command.main(["main", "-k", "decode", "--out", str(tmp_path)]) == 6
+    assert said in capsys.readouterr().err
     assert len(next((tmp_path / "ab").iterdir()).read_text().splitlines()) == 2
 
 
@@ -133,10 +144,13 @@ def test_a_bad_command_is_refused_before_torch_is_imported() -> None:
     assert done.stdout.split() == ["2", "False"]
 
 
-def test_cases_come_in_their_own_order_and_wall_time_only_when_asked_for() -> None:
+def test_cases_come_in_their_own_order_and_wall_time_only_when_asked_for(capsys: Any) -> None:
     assert command.selected(["decode", "step_base"]) == ("step_base", "decode")
     assert "step_two_processes" not in command.selected(None)
     assert command.selected(["step_two_processes"]) == ("step_two_processes",)
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "step_two_processes (wall time) only when named" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_bar_says_how_far_it_is() -> None:

@@ -4,9 +4,10 @@ from random import Random
 
 import pytest
 
-from bench.ab.block import ARMS, SLOW, SLOWED, Block
+from bench.ab.block import Block
 from bench.ab.decide import Rate
 from bench.ab.judge import FASTER, SAME, SLOWER, UNKNOWN, WITHDRAWN, judge
+from bench.ab.turns import ARMS, SLOW, SLOWED
 
 ADDED = dict(zip(SLOWED, SLOW, strict=True))
 
@@ -21,7 +22,7 @@ def blocks(count: int, cases: dict[str, float], *, control: float = 1.0, spread:
             factor = dict.fromkeys(ARMS, 1.0) | {"head": slower, "control": control}
             arms = {arm: 0.001 * factor[arm] * random.lognormvariate(0.0, spread) for arm in ARMS}
             arms |= {slow: arms["control"] * (1 + share) for slow, share in ADDED.items()}
-            seconds[case] = {arm: [taken] * 24 for arm, taken in arms.items()}
+            seconds[case] = {arm: [taken] * 12 for arm, taken in arms.items()}
         return Block(seconds=seconds, unable={}, took=10.0, load=1.0)
 
     return [block() for _ in range(count)]

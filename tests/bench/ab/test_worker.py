@@ -1,72 +1,96 @@
-"""A worker answers every request, times what it is told to, and its slow-downs are real work."""
+"""A worker answers every request, times what it is told to, and its extra work is real and comes last."""
 
-import io
-import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from random import Random
-from shutil import copytree, ignore_patterns
 from typing import Any
 
 import pytest
 
-from bench.ab import block, worker
+from bench.ab import worker
 from bench.ab.cases import CASES, Call, Case
 from bench.meters.paired import threads
-from bench.revision import ROOT
-
-TINY = """
-from contextlib import contextmanager
-@contextmanager
-def tiny():
-    print("a library that talks on standard output")
-    yield lambda: sum(range(20_000))
-@contextmanager
-def dies():
-    import os, sys
-    print("out of memory, say", file=sys.stderr, flush=True)
-    os._exit(7)
-    yield
-@contextmanager
-def lacks():
-    from dsv3 import something_newer
-    yield
-CASES = {"tiny": Case(tiny), "dies": Case(dies), "lacks": Case(lacks)}
-"""
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, cases: dict[str, Case], *requests: dict[str, Any]) -> list[dict[str, Any]]:
+class Requests:
+    """A worker's end of a pipe whose other end has asked everything."""
+
+    def __init__(self, *asked: Any) -> None:
+        self.asked, self.answers = list(asked), list[Any]()
+
+    def recv(self) -> Any:
+        if not self.asked:
+            raise EOFError
+        return self.asked.pop(0)
+
+    def send(self, answer: Any) -> None:
+        self.answers.append(answer)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, cases: dict[str, Case], *asked: Any) -> list[Any]:
     """What a worker in this process answers."""
     monkeypatch.setattr(worker, "CASES", cases)
-    said = io.StringIO()
-    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), said)
-    return [json.loads(line) for line in said.getvalue().splitlines()]
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    requests: Any = Requests(*asked)
+    with threads(1):
+        worker.serve("tree", requests)
+    found: list[Any] = requests.answers
+    return found
+
+
+def case(make: Callable[[], Any], calls: int = 5) -> Case:
+    return Case(make, calls=calls)
 
 
 @contextmanager
-def counted(calls: list[float]) -> Iterator[Call]:
-    """A case of two milliseconds that writes down when it was called."""
+def counted(calls: list[str]) -> Iterator[Call]:
+    """A case of two milliseconds that writes down that it was called."""
 
     def call() -> None:
         end = time.process_time() + 0.002
         while time.process_time() < end:
             pass
-        calls.append(end)
+        calls.append("call")
 
     yield call
-    calls.append(0.0)
+    calls.append("left")
 
 
-def test_a_case_is_built_warmed_up_called_as_often_as_asked_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[float] = []
-    built, timed = answers(monkeypatch, {"a": Case(lambda: counted(calls))}, {"build": "a"}, {"case": "a", "calls": 5})
-    assert built == {}
-    assert len(timed["seconds"]) == 5
-    assert all(0.002 <= taken < 0.1 for taken in timed["seconds"])
-    assert len(calls) == worker.WARM_UP + 5 + 1
-    assert calls[-1] == 0.0, "the case was left at the end"
+def test_a_case_is_built_warmed_up_called_as_often_as_it_says_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    built, seconds = answers(monkeypatch, {"a": case(lambda: counted(calls))}, ("a", None), ("a", []), None)
+    assert built == ""
+    assert len(seconds) == 1
+    assert 5 * 0.002 <= seconds[0] < 0.5
+    assert calls == ["call"] * (worker.WARM_UP + 5) + ["left"]
+
+
+def test_a_worker_whose_block_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answers(monkeypatch, {"a": case(lambda: counted([]))}, ("a", None)) == [""]
+
+
+def test_the_extra_work_comes_after_all_calls_of_the_turn_and_is_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(worker, "work", lambda pieces: done.append(f"{pieces} pieces"))
+    turn = ("a", [3, 4])
+    _, seconds, again = answers(monkeypatch, {"a": case(lambda: counted(done), 2)}, ("a", None), turn, turn, None)
+    assert done == ["call"] * worker.WARM_UP + 2 * ["call", "call", "3 pieces", "4 pieces"] + ["left"]
+    for calls, *extra in (seconds, again):
+        assert calls >= 2 * 0.002
+        assert len(extra) == 2
+        assert all(0 <= taken < 0.002 for taken in extra), "nothing was done"
+
+
+def test_extra_work_takes_time_in_proportion() -> None:
+    with threads(1):
+        worker.work(100)
+        taken = {}
+        for pieces in (200, 2000):
+            start = time.process_time()
+            worker.work(pieces)
+            taken[pieces] = time.process_time() - start
+    assert 3 < taken[2000] / taken[200] < 30, "ten times the work, on a machine that does other things too"
 
 
 @pytest.mark.parametrize("error", [ImportError("no name 'Fixed'"), TypeError("unexpected keyword"), ValueError("rule")])
@@ -76,68 +100,15 @@ def test_a_case_that_cannot_be_served_says_why_and_the_others_go_on(
     def fails() -> Any:
         raise error
 
-    cases = {"old": Case(fails), "a": Case(lambda: counted([]))}
-    first, second, third = answers(monkeypatch, cases, {"build": "old"}, {"build": "a"}, {"case": "a", "calls": 1})
-    assert first == {"error": f"{type(error).__name__}: {error}"}
-    assert second == {}
-    assert len(third["seconds"]) == 1
-
-
-def test_slow_downs_are_work_of_about_the_share_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = {"a": Case(lambda: counted([]))}
-    with threads(1):
-        built, timed = answers(monkeypatch, cases, {"build": "a", "slow": [0.1, 0.5]}, {"case": "a", "calls": 20})
-    assert built == {}
-    rows = timed["seconds"]
-    assert all(plain < tenth < half for plain, tenth, half in rows)
-    middle = sorted(half / plain for plain, _, half in rows)[10]
-    assert 1.2 < middle < 2.0, "half more work, on a machine that does other things too"
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tree whose bench has three cases of its own."""
-    made = tmp_path_factory.mktemp("revision") / "tree"
-    for room in ("dsv3", "bench"):
-        copytree(ROOT / room, made / room, ignore=ignore_patterns("__pycache__"))
-    with (made / "bench" / "ab" / "cases.py").open("a") as file:
-        file.write(TINY)
-    return made
-
-
-@pytest.mark.slow
-def test_a_block_times_each_arm_in_a_process_of_its_own_and_says_what_one_lacks(tree: Path) -> None:
-    made = block.run(dict.fromkeys(block.ARMS, tree), ("lacks", "tiny"), 0, Random(0))
-    assert set(made.seconds) == {"tiny"}
-    calls = block.ROUNDS * block.CALLS
-    assert {arm: len(seconds) for arm, seconds in made.seconds["tiny"].items()} == dict.fromkeys(
-        (*block.ARMS, *block.SLOWED), calls
-    )
-    assert made.unable["lacks"].startswith("base: ImportError: cannot import name 'something_newer'")
-    assert made.took > 0
-
-
-def test_a_process_that_ends_is_reported_with_its_last_words(tree: Path) -> None:
-    with block.worker("head", tree, Random(0)) as process:
-        process.send(build="dies")
-        with pytest.raises(RuntimeError, match=r"process of head ended with code 7: (?s:.*)out of memory, say"):
-            process.receive()
+    cases = {"old": case(fails), "a": case(lambda: counted([]))}
+    first, second, third = answers(monkeypatch, cases, ("old", None), ("a", None), ("a", []))
+    assert first == f"{type(error).__name__}: {error}"
+    assert second == ""
+    assert len(third) == 1
 
 
 def test_every_case_of_the_gate_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [name for name, case in CASES.items() if case.clock == "cpu"]
-    requests = [request for name in names for request in ({"build": name}, {"case": name, "calls": 1})]
-    with threads(1):
-        said = answers(monkeypatch, dict(CASES), *requests)
-    assert said[::2] == [{}] * len(names)
-    assert all(answer["seconds"][0] > 0 for answer in said[1::2])
-
-
-@pytest.mark.slow
-def test_a_step_of_two_processes_ends_with_its_fork(tree: Path) -> None:
-    original = dict.fromkeys(block.ARMS, ROOT)
-    with block.worker("base", original["base"], Random(0)) as process:
-        process.send(build="step_two_processes")
-        assert process.receive() == {}
-        process.send(case="step_two_processes", calls=2)
-        assert all(taken > 0 for taken in process.receive()["seconds"])
+    said = answers(monkeypatch, dict(CASES), *(asked for name in names for asked in ((name, None), (name, [1]))))
+    assert said[::2] == [""] * len(names)
+    assert all(seconds > 0 for taken in said[1::2] for seconds in taken)
