@@ -156,7 +156,7 @@ def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str
     if reason is None:
         state.optimizer.step()
         for layer, loads in zip(state.expert_layers, counts, strict=False):  # depths left out of a step have no loads
-            if layer.gate.weight.requires_grad:  # a frozen router keeps its bias too
+            if any(weight.requires_grad for weight in layer.parameters()):  # a frozen router keeps its bias too
                 layer.update_bias(loads)
     state.optimizer.zero_grad(set_to_none=True)
     return norm, "ok" if reason is None else f"skipped: {reason}"

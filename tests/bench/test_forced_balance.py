@@ -5,7 +5,10 @@ import torch
 
 from bench.forced_balance import balanced_indices, forced_balance
 from dsv3.config import MoE, SignBias
+from dsv3.train.state import TrainState
+from dsv3.train.step import train_step
 from tests.moe.layers import layer_of
+from tests.train import small
 
 
 @pytest.mark.parametrize("tokens, experts, k", [(64, 8, 2), (7, 5, 3), (1, 4, 4), (100, 6, 5)])
@@ -31,3 +34,12 @@ def test_inside_loads_are_even_weights_the_routers_and_the_bias_moves_and_after_
     assert layer.gate.e_score_correction_bias.tolist() == [-0.5, 0.5] + [0.0] * 6
     layer.gate.e_score_correction_bias.zero_()
     assert torch.equal(layer(x)[0], before)
+
+
+def test_a_training_step_inside_is_one_with_even_loads() -> None:
+    state = TrainState.create(small.config(), seed=0)
+    rows = torch.randint(small.VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(0))
+    with forced_balance(state.model, seed=0):
+        report = train_step(state, rows)
+    assert report.health == "ok"
+    assert [layer.gate.e_score_correction_bias.tolist() for layer in state.expert_layers] == [[0.0] * 4] * 2
