@@ -35,7 +35,7 @@ def test_without_records_the_page_says_how_to_get_them() -> None:
 def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Record, ...]) -> None:
     page = budget_page(records, {})
     (answer,) = page.answers
-    assert answer.startswith("Arithmetic and trace of tiny differ by at most ")
+    assert answer.startswith("Arithmetic and trace of tiny differ by at most 0.001% in size, ")
     assert "of the allocator's where the step fits in memory" in answer
     captions = [table.caption for table in page.tables]
     device, replicas, published = captions[:3]
