@@ -7,7 +7,7 @@ One layer's attention without its projections (`bench.block_attention`): 4 heads
     what the choice gains    our dense form against our kernel on the chosen blocks
 
 and a window of as many blocks says what is left when choosing costs nothing. Scores are counted, not timed: the closed
-form of `dsv3.attention.select.counts`, up to a million tokens, for blocks of queries and for single ones. One head of a
+form of `dsv3.config.counts`, up to a million tokens, for blocks of queries and for single ones. One head of a
 million tokens, each choosing for itself, is computed once, to see that it can be.
 """
 
@@ -22,6 +22,7 @@ from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
 from bench.measurement import Measurement
 from bench.record import Profile, Record
 from dsv3.config import Blocks, Hierarchical
+from dsv3.config.counts import scored_in_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
@@ -84,8 +85,6 @@ def measure(cell: Cell) -> list[Reading]:
 
 def counts() -> list[Reading]:
     """Scores that choosing takes in one head over a whole sequence."""
-    from dsv3.attention.select.counts import scored_in_all
-
     chosen: Mapping[str, Callable[[int], Blocks]] = {
         "blocks": lambda size: Blocks(k=SEEN, block_q=size, block_k=BLOCK),
         "hierarchical": lambda size: Hierarchical(k=SEEN, block_q=size, block_k=BLOCK, branching=BRANCHING),
@@ -256,8 +255,8 @@ def growth(table: Any) -> "Picture":
 
     rows = table[(table["metric"] == "cpu_seconds") & (table["phase"] == "forward") & (table["part"] == "time")]
     rows = rows[(rows["dtype"] == "fp32") & (rows["arm"] != "flex")]
-    if rows.empty:
-        raise NoEvidence("no record of forward cpu_seconds yet")
+    if rows["length"].nunique() < 2:
+        raise NoEvidence("a slope needs forward cpu_seconds at two lengths: the full profile has them")
     picture = Picture(figsize=(6.4, 3.4), layout="constrained")
     axes = picture.subplots()
     for arm in BLOCK_ARMS:

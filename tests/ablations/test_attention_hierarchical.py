@@ -84,4 +84,4 @@ def test_pictures_show_scores_per_token_and_the_slope_of_time() -> None:
     assert ideal[-1] / ideal[0] == pytest.approx(16 * math.log(65536) / math.log(4096))
     assert twins.of_picture(picture, "growth")
     with pytest.raises(NoEvidence):
-        hierarchical.growth(pd.DataFrame(columns=["metric", "phase", "part", "dtype", "arm"]))
+        hierarchical.growth(pd.DataFrame(seconds).query("length == 4096"))
