@@ -11,7 +11,6 @@ form of `dsv3.config.counts`, up to a million tokens, for blocks of queries and 
 million tokens, each choosing for itself, is computed once, to see that it can be.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ablations.evidence import Estimate, NoEvidence, estimate
 from ablations.study import Arm, Cell, Figure, Reading, Study, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
+from bench.fingerprint import cores
 from bench.measurement import Measurement
 from bench.record import Profile, Record
 from dsv3.config import Blocks, Hierarchical
@@ -65,11 +65,6 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
 def blocks(length: int) -> int:
     """Interleaved blocks of one process: fewer where a call lasts long enough to be told apart."""
     return max(1, min(7, 65536 // length))
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(cell: Cell) -> list[Reading]:
@@ -156,7 +151,7 @@ def times(cell: Cell) -> list[Reading]:
 def _timed(cell: Cell, arms: Sequence[str], given: "Inputs", phase: str) -> list[Reading]:
     """Seconds of each arm, its ratio to SDPA and, of the forward pass, the part that goes into choosing."""
     from bench import block_attention
-    from bench.meters.paired import process_clock, ratios, summary, time_block
+    from bench.meters.paired import over_blocks, process_clock, ratios, summary, time_block
 
     call = {"forward": block_attention.inference, "forward_backward": block_attention.training}[phase]
     able = [arm for arm in arms if phase == "forward" or arm not in block_attention.FORWARD_ONLY]
@@ -172,20 +167,9 @@ def _timed(cell: Cell, arms: Sequence[str], given: "Inputs", phase: str) -> list
             axes = {"phase": phase} if row.metric.endswith("_seconds") else {}
             readings.append(Reading(arm=arm, measurement=row, axes=axes))
     for arm, name in choosing.items():
-        share = _over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
+        share = over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
         readings.append(Reading(arm=arm, measurement=share))
     return readings
-
-
-def _over_blocks(name: str, samples: Sequence[float]) -> Measurement:
-    from statistics import median
-
-    from bench.interval import of_median
-
-    middle, interval = median(samples), of_median(samples)
-    return Measurement(
-        metric=name, value=middle, n=len(samples), over="blocks", interval=interval, samples=tuple(samples)
-    )
 
 
 def _bytes(arms: Sequence[str], length: int, dtype: Any) -> list[Reading]:

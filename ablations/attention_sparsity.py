@@ -93,7 +93,7 @@ def _calls() -> dict[str, Callable[[str, "Inputs"], Any]]:
 def _times(cell: Cell, arms: Sequence[str], given: "Inputs") -> list[Reading]:
     """Per phase, seconds of each arm and its ratio to SDPA; in forward, the part of them that goes into choosing."""
     from bench.attention import choose
-    from bench.meters.paired import process_clock, ratios, summary, time_block
+    from bench.meters.paired import over_blocks, process_clock, ratios, summary, time_block
 
     length = int(cell.axes["length"])
     timed = [arm for arm in arms if arm != "eager" or length <= EAGER]
@@ -110,7 +110,7 @@ def _times(cell: Cell, arms: Sequence[str], given: "Inputs") -> list[Reading]:
                 axes = {"phase": phase} if row.metric.endswith("_seconds") else {}
                 readings.append(Reading(arm=arm, measurement=row, axes=axes))
         for arm, name in choosing.items():
-            share = _over_blocks("selection_cpu_share", ratios(blocks, name, arm, "cpu"))
+            share = over_blocks("selection_cpu_share", ratios(blocks, name, arm, "cpu"))
             readings.append(Reading(arm=arm, measurement=share))
     return readings
 
@@ -129,17 +129,6 @@ def _counts(cell: Cell, arms: Sequence[str], given: "Inputs") -> list[Reading]:
         kept = visible if selection is None else selection.cost.kept * HEADS // selection.indices.shape[1]
         readings.append(Reading(arm=arm, measurement=Measurement(metric="selection_share", value=kept / visible)))
     return readings
-
-
-def _over_blocks(name: str, samples: Sequence[float]) -> Measurement:
-    from statistics import median
-
-    from bench.interval import of_median
-
-    middle, interval = median(samples), of_median(samples)
-    return Measurement(
-        metric=name, value=middle, n=len(samples), over="blocks", interval=interval, samples=tuple(samples)
-    )
 
 
 def grows_like_n_log_n(claim: Claim, records: Sequence[Record]) -> Verdict:

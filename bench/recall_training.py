@@ -6,10 +6,10 @@
 
 The model is this project's own but for C, a causal convolution before attention, as in Zoology's hybrids (arXiv
 2312.04927): it tells a value which key stands before it. Without it two layers have first to grow a head that looks one
-token back: on rows of 64 they still guessed among the values at hand after three times the steps in which they learn to
-recall with it. C stands before the choice of keys in every arm, so that it favours none. Short rows come first, because
-on whole ones the gradient that tells the right key from all others is too faint to begin with; a choice of keys prunes
-little in them, and arms are judged on whole rows alone.
+token back, which took longer than a cell may in the trials made; heads and rotary base differed in them too, so how
+much is owed to C was not isolated. C stands before the choice of keys in every arm, so that it favours none. Short rows
+come first, because on whole ones the gradient that tells the right key from all others is too faint to begin with; a
+choice of keys prunes little in them, and arms are judged on whole rows alone.
 """
 
 import math

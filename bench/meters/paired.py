@@ -109,12 +109,12 @@ def ratios(blocks: list[Block], arm: str, baseline: str, which: str) -> tuple[fl
 def ratio(blocks: list[Block], arm: str, baseline: str, phase: str, which: str) -> Measurement:
     """The median ratio of an arm to the baseline as metric `<phase>_<which>_ratio`, with its interval over blocks."""
     samples = ratios(blocks, arm, baseline, which)
-    return _median(f"{phase}_{which}_ratio", samples)
+    return over_blocks(f"{phase}_{which}_ratio", samples)
 
 
 def seconds(blocks: list[Block], arm: str, which: str) -> Measurement:
     """The median time of one call of an arm as metric `<which>_seconds`, with its interval over blocks."""
-    return _median(f"{which}_seconds", tuple(getattr(block[arm], which) for block in blocks))
+    return over_blocks(f"{which}_seconds", tuple(getattr(block[arm], which) for block in blocks))
 
 
 def paired_ratios(
@@ -167,7 +167,8 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _median(name: str, samples: tuple[float, ...]) -> Measurement:
+def over_blocks(name: str, samples: tuple[float, ...]) -> Measurement:
+    """The median of a metric's samples, one per block, with the interval of its order statistics."""
     return Measurement(
         metric=name,
         value=median(samples),
