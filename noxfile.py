@@ -30,6 +30,8 @@ SHAPED = ("attention", "data", "layers", "model", "moe", "parallel", "precision"
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
 # Tests multiply small matrices: threads would wait for each other longer than they work, above all on a shared machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+# A worker per core; a file's tests stay together, since they share what is dear to make. `-- -n 0` runs them in turn.
+SIDE_BY_SIDE = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadscope")
 CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
 
 job = nox.session(requires=["environment"], venv_backend="none")
@@ -83,7 +85,8 @@ def runs(session: nox.Session, *arguments: str) -> bool:
 @job
 def tests(session: nox.Session) -> None:
     """The tests; warnings are errors and every annotation of a room with shapes is checked as it runs."""
-    module(session, "pytest", f"--jaxtyping-packages={CHECKED},tests.shapes.check", *session.posargs, **ONE_THREAD)
+    checked = f"--jaxtyping-packages={CHECKED},tests.shapes.check"
+    module(session, "pytest", checked, *SIDE_BY_SIDE, *session.posargs, **ONE_THREAD)
 
 
 @job

@@ -126,7 +126,6 @@ def test_two_steps_of_a_test_need_names_and_then_have_a_file_each(pytester: pyte
 
 @pytest.mark.slow
 def test_exit_codes_come_through_several_workers(pytester: pytest.Pytester) -> None:
-    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     pytester.makepyfile(test_theirs=STEP.format(more="pass", other="True"))
     two = ("-p", "bench.pytest_gate", "-p", "no:cacheprovider", "-n", "2")
     assert pytester.runpytest_subprocess(*two).ret == 12
