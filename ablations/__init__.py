@@ -23,6 +23,7 @@ moe_factorial.py, a factorial design.
 STUDIES: tuple[str, ...] = (
     "attention_sparsity",
     "attention_hierarchical",
+    "attention_indexer",
     "moe_capacity",
     "precision_modes",
     "pipeline_bubble",

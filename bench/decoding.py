@@ -55,8 +55,8 @@ class Layer:
 
 def layer(form: str, length: int, device: torch.device | str = "cpu", *, batch: int = 1) -> Layer:
     """A layer of that form that has seen `length` - 1 tokens of random hidden states."""
-    model = _model(form, length)
-    module, x = _module(model, device), _hidden(length, batch, device)
+    model = one_layer(FORMS[form], length)
+    module, x = made(model, device), hidden(length, batch, device)
     cache = KeyValueCache.empty(model, batch, length, device=device)
     with torch.no_grad():
         for part in x[:, :-1].split(1024, dim=1):
@@ -72,26 +72,31 @@ def check(form: str, device: torch.device | str = "cpu") -> None:
         AssertionError: with the largest difference, where it does not.
     """
     length = 300
-    made = layer(form, length, device)
+    last = layer(form, length, device)
     with torch.no_grad():
-        whole = made.module(_hidden(length, 1, device))[0][:, -1:]
-    # four products of up to 1024 terms follow each other in fp32, in orders of their own
-    bound = 4 * torch.finfo(whole.dtype).eps * HIDDEN**0.5 * max(1.0, whole.abs().max().item())
-    torch.testing.assert_close(made.decode(), whole, rtol=0.0, atol=bound)
+        whole = last.module(hidden(length, 1, device))[0][:, -1:]
+    torch.testing.assert_close(last.decode(), whole, rtol=0.0, atol=rounding(whole))
 
 
-def _model(form: str, length: int) -> Model:
+def rounding(out: Tensor) -> float:
+    """How far two forms of the layer may differ: four products of up to 1024 terms in fp32, in orders of their own."""
+    return 4 * torch.finfo(out.dtype).eps * HIDDEN**0.5 * max(1.0, out.abs().max().item())
+
+
+def one_layer(attention: Attention, length: int) -> Model:
+    """The model around one layer of that attention."""
     return Model(
         vocab_size=1,
         hidden_size=HIDDEN,
         num_hidden_layers=1,
         intermediate_size=1,
-        attention=FORMS[form],
+        attention=attention,
         max_position_embeddings=length,
     )
 
 
-def _module(model: Model, device: torch.device | str) -> nn.Module:
+def made(model: Model, device: torch.device | str = "cpu") -> nn.Module:
+    """Its attention, with random weights that keep the size of what they multiply."""
     generator = torch.Generator().manual_seed(0)
     module = build(model, 0)
     for parameter in module.parameters():
@@ -100,5 +105,6 @@ def _module(model: Model, device: torch.device | str) -> nn.Module:
     return module.to(device)
 
 
-def _hidden(length: int, batch: int, device: torch.device | str) -> Tensor:
-    return torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device)
+def hidden(length: int, batch: int, device: torch.device | str = "cpu", *, seed: int = 1) -> Tensor:
+    """Random hidden states."""
+    return torch.randn(batch, length, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device)
