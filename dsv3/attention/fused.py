@@ -17,7 +17,7 @@ def forward(
     q: Float[Tensor, "B H C P"],
     k: Float[Tensor, "B H n P"],
     v: Float[Tensor, "B H n P"],
-    penalty: Float[Tensor, "B h C n"],
+    penalty: Float[Tensor, "B h #C n"],
     scale: float,
 ) -> tuple[Float[Tensor, "B H C P"], Float[Tensor, "B H C"] | None]:
     """The output, and lse where backward will want it."""
@@ -32,7 +32,7 @@ def backward(
     q: Float[Tensor, "B H C P"],
     k: Float[Tensor, "B H n P"],
     v: Float[Tensor, "B H n P"],
-    penalty: Float[Tensor, "B h C n"],
+    penalty: Float[Tensor, "B h #C n"],
     scale: float,
     out: Float[Tensor, "B H C P"],
     lse: Float[Tensor, "B H C"],

@@ -16,6 +16,7 @@ from tests.attention.test_contract import FLOAT64
 from tests.attention.variants import INDEXER, LATENT, config, hidden, module
 
 SCORES = import_module("dsv3.attention.select.scores")
+QUERY_BLOCKS = import_module("dsv3.attention.query_blocks")
 WARMUP = vary(INDEXER, stage="warmup")
 Drawn = tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -162,6 +163,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_is_as_large_as_all_pairs_forward_and_backward(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     length = 256
     monkeypatch.setattr(SCORES, "CHUNK", length**2 // 4)
+    monkeypatch.setattr(QUERY_BLOCKS, "GATHERED", length**2)  # bytes: a quarter as many numbers
     made, x = (
         module(config(LATENT, vary(INDEXER, stage=stage)), torch.float32),
         hidden(length, batch=1, dtype=torch.float32),

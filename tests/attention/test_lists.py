@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.meters.memory import peak_bytes
-from dsv3.attention import Selection, attend, reference
+from dsv3.attention import Selection, attend, query_blocks, reference
 from dsv3.attention.select import per_head, window
 from tests.attention.lists import by_each, close, draw, grads, needs_kernel, of_lists, select
 
@@ -174,6 +174,24 @@ def test_gathering_reads_any_strides(kind: str) -> None:
     theirs = attend(q, k.contiguous(), v.contiguous(), selection, implementation="plain")
     assert torch.equal(ours, theirs)
     assert all(torch.equal(*both) for both in zip(grads(ours, (q, k, v)), grads(theirs, (q, k, v)), strict=True))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("block_k", [1, 4])
+def test_tokens_with_lists_of_their_own_are_computed_together_as_they_are_alone(
+    heads: int, block_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are gathered at once: so tokens that come later, with longer lists, move no bit."""
+    shape = (2, 4, 2, heads, 60, 70, 6, 5, 1, block_k)
+    leaves, selection = draw(shape), select(shape)
+    found = []
+    for gathered in (1, 3000, query_blocks.GATHERED):
+        monkeypatch.setattr(query_blocks, "GATHERED", gathered)
+        out = attend(*leaves, selection, implementation="plain")
+        found.append((out, *grads(out, leaves)))
+    assert all(torch.equal(*both) for other in found[1:] for both in zip(found[0][:2], other[:2], strict=True))
+    for both in zip(found[0][2:], found[2][2:], strict=True):
+        torch.testing.assert_close(*both)  # sums over tokens, in an order of their own
 
 
 @pytest.mark.parametrize("queries", [1, 512])
