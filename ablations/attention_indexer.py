@@ -45,7 +45,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
         cell
         for seed in range(SEEDS[profile])
         for length in LENGTHS[profile]
-        for cell in grid(seconds=6 + 5e-7 * length**2, seeds=(seed,), part=("time",), length=(length,), threads=(1,))
+        for cell in grid(seconds=6 + 1e-6 * length**2, seeds=(seed,), part=("time",), length=(length,), threads=(1,))
     )
     return grid(seconds=4, timed=False, part=("counts",)) + timed
 
