@@ -164,7 +164,8 @@ def test_on_a_known_gpu_a_step_has_its_share_of_the_peak_and_its_energy(
     assert found["arm", "energy_per_token"].value == 0.2
 
 
-def test_one_case_runs_end_to_end(tmp_path: Path) -> None:
+def test_one_case_runs_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark would not repeat anything
     command = [sys.executable, "-m", "bench", "layers", "--out", str(tmp_path / "new")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
