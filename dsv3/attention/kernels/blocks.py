@@ -1,7 +1,4 @@
-"""The C++ kernel as operators that torch knows: shapes for the compiler, gradients for autograd.
-
-    out, lse = dsv3_kernels::forward(q, k, v, selection...)          lse: the logarithm of each row's denominator
-    grad_q, grad_k, grad_v, grad_weights = dsv3_kernels::backward(grad, q, k, v, out, lse, selection...)
+"""The C++ kernel as operators that torch knows, `dsv3_kernels`.
 
 Scores of a tile of 64 queries against up to 512 listed keys stay in the L2 cache, softmax and both products work on
 them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only); backward computes them again from lse.
@@ -12,17 +9,13 @@ and in bf16 the fp32 sums of grad_q of the heads at work.
 """
 
 import functools
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.attention.kernels import build, flops
+from dsv3.attention.kernels import build, registration
 from dsv3.attention.selection import Selection
-
-OPERATOR = "dsv3_kernels::forward"
-Arguments = tuple[Any, ...]
 
 
 @torch.compiler.assume_constant_result  # the compiler runs it and keeps the answer
@@ -35,11 +28,7 @@ def why_not() -> str | None:
 def _prepared() -> str | None:
     reason = build.why_not()
     if reason is None:
-        torch.library.register_fake(OPERATOR, _shapes_forward)
-        torch.library.register_fake("dsv3_kernels::backward", _shapes_backward)
-        torch.library.register_autograd(OPERATOR, _differentiate, setup_context=_keep)
-        torch.library.register_autograd("dsv3_kernels::backward", _differentiate_twice)
-        flops.register()
+        registration.register(build.NAME, lambda q, k, weights: q.shape[1])
     return reason
 
 
@@ -71,14 +60,8 @@ def block_attention(
         ValueError: for another number format, or lists that name blocks which do not exist.
     """
     _demand()
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    chosen: Arguments = (None, None, 64, 64, scale, None, None, None)
-    if selection is not None:
-        lists = (selection.indices, selection.counts, selection.block_q, selection.block_k)
-        chosen = (*lists, scale, selection.weights, selection.rank, selection.limit)
-    out: Tensor = torch.ops.dsv3_kernels.forward(q, k, v, *chosen, instructions)[0]
+    given = registration.arguments(q, k, v, selection, scale)
+    out: Tensor = torch.ops.dsv3_kernels.forward(*given, instructions)[0]
     return out
 
 
@@ -86,35 +69,3 @@ def _demand() -> None:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"the C++ kernel of attention is not at hand: {reason}")
-
-
-def _shapes_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-def _shapes_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    weights = rest[7]
-    batch = 0 if weights is None else q.shape[0]
-    grads = (x.new_empty(x.shape) for x in (q, k, v))
-    return *grads, q.new_empty(batch, q.shape[1], k.shape[2], dtype=torch.float32)
-
-
-def _keep(ctx: Any, inputs: Arguments, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, indices, counts, *sizes, weights, rank, limit, instructions = inputs
-    ctx.save_for_backward(q, k, v, *output, indices, counts, weights, rank, limit)
-    ctx.sizes, ctx.instructions = sizes, instructions
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, indices, counts, weights, rank, limit = ctx.saved_tensors
-    selected = (indices, counts, *ctx.sizes, weights, rank, limit, ctx.instructions)
-    *grads, grad_w = torch.ops.dsv3_kernels.backward(grad, q, k, v, out, lse, *selected)
-    if weights is not None:
-        # heads that share a selection share its weights
-        grad_w = grad_w.unflatten(1, (weights.shape[1], -1)).sum(2).to(weights.dtype)
-    return *grads, *[None] * 5, None if weights is None else grad_w, None, None, None
-
-
-def _differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise NotImplementedError("the C++ kernel of attention has no second derivative; none of the implementations has")

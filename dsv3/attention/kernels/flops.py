@@ -1,16 +1,16 @@
-"""FLOPs of the C++ kernel, told to torch's flop counter: 2 m n k for each product, over the pairs that are let through.
+"""FLOPs of the kernels, told to torch's flop counter: 2 m n k for each product, over the pairs that are let through.
 
     forward     scores and their product with the values            2 * pairs * (P + R)
     backward    scores again, and the four products of gradients    2 * pairs * (3 P + 2 R)
 
-Pairs are those of the selection's definition, which is what `dsv3.model.cost` counts. The kernel multiplies whole
-tiles, with pairs on the diagonal that no query sees, and where threads outnumber heads it computes scores and the slope
-of softmax twice in backward: neither counts, so that the figure is the model's and the same on every machine.
+Pairs are those of the selection's definition, which is what `dsv3.model.cost` counts. The kernels multiply whole
+tiles, with pairs on the diagonal that no query sees, and the one in Triton always, the one in C++ where threads
+outnumber heads, computes scores and the slope of softmax twice in backward: neither counts, so that the figure is the
+model's and the same on every machine.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -18,9 +18,8 @@ from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.attention.sparse import pairs
 
 
-def register() -> None:
-    """Have every FlopCounterMode count the kernel; its operators must exist."""
-    operators = torch.ops.dsv3_kernels
+def register(operators: Any) -> None:
+    """Have every FlopCounterMode count a kernel's operators."""
     register_flop_formula(operators.forward, get_raw=True)(_forward)
     register_flop_formula(operators.backward, get_raw=True)(_backward)
 
@@ -44,7 +43,7 @@ def _pairs(
     weights: Tensor | None,
     rank: Tensor | None,
     limit: Tensor | None,
-    instructions: str,
+    *own: str,
 ) -> int:
     (batch, heads, queries, _), total = q.shape, k.shape[2]
     if indices is None or counts is None:
