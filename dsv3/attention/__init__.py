@@ -3,7 +3,7 @@
 from dsv3.attention.attend import attend
 from dsv3.attention.build import build
 from dsv3.attention.cache import KeyValueCache, LayerCache
-from dsv3.attention.choice import Implementation, implementation, why_not_kernel
+from dsv3.attention.choice import Implementation, implementation, why_not_kernel, why_not_triton
 from dsv3.attention.dense import dense, eager
 from dsv3.attention.latent import LatentAttention
 from dsv3.attention.multi_head import MultiHeadAttention
@@ -23,4 +23,5 @@ __all__ = [
     "eager",
     "implementation",
     "why_not_kernel",
+    "why_not_triton",
 ]

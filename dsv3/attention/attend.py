@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dsv3.attention import choice
 from dsv3.attention.dense import dense
-from dsv3.attention.kernels.blocks import block_attention
+from dsv3.attention.kernels import blocks, triton_blocks
 from dsv3.attention.selection import Selection
 from dsv3.attention.sparse import sparse
 from dsv3.config.rules import require
@@ -48,8 +48,11 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if selection is not None:
         _check_selection(q, k, selection)
-    if (implementation or choice.implementation(q, selection)) == "kernel":
-        return block_attention(q, k, v, selection, scale=scale)
+    chosen = implementation or choice.implementation(q, selection)
+    if chosen == "kernel":
+        return blocks.block_attention(q, k, v, selection, scale=scale)
+    if chosen == "triton":
+        return triton_blocks.block_attention(q, k, v, selection, scale=scale)
     if selection is None:
         return dense(q, k, v, scale=scale)
     return sparse(q, k, v, selection, scale=scale)

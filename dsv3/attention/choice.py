@@ -1,8 +1,9 @@
-"""Which code computes a selection: the C++ kernel where it fits and the machine can build it, plain PyTorch elsewhere.
+"""Which code computes a selection: on a CPU the C++ kernel where the machine can build it, on a GPU the Triton kernel
+where Triton is there, elsewhere plain PyTorch.
 
-The kernel multiplies whole blocks. Selections that a token-exact rule thins out within their blocks, or whose blocks of
+The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks, or whose blocks of
 keys are shorter than a vector, are left to the plain path, as is dense attention, which torch has a kernel for; each
-can be had from either by name.
+can be had from any by name. So can the Triton kernel on a CPU, in Triton's interpreter, to be looked at and tested.
 """
 
 from typing import Literal, get_args
@@ -10,33 +11,37 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from dsv3.attention.kernels import blocks
+from dsv3.attention.kernels import blocks, registration, triton_blocks
 from dsv3.attention.selection import Selection
 from dsv3.config.rules import require
 
-Implementation = Literal["kernel", "plain"]
-SHORTEST = 16  # keys of a block: the floats of one vector
-FORMATS = (torch.float32, torch.bfloat16)
+Implementation = Literal["kernel", "triton", "plain"]
+SHORTEST = 16  # keys of a block: the floats of one vector, the least columns of a GPU's product
 
 
 def implementation(q: Tensor, selection: Selection | None) -> Implementation:
     """What `attend` uses for these queries unless told; the first fitting call compiles the kernel."""
-    fits = selection is not None and selection.rank is None and selection.block_k >= SHORTEST
-    return "kernel" if fits and why_not_kernel(q) is None else "plain"
+    if selection is None or selection.rank is not None or selection.block_k < SHORTEST:
+        return "plain"
+    if q.device.type == "cuda":
+        return "triton" if why_not_triton(q) is None else "plain"
+    return "kernel" if why_not_kernel(q) is None else "plain"
 
 
 def why_not_kernel(q: Tensor) -> str | None:
-    """None where the kernel can compute these queries; otherwise the reason."""
+    """None where the C++ kernel can compute these queries; otherwise the reason."""
     if q.device.type != "cpu":
         return f"it runs on a CPU, not on {q.device.type}"
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
-    if dtype not in FORMATS:
-        return f"it computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
-    return blocks.why_not()
+    return _why_not_format(q) or blocks.why_not()
+
+
+def why_not_triton(q: Tensor) -> str | None:
+    """None where the Triton kernel can compute these queries; otherwise the reason."""
+    return triton_blocks.why_not(q.device.type, q.shape[3]) or _why_not_format(q)
 
 
 def check_choice(name: str, q: Tensor) -> None:
-    """Refuse an unknown name, and the kernel where it cannot compute.
+    """Refuse an unknown name, and a kernel where it cannot compute.
 
     Raises:
         ValueError: with the reason.
@@ -44,5 +49,13 @@ def check_choice(name: str, q: Tensor) -> None:
     known = get_args(Implementation)
     rule = f"must be one of {', '.join(known)}"
     require(name in known, "implementation", name, rule, "leave it out to have it chosen")
-    reason = why_not_kernel(q) if name == "kernel" else None
+    reason = {"kernel": why_not_kernel, "triton": why_not_triton, "plain": lambda _: None}[name](q)
     require(reason is None, "implementation", name, f"cannot be used here: {reason}", "use 'plain'")
+
+
+def _why_not_format(q: Tensor) -> str | None:
+    device = q.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    if dtype in registration.FORMATS:
+        return None
+    return f"it computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}"

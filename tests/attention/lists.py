@@ -5,11 +5,15 @@ import torch
 from torch import Tensor
 
 from dsv3.attention import Selection, SelectionCost, reference
-from dsv3.attention.kernels import blocks
+from dsv3.attention.kernels import blocks, triton_blocks
 
 REASON = blocks.why_not()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
-by_each = pytest.mark.parametrize("implementation", [pytest.param("kernel", marks=needs_kernel), "plain"])
+NOT_INTERPRETED = triton_blocks.why_not("cpu", 16)
+needs_interpreter = pytest.mark.skipif(NOT_INTERPRETED is not None, reason=f"no Triton here: {NOT_INTERPRETED}")
+KERNEL = pytest.param("kernel", marks=needs_kernel)
+by_each = pytest.mark.parametrize("implementation", [KERNEL, pytest.param("triton", marks=needs_interpreter), "plain"])
+by_cpu = pytest.mark.parametrize("implementation", [KERNEL, "plain"])  # an interpreter takes milliseconds for a tile
 
 # batch, heads, groups, heads of the selection, queries, positions, width, value, block_q, block_k
 SHAPES = {

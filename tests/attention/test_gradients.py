@@ -9,7 +9,7 @@ from torch import Tensor
 from dsv3.attention import attend
 from dsv3.attention.select import blocks, hierarchical
 from dsv3.config import Blocks, Everything, Hierarchical, PerHead, Select, Window
-from tests.attention.lists import by_each, close, draw, grads
+from tests.attention.lists import by_cpu, close, draw, grads
 from tests.attention.variants import ATTENTIONS, config, hidden, module
 
 SELECTS: dict[str, Select] = {
@@ -34,7 +34,7 @@ def test_gradients_of_inputs_and_of_weights_may_be_asked_for_apart(attention: st
     assert all(torch.equal(one, two) for one, two in zip((*of_input, *of_weights), together, strict=True))
 
 
-@by_each
+@by_cpu
 @pytest.mark.parametrize("apart", [[0], [1], [2], [0, 2], [1, 2]], ids=str)
 def test_gradients_of_some_of_the_operands_are_those_of_all(implementation: str, apart: list[int]) -> None:
     shape = (2, 4, 2, 2, 150, 150, 16, 16, 16, 16)
@@ -60,7 +60,7 @@ CHOICES: dict[str, Blocks] = {
 }
 
 
-@by_each
+@by_cpu
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES.keys())
 def test_packed_documents_attend_as_each_does_alone(implementation: str, choice: Blocks) -> None:
     """Forward and backward; documents of 160, 32, 352 and 57 tokens."""

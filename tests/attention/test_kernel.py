@@ -9,20 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import config as jaxtyping_config
 
 from dsv3.attention import Selection, attend, implementation, why_not_kernel
 from dsv3.attention.choice import SHORTEST
 from dsv3.attention.kernels import blocks, build
 from dsv3.attention.select import per_head, window
 from tests.attention.lists import REASON, SHAPES, close, draw, grads, needs_kernel, of_lists, right, select
-
-
-@pytest.fixture
-def annotations_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The annotations, where a test run checks them, refuse before our own words do and are no code for a compiler."""
-    monkeypatch.setattr(jaxtyping_config, "jaxtyping_disable", True)
-
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 FORMATS = [torch.float32, torch.bfloat16]
@@ -244,7 +236,7 @@ def test_what_the_kernel_cannot_compute_is_refused_by_name() -> None:
     q = torch.zeros(1, 1, 4, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="implementation='kernel': cannot be used here: it computes in float32 or"):
         attend(q, q, q, implementation="kernel")
-    with pytest.raises(ValueError, match="implementation='fast': must be one of kernel, plain"):
+    with pytest.raises(ValueError, match="implementation='fast': must be one of kernel, triton, plain"):
         attend(q, q, q, implementation="fast")  # type: ignore[arg-type]
     assert why_not_kernel(q.to("meta")) == "it runs on a CPU, not on meta"
 
