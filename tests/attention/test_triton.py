@@ -293,11 +293,12 @@ driver.set_active(Driver())
 run, JITFunction.run = JITFunction.run, compiled
 tile = triton_blocks._Call._tile
 triton_blocks._Call._tile = lambda call, **sizes: tile(call, **sizes) | {"EXACT": False}  # as on a GPU
-q, k, v = (torch.zeros(1, heads, 64, 128, dtype=torch.bfloat16) for heads in (4, 2, 2))
+q, k, v = (torch.zeros(1, heads, 64, width, dtype=torch.bfloat16) for heads, width in ((4, 192), (2, 192), (2, 128)))
 lists, counts = torch.zeros(1, 2, 1, 1, dtype=torch.int64), torch.ones(1, 2, 1, dtype=torch.int64)
 ages = torch.zeros(1, 2, 64, dtype=torch.int64)
 selection = (lists, counts, 64, 64, 0.1, torch.zeros(1, 2, 64), ages, ages)
-triton_blocks._backward(q, q, k, v, *triton_blocks._forward(q, k, v, *selection), *selection)
+out, lse = triton_blocks._forward(q, k, v, *selection)
+triton_blocks._backward(out, q, k, v, out, lse, *selection)
 """
 
 

@@ -226,20 +226,21 @@ class _Call:
     def _tile(self, rows: int, columns: int) -> dict[str, Any]:
         """A tile that holds so many rows and columns if it can; the last two numbers are guesses, never timed."""
         q, _, v = self.operands
-        wide, long = (max(_power(x.shape[3]), LEAST) for x in (q, v))
-        side = TILE[q.dtype]
-        while side > LEAST and side * (wide + long) * q.element_size() > _room(q.device):
+        (wide, rest), long = _parts(q.shape[3]), max(_power(v.shape[3]), LEAST)
+        side, width = TILE[q.dtype], wide + rest + long
+        while side > LEAST and side * width * q.element_size() > _room(q.device):
             side //= 2
         return {
             "WIDTH": q.shape[3],
             "VALUE": v.shape[3],
             "WIDE": wide,
+            "REST": rest,
             "LONG": long,
             "STACK": self.stack,
             "ROWS": min(max(_power(rows), LEAST), side),
             "COLUMNS": min(max(_power(columns), LEAST), side),
             "EXACT": q.dtype == torch.float32 or q.device.type == "cpu",
-            "num_warps": 8 if wide + long >= 256 else 4,
+            "num_warps": 8 if width >= 256 else 4,
             "num_stages": 3,
         }
 
@@ -281,6 +282,13 @@ def _room(device: torch.device) -> int:
 def _in_rows(x: Tensor) -> Tensor:
     """Rows in one piece each; other strides may be anything, as projections leave them."""
     return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Powers of two that hold a width between them; the second is 0 where it would save nothing."""
+    wide = max(_power(width), LEAST)
+    rest = max(_power(width - wide // 2), LEAST)
+    return (wide // 2, rest) if wide > LEAST and rest < wide // 2 else (wide, 0)
 
 
 def _power(number: int) -> int:
