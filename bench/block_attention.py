@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.attention_sizes import BLOCK, BRANCHING, HEADS, SEEN, WIDTH
-from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel
+from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel, why_not_triton
 from dsv3.attention.select import blocks, hierarchical
 from dsv3.config import Blocks, Hierarchical
 
@@ -56,7 +56,9 @@ def arms(dtype: torch.dtype, phase: str) -> tuple[str, ...]:
 
 def why_not(arm: str, given: Inputs) -> str | None:
     """None where the arm can be computed here; otherwise what is missing."""
-    return why_not_kernel(given.q) if arm in KERNEL else None
+    if arm not in KERNEL:
+        return None
+    return why_not_triton(given.q) if given.q.is_cuda else why_not_kernel(given.q)
 
 
 def choose(arm: str, given: Inputs) -> Selection | None:
@@ -101,8 +103,8 @@ def forward(arm: str, given: Inputs) -> Tensor:
     if arm == "flex":
         assert selection is not None, "flex computes a selection"
         return _flex(q.detach(), k.detach(), v.detach(), selection)
-    implementation: Implementation = "kernel" if arm in KERNEL else "plain"
-    return attend(q, k, v, selection, implementation=implementation)
+    ours: Implementation = "triton" if q.is_cuda else "kernel"
+    return attend(q, k, v, selection, implementation=ours if arm in KERNEL else "plain")
 
 
 def inference(arm: str, given: Inputs) -> Tensor:

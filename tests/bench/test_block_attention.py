@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from bench import block_attention, block_decoding
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
@@ -26,6 +27,19 @@ def test_every_arm_agrees_with_the_reference(arm: str, dtype: torch.dtype) -> No
     if reason := block_attention.why_not(arm, given):
         pytest.skip(reason)
     block_attention.check(arm, given)
+
+
+def test_on_a_gpu_our_arms_are_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(block_attention, "attend", lambda *_, implementation: asked.append(implementation))
+    monkeypatch.setattr(block_attention, "why_not_triton", lambda q: "no such GPU")
+    with FakeTensorMode():
+        q, k, v = (torch.zeros(1, 2, LENGTH, 8, device="cuda") for _ in range(3))
+    given = block_attention.Inputs(q, k, v, (q, k, v))
+    for arm in ("dense", "sdpa"):
+        block_attention.forward(arm, given)
+    assert asked == ["triton", "plain"]
+    assert [block_attention.why_not(arm, given) for arm in ("dense", "sdpa")] == ["no such GPU", None]
 
 
 def test_an_arm_that_misses_a_key_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
