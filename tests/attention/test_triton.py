@@ -163,6 +163,26 @@ def test_strides_of_any_kind_are_read_as_they_are(dtype: torch.dtype) -> None:
 
 
 @needs_triton
+def test_a_tile_is_as_large_as_shared_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (1, 1, 1, 1, 60, 60, 192, 128, 64, 64)
+    leaves, selection = draw(shape, torch.bfloat16), select(shape)
+    sizes, found = [], []
+    tile = triton_blocks._Call._tile
+    monkeypatch.setattr(
+        triton_blocks._Call, "_tile", lambda call, **asked: sizes.append(tile(call, **asked)) or sizes[-1]
+    )
+    # an H100's, and that of a GPU with 99 KiB
+    for room in (75 * 1024, 33 * 1024):
+        monkeypatch.setattr(triton_blocks, "_room", lambda device, room=room: room)
+        out = run(leaves, selection)
+        found.append((out, *grads(out, leaves)))
+    assert {(x["ROWS"], x["COLUMNS"], x["WIDE"], x["REST"]) for x in sizes[:3]} == {(64, 64, 128, 64)}
+    assert {(x["ROWS"], x["COLUMNS"]) for x in sizes[3:]} == {(32, 32)}
+    for one, two in zip(*found, strict=True):
+        close(one, two, 2e-2)
+
+
+@needs_triton
 def test_a_gradient_that_is_expanded_is_read_right() -> None:
     shape = (2, 2, 2, 2, 30, 30, 16, 16, 16, 16)
     leaves, selection = draw(shape), select(shape)

@@ -3,7 +3,7 @@
 The tiles and the order of the work are told in `triton_passes`, which is imported where Triton is. Lists are checked,
 sorted and rid of repeats as the plain path's are; backward inverts them: sorted by their keys, the blocks of queries
 that list a block of keys are neighbours. Nothing beyond inputs, results and gradients grows with the sequence but the
-lists.
+lists and two numbers per query and head.
 
 On a CPU the same kernels run in Triton's interpreter, which is how they are tested where there is no GPU. Its bf16
 holds numbers but does not multiply them: products are of fp32 there.
