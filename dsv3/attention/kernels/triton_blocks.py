@@ -150,11 +150,11 @@ def _backward(
     inputs, scales = (grad, *call.operands, grad.stride()[:3], *call.strides), (scale * LOG2E, scale)
     with torch.cuda.device_of(q):
         grid, tile = call.by_queries()
-        results = (out, lse, delta, grad_q)
-        triton_passes.query_grads[grid](*inputs, *call.lists, *call.rule, *results, call.shape, *scales, **tile)
+        of_queries = (out, lse, delta, grad_q)
+        triton_passes.query_grads[grid](*inputs, *call.lists, *call.rule, *of_queries, call.shape, *scales, **tile)
         grid, tile = call.by_keys()
-        results = (lse, delta, grad_k, grad_v, grad_w)
-        triton_passes.key_grads[grid](*inputs, *call.inverse(), *call.rule, *results, call.shape, *scales, **tile)
+        of_keys = (lse, delta, grad_k, grad_v, grad_w)
+        triton_passes.key_grads[grid](*inputs, *call.inverse(), *call.rule, *of_keys, call.shape, *scales, **tile)
     return grad_q, grad_k, grad_v, grad_w
 
 
