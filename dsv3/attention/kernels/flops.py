@@ -2,6 +2,7 @@
 
     forward     scores and their product with the values            2 * pairs * (P + R)
     backward    scores again, and the four products of gradients    2 * pairs * (3 P + 2 R)
+    choose      scores of a query and a node                        2 * scores * W
 
 Pairs are those of the selection's definition, which is what `dsv3.model.cost` counts. The kernel multiplies whole
 tiles, with pairs on the diagonal that no query sees, and where threads outnumber heads it computes scores and the slope
@@ -23,6 +24,7 @@ def register() -> None:
     operators = torch.ops.dsv3_kernels
     register_flop_formula(operators.forward, get_raw=True)(_forward)
     register_flop_formula(operators.backward, get_raw=True)(_backward)
+    register_flop_formula(operators.choose, get_raw=True)(_choose)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *selected: Any, **_: Any) -> int:
@@ -31,6 +33,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *selected: Any, **_: Any) -> int:
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *selected: Any, **_: Any) -> int:
     return 2 * _pairs(q, k, *selected) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+def _choose(query: Tensor, *_: Any, out_val: tuple[Tensor, Tensor, int]) -> int:
+    return 2 * out_val[2] * query.shape[3]
 
 
 def _pairs(
