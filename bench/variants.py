@@ -116,7 +116,8 @@ def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
         "blocks": lambda: {"model.attention": multi_head(select=choices.Blocks(k=4, **four))},
         "beam": lambda: {
             "model.attention": grouped(
-                select=choices.Hierarchical(keep=0.6, branching=2, width=3, sharing="group", **four)
+                # a token that chooses for itself, where the last of a block takes up what the first has chosen
+                select=choices.Hierarchical(keep=0.6, branching=2, width=3, sharing="group", block_q=1, block_k=4)
             )
         },
         "best_first": lambda: {

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dsv3.attention.select.listed import pairs_of_block
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Blocks
 
@@ -86,13 +87,11 @@ def _up_to(latest: Choice, newest: int) -> Choice:
 
 def _of_block(choice: Blocks, latest: Choice, start: int, total: int) -> Selection:
     """The choice as a Selection of some of the block's tokens; nothing was scored for them."""
-    queries, complete = total - start, latest.block * choice.block_q // choice.block_k
-    inside = queries * (start + total - 1) // 2 - queries * (complete * choice.block_k - 1)
-    kept = queries * latest.past * choice.block_k + latest.counts.numel() * inside
+    kept = pairs_of_block(choice, start, total, latest.past, latest.counts.numel())
     return Selection(
         indices=latest.indices,
         counts=latest.counts,
-        block_q=queries,
+        block_q=total - start,
         block_k=choice.block_k,
         cost=SelectionCost(scored=0, kept=kept, per_level=(0,)),
     )
