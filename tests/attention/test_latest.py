@@ -66,6 +66,25 @@ def test_what_a_block_has_chosen_is_what_a_search_finds_from_any_earlier_length(
         length = data.draw(st.integers(0, LENGTH - 1))
 
 
+def test_a_first_token_written_anew_chooses_anew_for_the_same_block() -> None:
+    choice = Blocks(k=4, block_q=4, block_k=4)
+    q, k = tokens(0, 40)
+    index = Index.empty(choice, (2, 4, 2, 4), LENGTH, torch.float64)
+    remember(choice, q[:, :, :36][:, :, leading(choice, 0)], k[:, :, :36], 0, 36, index)
+
+    def decode(q: torch.Tensor, position: int) -> Selection | None:
+        new = k[:, :, unfinished(choice, position) : position + 1]
+        grown = remember(choice, q[:, :, leading(choice, position)], new, position, position + 1, index)
+        return select(choice, (2, 1), position + 1, None, DEVICE, index=grown)
+
+    one, later = q[:, :, 36:37], q[:, :, 37:38]
+    found = [decode(x, at) for x, at in ((one, 36), (later, 37), (-one, 36), (later, 37), (one, 36))]
+    first, after, other, after_other, back = (lists(x) for x in found if x is not None)
+    assert first == after == back
+    assert other == after_other
+    assert all(a != b for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("own", [1, 4])
 def test_a_block_of_keys_that_begins_inside_a_block_of_queries_is_seen_from_there_on_and_not_after_going_back(
     own: int,
