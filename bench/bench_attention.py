@@ -19,6 +19,7 @@ from bench.meters.flops import flops
 from bench.meters.memory import peak_bytes
 from bench.meters.saved import saved_bytes
 from bench.record import Profile
+from dsv3.attention import why_not_kernel
 
 LENGTHS: Mapping[Profile, int] = {"quick": 1024, "full": 16384}
 PHASES: Mapping[str, Callable[[str, Inputs], object]] = {
@@ -92,15 +93,16 @@ def bench_decode_blocks(measure_arms: Callable[..., Figures], profile: Profile, 
     if profile == "quick":
         pytest.skip("its caches take gigabytes: --profile full")
     given = block_decoding.decoder(block_decoding.LENGTH, batch)
+    arms = [arm for arm in block_decoding.ARMS if arm != block_decoding.KERNEL or why_not_kernel(given.q) is None]
 
     def check() -> None:
-        for arm in block_decoding.CHOICES:
+        for arm in arms:
             block_decoding.check(arm)
 
     measure_arms(
         phase="decode",
         baseline="sdpa",
-        arms={arm: partial(block_decoding.decode, arm, given) for arm in block_decoding.ARMS},
+        arms={arm: partial(block_decoding.decode, arm, given) for arm in arms},
         check=check,
         axes={"length": block_decoding.LENGTH, "batch": batch},
         blocks=7,  # a round of dense attention takes seconds

@@ -3,7 +3,8 @@
 A round is a block of 64 tokens, each at its own place at the end of a cache. Selectors that let a block of queries
 choose once search at the first of them alone, and a node of the tree is completed by the last, so a round holds the
 dear tokens at their true share. Choosing is inside: the new key joins the tree, the query walks down it, `attend` reads
-what was found.
+what was found. So that a ratio to SDPA can be split, `dense` reads all of the cache in this project's kernel: what the
+code gains.
 
 Each token takes the next of several caches, together larger than any processor's cache, so that every call reads from
 memory, as a layer of a model does that comes round once per token. The places are dealt out: with n caches each goes
@@ -26,7 +27,8 @@ CHOICES: dict[str, Blocks] = {
     "blocks_per_token": Blocks(k=SEEN, block_q=1, block_k=BLOCK),
     "hierarchical_per_token": Hierarchical(k=SEEN, block_q=1, block_k=BLOCK, branching=BRANCHING),
 }
-ARMS = ("sdpa", *CHOICES)
+KERNEL = "dense"  # the arm that plain PyTorch has no form of
+ARMS = ("sdpa", KERNEL, *CHOICES)
 LENGTH = 65536  # positions after the last token of a round
 ROUND = BLOCK  # tokens
 COLD = 2**26  # bytes read between two visits of a cache, beyond what a processor keeps
@@ -92,7 +94,9 @@ def decode(arm: str, given: Decoder) -> list[Tensor]:
 def _token(arm: str, given: Decoder, place: int, cache: Cache) -> Tensor:
     q, position = given.q[:, :, place : place + 1], given.before + place
     k, v = cache.k[:, :, : position + 1], cache.v[:, :, : position + 1]
-    return attend(q, k, v, None if arm == "sdpa" else chosen(arm, q, cache, position))
+    if arm in CHOICES:
+        return attend(q, k, v, chosen(arm, q, cache, position))
+    return attend(q, k, v, implementation="kernel" if arm == KERNEL else "plain")
 
 
 def chosen(arm: str, q: Tensor, cache: Cache, position: int) -> Selection | None:
@@ -110,16 +114,23 @@ def check(arm: str) -> None:
         AssertionError: with the largest difference, where one does not.
     """
     length = 2 * SEEN * BLOCK + BLOCK
-    given, choice = decoder(length, 2), CHOICES[arm]
+    given = decoder(length, 2)
     found = list(zip(given.turns(), decode(arm, given), decode(arm, given), strict=True))
     for (place, cache), first, again in found[:: ROUND // 4 + 1]:
         total = given.before + place + 1
         k, v = cache.k[:, :, :total], cache.v[:, :, :total]
         whole = torch.cat((torch.zeros_like(k[:, :, : given.before]), given.q[:, :, : place + 1]), dim=2)
-        selection = (hierarchical if isinstance(choice, Hierarchical) else blocks)(whole, k, choice)  # type: ignore[arg-type]
-        seen = reference.selected(selection, heads=HEADS, queries=total, total=total)
+        seen = _seen(arm, whole, k)
         right = reference.attention(given.q[:, :, place : place + 1], k, v, seen, scale=WIDTH**-0.5)
         # sums of about a thousand products in fp32, in orders of their own
         bound = 64 * torch.finfo(torch.float32).eps * max(1.0, right.abs().max().item())
         for ours in (first, again):
             torch.testing.assert_close(ours.double(), right, rtol=0.0, atol=bound)
+
+
+def _seen(arm: str, q: Tensor, k: Tensor) -> reference.Seen:
+    choice, total = CHOICES.get(arm), k.shape[2]
+    if choice is None:
+        return reference.everything
+    selection = hierarchical(q, k, choice) if isinstance(choice, Hierarchical) else blocks(q, k, choice)
+    return reference.selected(selection, heads=HEADS, queries=total, total=total)
