@@ -146,6 +146,7 @@ def test_a_prompts_last_block_is_kept_without_the_lists_of_the_others() -> None:
     index = Index.empty(choice, (2, 4, 2, 4), LENGTH, torch.float64)
     grown = remember(choice, q[:, :, leading(choice, 0)], k, 0, 35, index)
     select(choice, (2, 35), 35, None, DEVICE, index=grown)
+    assert index.latest is not None
     latest = index.latest.choice
     assert latest is not None
     assert latest.block == 8
@@ -154,4 +155,7 @@ def test_a_prompts_last_block_is_kept_without_the_lists_of_the_others() -> None:
     alone = vary(choice, block_q=1)
     index = Index.empty(alone, (2, 4, 2, 4), LENGTH, torch.float64)
     select(alone, (2, 35), 35, None, DEVICE, index=remember(alone, q, k, 0, 35, index))
+    assert index.latest is not None
     assert index.latest.choice is None
+    # and a forward pass without a cache has nobody to keep for
+    assert remember(choice, q[:, :, leading(choice, 0)], k, 0, 35).latest is None

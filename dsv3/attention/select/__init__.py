@@ -6,6 +6,7 @@ cache. An `Indexer` is a module, which learns and selects for itself.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -91,4 +92,5 @@ def remember(
         assert start == 0, "an index of earlier positions is missing"
         size = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
         held = Index.empty(choice, size, total, torch.promote_types(q.dtype, k.dtype), k.device)
+        held = replace(held, latest=None)  # nobody continues it
     return held.extend(choice, q, k, start, total)

@@ -16,7 +16,7 @@ found only by being attended to, as in MoBA (arXiv 2502.13189). What the newest 
 see `latest`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -29,13 +29,14 @@ from dsv3.config import Blocks, Hierarchical
 @dataclass(frozen=True)
 class Index:
     """Leaders and the levels of nodes, leaves first; h leaders per block of queries, g rows of nodes, h a multiple of
-    g. Where nodes are bounds: the largest size of a finite number in the leaves up to each.
+    g. Where nodes are bounds: the largest size of a finite number in the leaves up to each. Where the index is to be
+    continued: a place for the latest choice.
     """
 
     leaders: Float[Tensor, "B h Nq P"]
     nodes: tuple[Float[Tensor, "B g _ W"], ...]
     largest: Float[Tensor, "B g _"] | None = None
-    latest: Latest = field(default_factory=Latest)
+    latest: Latest | None = None
 
     @classmethod
     def empty(
@@ -62,7 +63,8 @@ class Index:
             torch.zeros(batch, groups, length // span, columns, dtype=kind, device=device)
             for span in spans(choice, length)
         )
-        return cls(leaders, nodes, torch.zeros_like(nodes[0][..., 0]) if bounds(choice) else None)
+        largest = torch.zeros_like(nodes[0][..., 0]) if bounds(choice) else None
+        return cls(leaders, nodes, largest, Latest())
 
     @property
     def nbytes(self) -> int:

@@ -52,14 +52,16 @@ def latest_or(
     scale: float,
 ) -> Selection:
     """What the positions from `start` to `total` see: as their block has chosen before, or what `search` finds."""
-    block, latest = (total - 1) // choice.block_q, index.latest.choice
+    place = index.latest
+    if place is None or choice.block_q == 1:
+        return search(choice, index, start, total, scale)
+    block, latest = (total - 1) // choice.block_q, place.choice
     begun = start % choice.block_q > 0 and start // choice.block_q == block
     if begun and latest is not None and latest.block == block:
-        index.latest.choice = latest = _up_to(latest, (total - 1) // choice.block_k)
+        place.choice = latest = _up_to(latest, (total - 1) // choice.block_k)
         return _of_block(choice, latest, start, total)
     found = search(choice, index, start, total, scale)
-    if choice.block_q > 1:
-        index.latest.choice = _of_last_row(choice, found, total)
+    place.choice = _of_last_row(choice, found, total)
     return found
 
 
