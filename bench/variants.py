@@ -113,7 +113,8 @@ def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
         "grouped": lambda: {"model.attention": grouped()},
         "window": lambda: {"model.attention": multi_head(select=choices.Window(size=8))},
         "per_head": lambda: {"model.attention": multi_head(select=choices.PerHead(keep=0.3))},
-        "blocks": lambda: {"model.attention": multi_head(select=choices.Blocks(k=4, **four))},
+        # each token chooses; below, the one that is decoded takes up what its block has chosen
+        "blocks": lambda: {"model.attention": multi_head(select=choices.Blocks(k=4, block_q=1, block_k=4))},
         "beam": lambda: {
             "model.attention": grouped(
                 select=choices.Hierarchical(keep=0.6, branching=2, width=3, sharing="group", **four)

@@ -4,7 +4,8 @@
     Latent               latent [B,M,L+P]: the normalised latent, then the rotated rotary key; nothing per head
     with PerHead         importance [B,M,H] besides
     with Indexer         index_key [B,M,W] besides
-    with Blocks, Hierarchical   besides, an index: the query of each block's first token, and summaries of key blocks
+    with Blocks, Hierarchical   besides, an index: the query of each block's first token, summaries of key blocks, and
+                         what the newest block of queries chose
 
 M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
 `length` already there, in place; the new length is a new value (`advance`), so that the same buffers can be continued

@@ -26,14 +26,16 @@ def selection_flops(attention: Attention, length: int) -> int:
 def decoding_flops(attention: Attention, visible: int) -> int:
     """FLOPs of choosing in one layer for one token after a cache that sees `visible` positions, its own included.
 
-    Every token searches for its block anew: what a block has chosen is not kept.
+    The first token of a block of queries chooses for the others.
     """
     choice = attention.select
     if not isinstance(choice, Blocks):
         return 0
     block, place = divmod(visible - 1, choice.block_q)
+    if place:
+        return 0
     complete = block * choice.block_q // choice.block_k
-    return _search(attention, choice, scored(choice, complete)) + _leaders(attention, int(place == 0))
+    return _search(attention, choice, scored(choice, complete)) + _leaders(attention, 1)
 
 
 def _search(attention: Attention, choice: Blocks, scores: tuple[int, ...]) -> int:

@@ -19,6 +19,8 @@ by_cpu = pytest.mark.parametrize("implementation", [KERNEL, "plain"])  # an inte
 SHAPES = {
     "one token": (2, 2, 2, 2, 1, 1, 8, 8, 64, 64),
     "decoding": (2, 4, 2, 4, 1, 100, 16, 16, 64, 16),
+    "decoding afar": (2, 4, 2, 4, 1, 900, 24, 40, 1, 48),
+    "decoding long blocks": (1, 2, 1, 2, 1, 900, 7, 5, 64, 256),
     "63 tokens": (2, 2, 2, 1, 63, 63, 16, 16, 64, 64),
     "60 of 100": (1, 4, 2, 2, 60, 100, 48, 32, 16, 16),
     "latent": (1, 2, 1, 1, 100, 100, 24, 16, 64, 64),

@@ -35,11 +35,12 @@ def test_values_and_gradients_are_those_of_the_reference(shape: tuple[int, ...],
 
 @needs_kernel
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("name", ["60 of 100", "decoding afar", "decoding long blocks"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_each_instruction_set_computes_the_same(instructions: str, dtype: torch.dtype) -> None:
+def test_each_instruction_set_computes_the_same(instructions: str, name: str, dtype: torch.dtype) -> None:
     if instructions not in blocks.instruction_sets():
         pytest.skip(f"this processor lacks {instructions}")
-    shape = SHAPES["60 of 100"]
+    shape = SHAPES[name]
     leaves, selection = draw(shape, dtype), select(shape)
     ours = blocks.block_attention(*leaves, selection, scale=0.3, instructions=instructions)
     theirs = right(leaves, shape, selection, 0.3)
@@ -82,10 +83,11 @@ def test_any_blocks_of_any_sequence_equal_the_plain_path(
 
 
 @needs_kernel
+@pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("groups", [1, 4], ids=["tile by tile", "head by head"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_the_number_of_threads_changes_no_bit(groups: int, dtype: torch.dtype) -> None:
-    shape = (2 if groups == 4 else 1, 4, groups, 4, 300, 350, 20, 32, 100, 48)
+def test_the_number_of_threads_changes_no_bit(groups: int, queries: int, dtype: torch.dtype) -> None:
+    shape = (2 if groups == 4 else 1, 4, groups, 4, queries, 350 if queries > 1 else 1700, 20, 32, 100, 48)
     leaves, selection, found = draw(shape, dtype), select(shape), []
     before = torch.get_num_threads()
     try:
@@ -162,6 +164,26 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(dtype: torch.dtype) ->
     expected = torch.zeros(2, 192, dtype=torch.bool)
     expected[0, 40:64] = expected[0, 128:] = True
     assert torch.equal(found, expected)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_a_single_query_sees_nan_only_in_its_list_and_nothing_in_an_empty_one(dtype: torch.dtype) -> None:
+    shape = (3, 1, 1, 1, 1, 640, 16, 24, 64, 64)
+    q, k, v = (x.detach() for x in draw(shape, dtype))
+    listed = torch.ones(3, 1, 1, 10, dtype=torch.bool)
+    listed[:, :, :, 7] = False
+    listed[2] = False
+    k[0, :, 450], k[1, :, 500], v[1, :, 600] = float("nan"), float("nan"), float("nan")
+    out = attend(q, k, v, of_lists(listed, 64, 64))
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    assert not out[2].any()
+    k[1], v[1] = 0.0, 1.0
+    k[0, :, 130] = float("inf")
+    out = attend(q.abs(), k, v, of_lists(listed, 64, 64))
+    assert out[0].isnan().all()
+    assert (out[1] == 1.0).all()
 
 
 @needs_kernel

@@ -1,12 +1,15 @@
 """Arms of attention to blocks: each is checked against the reference, and a wrong one is found."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from bench import block_attention, block_decoding
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
-from dsv3.attention import attend, reference
+from dsv3.attention import Selection, attend, reference, why_not_kernel
 
 LENGTH = (SEEN + 3) * BLOCK
 
@@ -69,15 +72,44 @@ def test_tokens_that_choose_for_themselves_agree_with_the_reference_and_an_error
     assert block_attention.last_query_error(given, selection, out + 0.01) > 1e-3
 
 
-@pytest.mark.parametrize("arm", block_decoding.CHOICES)
+@pytest.mark.parametrize("arm", block_decoding.ARMS)
 def test_a_token_after_a_cache_attends_as_the_whole_forward_does(arm: str) -> None:
+    reason = why_not_kernel(torch.zeros(1)) if arm == block_decoding.KERNEL else None
+    if reason is not None:
+        pytest.skip(reason)
     block_decoding.check(arm)
 
 
-def test_calls_take_the_caches_in_turn() -> None:
-    given = block_decoding.step(LENGTH, 1)
-    first, second = (block_decoding.decode("sdpa", given) for _ in range(2))
-    assert not torch.equal(first, second)
-    for _ in range(len(given.caches) - 2):
-        block_decoding.decode("sdpa", given)
-    torch.testing.assert_close(block_decoding.decode("sdpa", given), first, rtol=0.0, atol=0.0)
+def test_a_token_that_sees_other_blocks_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def latest_blocks(arm: str, q: torch.Tensor, cache: block_decoding.Cache, position: int) -> Selection:
+        found = chosen(arm, q, cache, position)
+        assert found is not None
+        return replace(found, indices=position // BLOCK - torch.arange(SEEN).expand_as(found.indices))
+
+    chosen = block_decoding.chosen
+    monkeypatch.setattr(block_decoding, "chosen", latest_blocks)
+    with pytest.raises(AssertionError):
+        block_decoding.check("blocks")
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_round_takes_every_place_of_a_block_once_and_the_caches_in_turn(batch: int) -> None:
+    given = block_decoding.decoder(2 * BLOCK, batch)
+    turns = given.turns()
+    assert sorted(place for place, _ in turns) == list(range(block_decoding.ROUND))
+    number = len(given.caches)
+    for (_, one), (_, other) in pairwise(turns):
+        assert one is not other
+    assert all(turns[i][1] is turns[i + number][1] for i in range(block_decoding.ROUND - number))
+    assert number * 2 * batch * 4 * SEEN * BLOCK * 64 * 4 >= block_decoding.COLD
+
+
+def test_a_round_searches_once_where_a_block_chooses_and_for_every_token_where_tokens_do() -> None:
+    given = block_decoding.decoder((SEEN + 3) * BLOCK, 1)
+    for arm in block_decoding.CHOICES:
+        scored = [
+            block_decoding.chosen(arm, given.q[:, :, place : place + 1], cache, given.before + place)
+            for place, cache in given.turns()
+        ]
+        searches = sum(one is not None and one.cost.scored > 0 for one in scored)
+        assert searches == (block_decoding.ROUND if arm.endswith("per_token") else 1)

@@ -10,7 +10,8 @@ constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
 #include "tiles.h"
 
 #include "passes.h"
+#include "row.h"
 }  // namespace
-const Kernels avx2{"avx2", room_of, forward, delta, key_tile, query_tile, store_rows};
+const Kernels avx2{"avx2", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores};
 }  // namespace dsv3
 #endif

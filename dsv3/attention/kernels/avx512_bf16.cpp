@@ -13,7 +13,8 @@ constexpr int PANEL = 6, WIDE = 4;  // rows and vectors of a panel of sums
 #include "tiles.h"
 
 #include "passes.h"
+#include "row.h"
 }  // namespace
-const Kernels avx512_bf16{"avx512_bf16", room_of, forward, delta, key_tile, query_tile, store_rows};
+const Kernels avx512_bf16{"avx512_bf16", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores};
 }  // namespace dsv3
 #endif

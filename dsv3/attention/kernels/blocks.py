@@ -1,20 +1,23 @@
-"""The C++ kernel as operators that torch knows, `dsv3_kernels`.
+"""The C++ kernel as operators that torch knows, `dsv3_kernels`: forward, backward, and choosing for a block of queries.
+
+    indices, counts, computed = dsv3_kernels::choose(query, nodes, ...)      blocks of keys for one block of queries
 
 Scores of a tile of 64 queries against up to 512 listed keys stay in the L2 cache, softmax and both products work on
 them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only); backward computes them again from lse.
 Gradients of k and v go over the inverse of the selection, which blocks of queries list a block of keys, so that nobody
 adds to what another thread writes (the inverse index of MoBA's and NSA's kernels, arXiv 2502.13189 and 2502.11089): the
-number of threads changes no bit. Nothing beyond inputs, results and gradients grows with the sequence but the lists,
-and in bf16 the fp32 sums of grad_q of the heads at work.
+number of threads changes no bit. A single query, as in decoding, takes dot products instead, span by span of its list
+(Flash-Decoding). Nothing beyond inputs, results and gradients grows with the sequence but the lists, and in bf16 the
+fp32 sums of grad_q of the heads at work.
 """
 
 import functools
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.attention.kernels import build, registration
+from dsv3.attention.kernels import build, flops, registration
 from dsv3.attention.selection import Selection
 
 
@@ -29,6 +32,7 @@ def _prepared() -> str | None:
     reason = build.why_not()
     if reason is None:
         registration.register(build.NAME, lambda q, k, weights: q.shape[1])
+        flops.register_choice(torch.ops.dsv3_kernels.choose)
     return reason
 
 
@@ -63,6 +67,34 @@ def block_attention(
     given = registration.arguments(q, k, v, selection, scale)
     out: Tensor = torch.ops.dsv3_kernels.forward(*given, instructions)[0]
     return out
+
+
+def block_choice(
+    query: Float[Tensor, "B h 1 W"],
+    nodes: tuple[Float[Tensor, "B g _ W"], ...],
+    *,
+    complete: int,
+    free: int,
+    beam: int,
+    branching: int,
+    own: int,
+    begun: int,
+    instructions: str = "",
+) -> tuple[Int[Tensor, "B h 1 K"], Int[Tensor, "B h 1"], int]:
+    """Lists and counts of one block of queries behind `complete` key blocks, and how many scores were computed.
+
+    Listed are the first and the previous block, `begun` of its `own` ones and the `free` best others, found down a tree
+    that keeps `beam` nodes a level, or, where `branching` is 0, among all.
+
+    Raises:
+        RuntimeError: where the kernel cannot be built.
+        ValueError: for numbers that are not fp32, or a search without a score.
+    """
+    _demand()
+    found: tuple[Tensor, Tensor, int] = torch.ops.dsv3_kernels.choose(
+        query, nodes, complete, free, beam, branching, own, begun, instructions
+    )
+    return found
 
 
 def _demand() -> None:

@@ -2,6 +2,7 @@
 
     forward     scores and their product with the values            2 * pairs * (P + R)
     backward    scores again, and the four products of gradients    2 * pairs * (3 P + 2 R)
+    choose      scores of a query and a node                        2 * scores * W
 
 Pairs are those of the selection's definition, which is what `dsv3.model.cost` counts. The kernels multiply whole
 tiles, with pairs on the diagonal that no query sees, and the one in Triton always, the one in C++ where threads
@@ -24,12 +25,21 @@ def register(operators: Any) -> None:
     register_flop_formula(operators.backward, get_raw=True)(_backward)
 
 
+def register_choice(operator: Any) -> None:
+    """The same of an operator that chooses."""
+    register_flop_formula(operator, get_raw=True)(_choose)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, *selected: Any, **_: Any) -> int:
     return 2 * _pairs(q, k, *selected) * (q.shape[3] + v.shape[3])
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *selected: Any, **_: Any) -> int:
     return 2 * _pairs(q, k, *selected) * (3 * q.shape[3] + 2 * v.shape[3])
+
+
+def _choose(query: Tensor, *_: Any, out_val: tuple[Tensor, Tensor, int]) -> int:
+    return 2 * out_val[2] * query.shape[3]
 
 
 def _pairs(

@@ -3,20 +3,19 @@
 // The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them.
 // Work is taken tile by tile by whichever thread is free: a tile's result depends on its inputs alone.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "problem.h"
+#include "work.h"
 
 namespace dsv3 {
 namespace {
@@ -37,11 +36,15 @@ std::vector<const Kernels*> available() {
   return found;
 }
 
+}  // namespace
+
 const Kernels& chosen(const std::string& instructions) {
   for (const Kernels* kernels : available())
     if (instructions.empty() || instructions == kernels->name) return *kernels;
   TORCH_CHECK_VALUE(false, "instructions='", instructions, "': this processor lacks them; leave it empty for the best");
 }
+
+namespace {
 
 std::string names() {
   std::string all;
@@ -53,22 +56,6 @@ Rows rows_of(const Tensor& x) { return {(char*)x.data_ptr(), x.stride(0), x.stri
 
 // Rows in one piece each; other strides may be anything, as projections leave them.
 Tensor in_rows(const Tensor& x) { return x.stride(3) == 1 || x.size(3) == 1 ? x : x.contiguous(); }
-
-int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
-
-// Every number below `count` once, by whichever thread is free. Each has `room` bytes of scratch memory, taken from
-// torch so that whoever measures memory sees it.
-template <class Work>
-void shared_out(int64_t count, int64_t room, const Work& work) {
-  int64_t threads = std::min<int64_t>(at::get_num_threads(), count), stride = (room + 63) / 64 * 64;
-  Tensor scratch = at::empty({threads * stride}, at::kByte);
-  char* memory = (char*)scratch.data_ptr();
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin)
-      for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, memory + begin * stride);
-  });
-}
 
 // The tensors behind a Problem's addresses, kept while it is computed.
 struct Call {
@@ -193,6 +180,20 @@ struct Tiles {
   }
 };
 
+// A single query in every sequence and head, as in decoding: span by span, so that threads outnumber heads.
+void forward_of_one(const Problem& p, const Kernels& kernels) {
+  int64_t size = p.listed ? p.block_k : TILE, blocks = p.listed ? p.most : pieces(p.keys, size);
+  int64_t count = std::max<int64_t>(pieces(blocks * pieces(size, TILE), SPAN), 1);
+  int64_t heads = p.batch * p.heads, stride = (p.value + 15) / 16 * 16 + 16;
+  Tensor spans = at::empty({heads * count * stride}, at::kFloat);
+  float* parts = spans.data_ptr<float>();
+  shared_out(heads * count, 0, [&](int64_t i, char*) {
+    kernels.span(p, i / count / p.heads, i / count % p.heads, i % count, parts + i * stride);
+  });
+  for (int64_t i = 0; i < heads; ++i)
+    kernels.join(p, i / p.heads, i % p.heads, parts + i * count * stride, stride, count);
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices,
                                    const Optional& counts, int64_t block_q, int64_t block_k, double scale,
                                    const Optional& weights, const Optional& rank, const Optional& limit,
@@ -203,6 +204,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = at::empty({p.batch, p.heads, p.queries, p.value}, q.options());
   Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
+  if (p.queries == 1 && !p.rank) {
+    forward_of_one(p, kernels);
+    return {out, lse};
+  }
   Tiles tiles(p.queries, p.block_q);
   shared_out(p.batch * p.heads * tiles.count, kernels.room(p), [&](int64_t i, char* scratch) {
     int64_t first, rows, head = i / tiles.count;

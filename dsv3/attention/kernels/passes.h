@@ -143,6 +143,12 @@ struct Walk {
     }
     return false;
   }
+  void skip(int64_t tiles) {
+    if (size <= TILE)
+      block += tiles;  // each block is one
+    else
+      for (int64_t first, length; tiles > 0 && next(&first, &length);) --tiles;
+  }
 };
 
 struct KeyFacts {  // of a tile of keys, padded so that vectors may be read

@@ -6,6 +6,7 @@ constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
 #include "tiles.h"
 
 #include "passes.h"
+#include "row.h"
 }  // namespace
-const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows};
+const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores};
 }  // namespace dsv3

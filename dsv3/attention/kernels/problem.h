@@ -7,6 +7,7 @@
 
 namespace dsv3 {
 
+constexpr int64_t SPAN = 4;   // tiles that a single query is multiplied with at a time
 constexpr int64_t TILE = 64;  // queries and keys that are multiplied at a time: 64 x 64 scores are half an L1 cache
 
 // A tensor [batch, head, row, width] whose rows lie in one piece each; strides count elements.
@@ -55,6 +56,12 @@ struct Kernels {
   // scale rows of fp32 and store them in the call's format
   void (*store)(const Problem&, const float* from, int64_t stride, const Rows& to, int64_t b, int64_t h, int64_t first,
                 int64_t rows, int64_t width, float factor);
+  // a single query against the SPAN tiles of its list from number * SPAN on: values, padded to whole vectors, and 2 more
+  void (*span)(const Problem&, int64_t b, int64_t h, int64_t number, float* to);
+  // out and lse of a single query from its spans, which begin `stride` numbers apart
+  void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
+  // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
+  void (*scores)(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count, float* to);
 };
 
 extern const Kernels portable, avx2, avx512, avx512_bf16;

@@ -6,6 +6,7 @@ cache. An `Indexer` is a module, which learns and selects for itself.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import assert_never
 
 import torch
@@ -18,6 +19,7 @@ from dsv3.attention.select.hierarchical import hierarchical
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, leading, unfinished
 from dsv3.attention.select.indexer import LightningIndexer, indexer
+from dsv3.attention.select.latest import latest_or
 from dsv3.attention.select.per_head import Importance, per_head
 from dsv3.attention.select.window import window
 from dsv3.attention.selection import Selection
@@ -64,10 +66,10 @@ def select(
             return per_head(importance.transpose(1, 2), queries, keep=choice.keep, k=choice.k)
         case Hierarchical():
             assert index is not None, "a choice by content needs an index of what was said"
-            return search_tree(choice, index, total - queries, total, scale)
+            return latest_or(search_tree, choice, index, total - queries, total, scale)
         case Blocks():
             assert index is not None, "a choice by content needs an index of what was said"
-            return search_blocks(choice, index, total - queries, total, scale)
+            return latest_or(search_blocks, choice, index, total - queries, total, scale)
         case Indexer():
             raise AssertionError("an indexer selects for itself: see LightningIndexer")
         case _:
@@ -90,4 +92,5 @@ def remember(
         assert start == 0, "an index of earlier positions is missing"
         size = (q.shape[0], q.shape[1], k.shape[1], q.shape[3])
         held = Index.empty(choice, size, total, torch.promote_types(q.dtype, k.dtype), k.device)
+        held = replace(held, latest=None)  # nobody continues it
     return held.extend(choice, q, k, start, total)

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3.attention.select.alone import alone
 from dsv3.attention.select.best import best, fewest
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index
@@ -55,6 +56,8 @@ def blocks(
 @torch.no_grad()
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
     """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
+    if (single := alone(choice, index, start, total)) is not None:
+        return single
     complete = complete_blocks(choice, start, total)
     free = of_complete(choice.past, complete) - complete.clamp(max=2)
     heads = index.leaders.shape[:2]

@@ -33,6 +33,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3.attention.select.alone import alone
 from dsv3.attention.select.best import best, fewest
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index, query_vectors
@@ -68,6 +69,8 @@ def hierarchical(
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
     """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
     assert isinstance(choice, Hierarchical), "the flat choice has a search of its own"
+    if (single := alone(choice, index, start, total)) is not None:
+        return single
     complete = complete_blocks(choice, start, total)
     batch, heads, _, width = index.leaders.shape
     each = max(1, ROWS // (batch * heads))

@@ -12,7 +12,8 @@ For bounds the index also keeps how large the finite numbers of all leaves up to
 err.
 
 Leaders and nodes are kept in fp32 or wider, without a graph: which blocks are seen has no gradient. Keys learn to be
-found only by being attended to, as in MoBA (arXiv 2502.13189).
+found only by being attended to, as in MoBA (arXiv 2502.13189). What the newest block of queries chose is kept besides,
+see `latest`.
 """
 
 from dataclasses import dataclass
@@ -21,18 +22,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3.attention.select.latest import Latest
 from dsv3.config import Blocks, Hierarchical
 
 
 @dataclass(frozen=True)
 class Index:
     """Leaders and the levels of nodes, leaves first; h leaders per block of queries, g rows of nodes, h a multiple of
-    g. Where nodes are bounds: the largest size of a finite number in the leaves up to each.
+    g. Where nodes are bounds: the largest size of a finite number in the leaves up to each. Where the index is to be
+    continued: a place for the latest choice.
     """
 
     leaders: Float[Tensor, "B h Nq P"]
     nodes: tuple[Float[Tensor, "B g _ W"], ...]
     largest: Float[Tensor, "B g _"] | None = None
+    latest: Latest | None = None
 
     @classmethod
     def empty(
@@ -59,11 +63,12 @@ class Index:
             torch.zeros(batch, groups, length // span, columns, dtype=kind, device=device)
             for span in spans(choice, length)
         )
-        return cls(leaders, nodes, torch.zeros_like(nodes[0][..., 0]) if bounds(choice) else None)
+        largest = torch.zeros_like(nodes[0][..., 0]) if bounds(choice) else None
+        return cls(leaders, nodes, largest, Latest())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all buffers, filled or not."""
+        """Bytes of all buffers, filled or not; not of the one list of the latest choice."""
         largest = 0 if self.largest is None else self.largest.nbytes
         return self.leaders.nbytes + sum(level.nbytes for level in self.nodes) + largest
 
@@ -83,22 +88,31 @@ class Index:
 
         q holds the queries of `leading(choice, first)` among the new tokens; k all keys from `unfinished` on.
         """
-        groups, kind, last = k.shape[1], self.leaders.dtype, -(-total // choice.block_q)
-        leaders = _shared_queries(choice, q.to(kind), groups)
-        if choice.block_q > 1:
-            self.leaders[:, :, last - q.shape[2] : last] = leaders
+        kind, last = self.leaders.dtype, -(-total // choice.block_q)
+        if choice.block_q == 1:
+            leaders = _shared_queries(choice, q.to(kind), k.shape[1])
+        else:
+            if q.shape[2]:
+                self.leaders[:, :, last - q.shape[2] : last] = _shared_queries(choice, q.to(kind), k.shape[1])
             leaders = self.leaders[:, :, (start if first is None else first) // choice.block_q : last]
-        below, offset, ratio = _shared_keys(choice, k.to(kind)), unfinished(choice, start), choice.block_k
+        if total // choice.block_k > start // choice.block_k:
+            self._extend_nodes(choice, k, start, total)
+        return Index(leaders, self.nodes, self.largest, self.latest)
+
+    def _extend_nodes(self, choice: Blocks, k: Float[Tensor, "B G m P"], start: int, total: int) -> None:
+        """Write the nodes that the tokens from `start` to `total` complete, level by level as long as there are any."""
+        below, offset, ratio = _shared_keys(choice, k.to(self.leaders.dtype)), unfinished(choice, start), choice.block_k
         if bounds(choice):
             below = torch.cat((below, below), dim=-1)
         for level, span in zip(self.nodes, spans(choice, total), strict=False):
             low, high = start // span, total // span
+            if low == high:
+                break
             part = below[:, :, low * ratio - offset : high * ratio - offset]
             level[:, :, low:high] = _summary(part.unflatten(2, (high - low, ratio)), bounds(choice))
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
         if self.largest is not None:
             _extend_largest(self.largest, self.nodes[0], start // choice.block_k, total // choice.block_k)
-        return Index(leaders, self.nodes, self.largest)
 
 
 def bounds(choice: Blocks) -> bool:

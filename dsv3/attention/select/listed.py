@@ -90,6 +90,15 @@ def _rows(choice: Blocks, start: int, total: int) -> tuple[Int[Tensor, " rows"] 
     return torch.arange(start, total, size) // choice.block_q - first, size
 
 
+def pairs_of_block(choice: Blocks, start: int, total: int, past: int, lists: int) -> int:
+    """Pairs of a query from `start` to `total`, which lie in one block of queries, and a key up to its own, over all
+    lists together: they name `past` key blocks before the block of queries.
+    """
+    complete = start // choice.block_q * choice.block_q // choice.block_k
+    own = (total - start) * (start + total + 1) // 2 - (total - start) * complete * choice.block_k
+    return (total - start) * past * choice.block_k + lists * own
+
+
 def _kept(choice: Blocks, chosen: Int[Tensor, "B h Nq m"], start: int, total: int) -> int:
     """Pairs of a query and a key up to its own in the listed blocks."""
     position = torch.arange(start, total)

@@ -1,0 +1,218 @@
+// Passes over a single query, as decoding has: scores as dot products, so that no lane of a tile is wasted.
+//
+//     span     a query against up to SPAN tiles of its list: largest score, sum of weights, weighted sum of values
+//     scores   a query against rows of fp32 by their numbers: what choosing keys looks at
+//
+// A query's list is cut into spans of the same tiles on every machine, and spans are joined in their order, so that
+// the number of threads changes no bit. A score is summed in one order wherever its row stands among others. bf16 is
+// widened, and softmax weights stay in fp32.
+
+template <bool HALF>
+INLINE Vector part(const char* row, int64_t column) {
+  return HALF ? widened(*(const LooseHalves*)(row + column * 2)) : load((const float*)row + column);
+}
+// What is left of a row behind its whole vectors, zeros after it.
+template <bool HALF>
+INLINE Vector rest(const char* row, int64_t column, int64_t width) {
+  if (HALF) {
+    Halves x = {};
+    __builtin_memcpy(&x, row + column * 2, (width - column) * 2);
+    return widened(x);
+  }
+  Vector x = {};
+  __builtin_memcpy(&x, row + column * 4, (width - column) * 4);
+  return x;
+}
+
+// Lane i: the sum over all lanes of x[i]; neighbours are added, then neighbours of those.
+INLINE Vector sums_of(const Vector (&x)[LANES]) {
+#ifdef HAS_AVX512
+  const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+  Vector y[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) y[i] = x[i];
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i)
+      y[i] = __builtin_shuffle(y[2 * i], y[2 * i + 1], even) + __builtin_shuffle(y[2 * i], y[2 * i + 1], odd);
+  return y[0];
+#else
+  Vector sum;
+  for (int i = 0; i < LANES; ++i) {
+    float y[LANES];
+    store(y, x[i]);
+    for (int n = LANES / 2; n; n /= 2)
+      for (int j = 0; j < n; ++j) y[j] = y[2 * j] + y[2 * j + 1];
+    sum[i] = y[0];
+  }
+  return sum;
+#endif
+}
+
+// query . row of 16 rows; the query is padded with zeros to whole vectors.
+template <bool HALF>
+INLINE Vector dots(const float* query, const char* const* row, int64_t width) {
+  Vector sum[LANES] = {};
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) {
+    Vector x = load(query + c);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) sum[i] = fused(part<HALF>(row[i], c), x, sum[i]);
+  }
+  if (c < width) {
+    Vector x = load(query + c);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) sum[i] = fused(rest<HALF>(row[i], c, width), x, sum[i]);
+  }
+  return sums_of(sum);
+}
+
+static void scores(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count,
+                   float* to) {
+  constexpr int64_t AHEAD = 2 * LANES;  // rows asked for before they are read: a list jumps about
+  for (int64_t i = 0; i < count; i += LANES) {
+    const char* row[LANES];
+    for (int64_t n = 0; n < LANES; ++n) {
+      row[n] = (const char*)(rows + number[least(i + n, count - 1)] * width);
+      const char* later = (const char*)(rows + number[least(i + n + AHEAD, count - 1)] * width);
+      for (int64_t c = 0; c < width * 4; c += 64) __builtin_prefetch(later + c, 0, 2);
+    }
+    Vector found = dots<false>(query, row, width);
+    if (i + LANES <= count)
+      store(to + i, found);
+    else
+      for (int64_t n = i; n < count; ++n) to[n] = found[n - i];
+  }
+}
+
+// Values from column `c` on, N vectors of them, weighted; two sums of every second key hide the latency of adding.
+template <bool HALF, int N>
+INLINE void weighted(const Rows& x, const char* from, int64_t count, const float* weight, int64_t c,
+                     Vector (&sum)[2][N]) {
+  int64_t step = x.row * (HALF ? 2 : 4), j = 0;
+  for (; j + 2 <= count; j += 2) {
+    Vector low = spread(weight[j]), high = spread(weight[j + 1]);
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      sum[0][n] = fused(part<HALF>(from + j * step, c + LANES * n), low, sum[0][n]);
+      sum[1][n] = fused(part<HALF>(from + (j + 1) * step, c + LANES * n), high, sum[1][n]);
+    }
+  }
+  if (j < count)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+      sum[0][n] = fused(part<HALF>(from + j * step, c + LANES * n), spread(weight[j]), sum[0][n]);
+}
+
+struct Pieces {  // tiles of keys, in the order in which they are read
+  int64_t first[SPAN], count[SPAN], number;
+};
+
+template <bool HALF, int N>
+static void values(const Problem& p, int64_t b, int64_t g, const Pieces& tiles, const float* weight, int64_t c,
+                   float* out) {
+  Vector sum[2][N] = {};
+  for (int64_t t = 0; t < tiles.number; weight += tiles.count[t++]) {
+    if (c == 0 && t + 1 < tiles.number) fetch<HALF>(p.v, b, g, tiles.first[t + 1], tiles.count[t + 1], p.value);
+    weighted<HALF, N>(p.v, at<HALF>(p.v, b, g, tiles.first[t]), tiles.count[t], weight, c, sum);
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n) store(out + c + LANES * n, sum[0][n] + sum[1][n]);
+}
+
+// The columns that fill no vector.
+template <bool HALF>
+static void last_values(const Problem& p, int64_t b, int64_t g, const Pieces& tiles, const float* weight, int64_t c,
+                        float* out) {
+  Vector sum = {};
+  for (int64_t t = 0; t < tiles.number; weight += tiles.count[t++])
+    for (int64_t j = 0; j < tiles.count[t]; ++j)
+      sum = fused(rest<HALF>(at<HALF>(p.v, b, g, tiles.first[t] + j), c, p.value), spread(weight[j]), sum);
+  store(out + c, sum);
+}
+
+// Scores in base 2 of a span's keys, one tile behind the other, up to a vector more; returns the largest.
+template <bool HALF>
+static float span_scores(const Problem& p, int64_t b, int64_t h, const Pieces& tiles, const float* query,
+                         float* score) {
+  int64_t g = h / (p.heads / p.groups), step = p.k.row * (HALF ? 2 : 4);
+  const float* weights = p.weights ? p.weights + (b * p.shared + h * p.shared / p.heads) * p.keys : nullptr;
+  Vector tops = spread(LOWEST);
+  for (int64_t t = 0; t < tiles.number; score += tiles.count[t++]) {
+    const char* from = at<HALF>(p.k, b, g, tiles.first[t]);
+    if (t + 1 < tiles.number)
+      fetch<HALF>(p.k, b, g, tiles.first[t + 1], tiles.count[t + 1], p.width);
+    else
+      fetch<HALF>(p.v, b, g, tiles.first[0], tiles.count[0], p.value);
+    for (int64_t j = 0; j < tiles.count[t]; j += LANES) {
+      const char* row[LANES];  // behind the last one it stands again
+      for (int64_t n = 0; n < LANES; ++n) row[n] = from + least(j + n, tiles.count[t] - 1) * step;
+      Vector x = dots<HALF>(query, row, p.width) * (p.scale * LOG2E);
+      if (weights) {
+        Vector weight = spread(LOWEST);
+        __builtin_memcpy(&weight, weights + tiles.first[t] + j, least(LANES, tiles.count[t] - j) * 4);
+        x = fused(weight, spread(LOG2E), x);
+      }
+      tops = larger(tops, x);
+      store(score + j, x);
+    }
+  }
+  float top = LOWEST;
+  for (int n = 0; n < LANES; ++n) top = tops[n] > top ? tops[n] : top;
+  return top;
+}
+
+// `to`: the weighted sum of values, padded to whole vectors, then the largest score in base 2, then the sum of weights.
+template <bool HALF>
+static void span_of(const Problem& p, int64_t b, int64_t h, int64_t span, float* to) {
+  int64_t g = h / (p.heads / p.groups), value = padded(p.value), total = 0;
+  Walk walk(p, b, h, 0, 1);
+  walk.skip(span * SPAN);
+  Pieces tiles{};
+  for (int64_t &n = tiles.number; n < SPAN && walk.next(&tiles.first[n], &tiles.count[n]); ++n) total += tiles.count[n];
+  float query[padded(p.width)], score[SPAN * TILE + LANES];
+  for (int64_t c = 0; c < padded(p.width); c += LANES)
+    store(query + c, c + LANES <= p.width ? part<HALF>(at<HALF>(p.q, b, h, 0), c)
+                                          : rest<HALF>(at<HALF>(p.q, b, h, 0), c, p.width));
+  float top = span_scores<HALF>(p, b, h, tiles, query, score), sum = 0.0f;
+  store(score + total, spread(UNSEEN));
+  Vector sums = {};
+  for (int64_t j = 0; j < total; j += LANES) {
+    Vector weight = power_of_two<false>(load(score + j) - top);
+    store(score + j, weight);
+    sums += weight;
+  }
+  for (int n = 0; n < LANES; ++n) sum += sums[n];
+  int64_t c = 0;
+  for (; c + 4 * LANES <= p.value; c += 4 * LANES) values<HALF, 4>(p, b, g, tiles, score, c, to);
+  for (; c + LANES <= p.value; c += LANES) values<HALF, 1>(p, b, g, tiles, score, c, to);
+  if (c < p.value) last_values<HALF>(p, b, g, tiles, score, c, to);
+  to[value] = top, to[value + 1] = sum;
+}
+
+// out and lse of a head from its spans, one behind the other with `stride` numbers between.
+template <bool HALF>
+static void join_of(const Problem& p, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count) {
+  int64_t value = padded(p.value);
+  float top = LOWEST, sum = 0.0f;
+  for (int64_t i = 0; i < count; ++i)
+    if (spans[i * stride + value] > top) top = spans[i * stride + value];
+  for (int64_t i = 0; i < count; ++i) {
+    float* one = spans + i * stride;
+    float factor = power_of_two<false>(spread(one[value] - top))[0];
+    sum += one[value + 1] * factor;
+    for (int64_t c = 0; c < value; c += LANES)
+      store(spans + c, i ? fused(load(one + c), spread(factor), load(spans + c)) : load(one + c) * factor);
+  }
+  bool none = sum == 0.0f;
+  p.lse[b * p.heads + h] = none ? -__builtin_inff() : (top + __builtin_log2f(sum)) * LN2;
+  put<HALF>(spans, p.value, none ? 0.0f : 1.0f / sum, (char*)at<HALF>(p.out, b, h, 0));
+}
+
+static void span(const Problem& p, int64_t b, int64_t h, int64_t number, float* to) {
+  p.half ? span_of<true>(p, b, h, number, to) : span_of<false>(p, b, h, number, to);
+}
+static void join(const Problem& p, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count) {
+  p.half ? join_of<true>(p, b, h, spans, stride, count) : join_of<false>(p, b, h, spans, stride, count);
+}
