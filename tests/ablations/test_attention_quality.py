@@ -61,6 +61,7 @@ def test_every_task_but_the_exempt_one_is_compared_within_a_point() -> None:
 def test_sparse_arms_see_as_many_keys_and_differ_in_the_choice_alone() -> None:
     found = selects(LENGTH)
     window, head, flat, tree = (found[arm] for arm in ("window", "per_head", "blocks", "hierarchical"))
+    assert found["best_first"] == vary(tree, search="best_first")
     assert isinstance(window, Window)
     assert isinstance(head, PerHead)
     assert isinstance(flat, Blocks)
@@ -77,14 +78,14 @@ def test_sparse_arms_see_as_many_keys_and_differ_in_the_choice_alone() -> None:
 
 @pytest.mark.parametrize("arm", [arm.name for arm in STUDY.arms])
 def test_a_cell_measures_its_arm(arm: str) -> None:
-    axes = {"task": "recall", "length": 64, "steps": 2}
+    axes = {"task": "recall", "length": 256, "steps": 2}
     cell = Cell(arm=arm, seed=0, axes=axes, seconds=1.0, timed=False)
     rows = [to_record(STUDY, cell, reading, provenance("quick"), None) for reading in measure(cell)]
     found = {row.metric: row.value for row in rows}
     assert list(found) == list(STUDY.metrics)
     assert found["steps_to_criterion"] == 2, "nothing is learnt in two steps"
     assert 0.0 <= float(found["accuracy"] or 0) < 0.2
-    share = 1.0 if arm == "dense" else 1 / 4 - 1 / 64 + 1 / 64**2  # about 2 f - f^2 of the triangle, f = 1/8
+    share = 1.0 if arm == "dense" else 1 / 4 - 1 / 64 + 1 / 256**2  # about 2 f - f^2 of the triangle, f = 1/8
     assert math.isclose(float(found["selection_share"] or 0), share, abs_tol=0.015)
     assert arm == "dense" or float(found["selection_share"] or 0) <= 0.25
 
@@ -96,7 +97,7 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
         raise FloatingPointError("loss=nan at step 7")
 
     monkeypatch.setattr(recall_training, "learn", diverge)
-    axes = {"task": "recall", "length": 64, "steps": 2}
+    axes = {"task": "recall", "length": 256, "steps": 2}
     (reading,) = measure(Cell(arm="dense", seed=0, axes=axes, seconds=1.0))
     assert (reading.metric, reading.failed) == ("accuracy", "loss=nan at step 7")
 

@@ -8,7 +8,7 @@ from bench.recall_tasks import NO_LABEL, Batch, Task, batch
 from bench.recall_training import ShortConvolution, answers, at_step, kept_share, labelled_loss, learn, model_of
 from dsv3.config import vary
 
-TASK = Task(name="recall", length=64, block=1)
+TASK = Task(name="recall", length=128, block=1)
 
 
 def test_the_convolution_adds_the_last_three_tokens_and_none_that_comes() -> None:
@@ -22,7 +22,7 @@ def test_the_convolution_adds_the_last_three_tokens_and_none_that_comes() -> Non
 
 def test_arms_of_a_seed_start_from_the_same_weights() -> None:
     dense, tree, other = (
-        model_of(configured(arm, length=64, steps=1), seed).state_dict()
+        model_of(configured(arm, length=128, steps=1), seed).state_dict()
         for arm, seed in (("dense", 0), ("hierarchical", 0), ("dense", 1))
     )
     assert all(torch.equal(dense[name], tree[name]) for name in dense | tree)
@@ -32,7 +32,7 @@ def test_arms_of_a_seed_start_from_the_same_weights() -> None:
 
 
 def test_the_loss_is_the_mean_over_labels_and_nothing_where_none_is() -> None:
-    model = model_of(configured("dense", length=64, steps=1), seed=0)
+    model = model_of(configured("dense", length=128, steps=1), seed=0)
     rows = batch(TASK, 2, seed=0, step=0)
     logits, labels = answers(model, rows)
     assert labels.tolist() == rows.labels[rows.labels != NO_LABEL].tolist()
@@ -45,11 +45,11 @@ def test_the_loss_is_the_mean_over_labels_and_nothing_where_none_is() -> None:
 def test_the_share_kept_is_that_of_pairs_of_the_triangle() -> None:
     rows = batch(TASK, 1, seed=0, step=0)
     shares = {
-        arm: kept_share(model_of(configured(arm, length=64, steps=1), seed=0), rows)
+        arm: kept_share(model_of(configured(arm, length=128, steps=1), seed=0), rows)
         for arm in ("dense", "window", "per_head", "blocks", "hierarchical")
     }
-    visible = 64 * 65 // 2
-    window = sum(min(t + 1, 8) for t in range(64)) / visible
+    visible = 128 * 129 // 2
+    window = sum(min(t + 1, 16) for t in range(128)) / visible
     assert shares == {
         "dense": 1.0,
         "window": window,
@@ -62,12 +62,13 @@ def test_the_share_kept_is_that_of_pairs_of_the_triangle() -> None:
 def test_rows_grow_to_their_length_and_are_whole_for_two_fifths_of_the_steps() -> None:
     task = Task(name="straddle", length=1024, block=16)
     assert [at_step(task, step, 10).length for step in range(1, 11)] == [128, 128, 256, 256, 512, 512, *[1024] * 4]
-    assert at_step(TASK, 1, 10) == TASK, "there are no shorter rows than these"
+    shortest = Task(name="recall", length=64, block=1)
+    assert at_step(shortest, 1, 10) == shortest, "there are no shorter rows than these"
 
 
 def test_a_loss_that_is_not_finite_ends_the_training() -> None:
     config = vary(
-        configured("dense", length=64, steps=50), **{"train.optimizer.lr": 1e30, "train.clip_grad_norm": 1e30}
+        configured("dense", length=128, steps=50), **{"train.optimizer.lr": 1e30, "train.clip_grad_norm": 1e30}
     )
     with pytest.raises(FloatingPointError, match="loss=nan at step"):
         learn(config, TASK, seed=0, look_every=100, held_out=1)
@@ -75,10 +76,10 @@ def test_a_loss_that_is_not_finite_ends_the_training() -> None:
 
 @pytest.mark.slow
 def test_dense_attention_learns_to_recall_and_a_window_that_cannot_reach_does_not() -> None:
-    """In rows of 64 a window of 8 in two layers, with convolutions, reaches 18 tokens back: to few pairs or none."""
+    """In rows of 128 a window of 16 in two layers, with convolutions, reaches 34 tokens back: to few pairs or none."""
     found = {
         arm: learn(
-            vary(configured(arm, length=64, steps=200), **{"train.batch_size": 32}),
+            vary(configured(arm, length=128, steps=200), **{"train.batch_size": 32}),
             TASK,
             seed=0,
             look_every=50,
