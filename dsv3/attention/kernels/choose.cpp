@@ -1,4 +1,4 @@
-// torch.ops.dsv3_kernels.choose: which blocks of keys one block of queries sees, in every sequence and head, in one call.
+// torch.ops.dsv3_kernels.choose: which blocks of keys one block of queries sees, in all sequences and heads, in one call.
 //
 // The walk of `dsv3.attention.select.tree` for a query alone, where torch's operators are too small to be worth their
 // calls: level by level the best `beam` nodes are opened, and the one that the query lies in; of the leaves the best
