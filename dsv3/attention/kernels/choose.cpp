@@ -1,4 +1,4 @@
-// torch.ops.dsv3_kernels.choose: which blocks of keys one block of queries sees, in every sequence and head, in one call.
+// torch.ops.dsv3_kernels.choose: which blocks of keys one block of queries sees, in all sequences and heads, in one call.
 //
 // The walk of `dsv3.attention.select.tree` for a query alone, where torch's operators are too small to be worth their
 // calls: level by level the best `beam` nodes are opened, and the one that the query lies in; of the leaves the best
@@ -23,6 +23,7 @@ namespace {
 
 using at::Tensor;
 
+constexpr int64_t ALONE = 1 << 19;  // numbers that one thread reads in the time that others take to wake up
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Search {
@@ -118,7 +119,7 @@ std::tuple<Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList n
   int64_t *list = indices.data_ptr<int64_t>(), *length = counts.data_ptr<int64_t>(), most = s.most_nodes();
   int64_t groups = nodes[0].size(1), wide = (s.width + 15) / 16 * 16;
   std::atomic<int64_t> computed{0};
-  shared_out(lists, (3 * most + wide) * 4, [&](int64_t i, char* scratch) {
+  auto search = [&](int64_t i, char* scratch) {
     Room room{(int32_t*)scratch, (int32_t*)scratch + most, (float*)scratch + 2 * most, (float*)scratch + 3 * most};
     std::fill(std::copy_n(rows.data_ptr<float>() + i * s.width, s.width, room.query), room.query + wide, 0.0f);
     std::vector<const float*> trees;
@@ -131,7 +132,9 @@ std::tuple<Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList n
     for (int64_t block = complete - 1; block < complete + begun; ++block) *to++ = block;
     length[i] = to - begin;
     computed += looked_at;
-  });
+  };
+  int64_t threads = lists * most * s.width < ALONE ? 1 : at::get_num_threads();
+  shared_out(lists, (3 * most + wide) * 4, search, threads);
   return {indices, counts, computed.load()};
 }
 

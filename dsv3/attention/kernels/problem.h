@@ -56,7 +56,7 @@ struct Kernels {
   // scale rows of fp32 and store them in the call's format
   void (*store)(const Problem&, const float* from, int64_t stride, const Rows& to, int64_t b, int64_t h, int64_t first,
                 int64_t rows, int64_t width, float factor);
-  // a single query against the SPAN tiles of its list from number * SPAN on: values, padded to whole vectors, and 2 more
+  // a single query against the SPAN tiles of its list from number * SPAN on: values, padded to vectors, and 2 more
   void (*span)(const Problem&, int64_t b, int64_t h, int64_t number, float* to);
   // out and lse of a single query from its spans, which begin `stride` numbers apart
   void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
