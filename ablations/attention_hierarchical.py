@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ablations.evidence import Estimate, NoEvidence, estimate
+from ablations.evidence import Estimate, NoEvidence, estimate, exponent, replicates
 from ablations.study import Arm, Cell, Figure, Reading, Study, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
 from bench.fingerprint import cores
@@ -198,7 +198,17 @@ def answer(records: Sequence[Record]) -> str:
         tree, dense = (_faster(records, arm, phase, longest) for arm in ("hierarchical", "dense"))
         parts.append(f"{words} {tree} times as fast as SDPA, where the kernel's dense form is {dense} times as fast")
     share = estimate(records, arm="hierarchical", metric="selection_cpu_share", length=longest, dtype="fp32")
-    return f"At {longest} tokens in fp32 the tree makes {'; '.join(parts)}. Choosing is {share} of the forward pass."
+    said = f"At {longest} tokens in fp32 the tree makes {'; '.join(parts)}. Choosing is {share} of the forward pass."
+    try:
+        tree, dense = (_growth(records, arm, sorted(set(lengths))) for arm in ("hierarchical", "sdpa"))
+    except NoEvidence:
+        return said
+    return f"{said} From {min(lengths)} tokens on its time grows as n to the {tree}, that of SDPA to the {dense}."
+
+
+def _growth(records: Sequence[Record], arm: str, lengths: Sequence[int]) -> Estimate:
+    where: dict[str, str | int] = {"phase": "forward", "dtype": "fp32", "part": "time"}
+    return exponent({n: replicates(records, arm=arm, metric="cpu_seconds", length=n, **where) for n in lengths})
 
 
 def _faster(records: Sequence[Record], arm: str, phase: str, length: int) -> Estimate:

@@ -172,6 +172,27 @@ def _mean(values: Sequence[float], exact: bool, geometric: bool) -> Estimate:
     return Estimate(middle, middle - half, middle + half, n)
 
 
+def exponent(points: Mapping[int, Mapping[int | None, Record]]) -> Estimate:
+    """With which power of x a value grows: the slope of its logarithm by least squares, in each seed that has every x,
+    and the mean over seeds. `points` has the replicates by x.
+
+    Raises:
+        NoEvidence: fewer than two points, or no seed has all of them.
+    """
+    import numpy as np
+
+    seeds = set.intersection(*(set(rows) for rows in points.values())) if len(points) > 1 else set()
+    if not seeds:
+        raise NoEvidence(f"a slope needs one seed at two points: there are {len(points)} points")
+    x = np.log([float(at) for at in points])
+    slopes = [
+        float(np.polyfit(x, np.log([float(_value(rows[seed])) for rows in points.values()]), 1)[0])
+        for seed in sorted(seeds, key=str)
+    ]
+    sources = sources_of(*(_value(rows[seed]) for rows in points.values() for seed in seeds))
+    return mean(slopes).traced(sources)
+
+
 def decide(found: Estimate, answer: str, *, at_least: float = -math.inf, at_most: float = math.inf) -> Verdict:
     """Whether the whole interval lies in [at_least, at_most] (holds), outside it (does not), or across a border (not
     decidable here).

@@ -60,8 +60,20 @@ def test_the_answer_names_the_longest_length_and_splits_the_ratio() -> None:
     assert "16384 tokens" in said
     assert "10 times as fast as SDPA" in said
     assert "2.5 times as fast" in said
+    assert "grows as n" not in said, "nothing was timed in seconds"
     with pytest.raises(NoEvidence):
         hierarchical.answer([])
+
+
+def test_the_answer_says_with_which_power_of_the_length_time_grows() -> None:
+    rows = timed(4096, 0.5, 0.6) + timed(16384, 0.1, 0.4)
+    for seed in range(6):
+        for arm, power in (("hierarchical", 1.1), ("sdpa", 2.0)):
+            for length in (4096, 16384):
+                seconds = (1 + 0.01 * seed) * length**power
+                rows.append(kept(arm, "cpu_seconds", seconds, seed, phase="forward", length=length, **TIMED))
+    said = hierarchical.answer(rows)
+    assert "From 4096 tokens on its time grows as n to the 1.1 [1.1, 1.1], that of SDPA to the 2 [2, 2]." in said
 
 
 def test_pictures_show_scores_per_token_and_the_slope_of_time() -> None:

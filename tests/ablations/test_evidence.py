@@ -14,6 +14,7 @@ from ablations.evidence import (
     compare,
     decide,
     estimate,
+    exponent,
     mean,
     seeds_needed,
     sign_flip,
@@ -167,3 +168,18 @@ def test_nothing_has_a_ratio_to_a_baseline_of_zero() -> None:
     rows = [record(1.0), record(0.0, arm="b")]
     with pytest.raises(NoEvidence, match="loss of b is 0"):
         compare(rows, arm="a", baseline="b", metric="loss", ratio=True)
+
+
+def test_an_exponent_is_the_slope_in_each_seed_that_has_every_point() -> None:
+    powers = {0: 1.5, 1: 1.7, 2: 1.6}
+    points = {
+        n: {seed: record(3 * n**power, seed=seed) for seed, power in powers.items() if (n, seed) != (64, 2)}
+        for n in (16, 64, 256)
+    }
+    found = exponent(points)
+    assert found.value == pytest.approx(1.6)  # without the third, which lacks a point: of the first two
+    assert found.n == 2
+    with pytest.raises(NoEvidence, match="at two points: there are 1"):
+        exponent({16: points[16]})
+    with pytest.raises(NoEvidence):
+        exponent({16: {0: record(1.0)}, 64: {1: record(1.0, seed=1)}})
