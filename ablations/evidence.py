@@ -59,7 +59,7 @@ class Estimate:
         if self.low is None or self.high is None:
             return f"{value:.3g} (n={int(self.n)}, no interval)"
         if self.low == self.high:
-            return f"{value:.4g}"
+            return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
         return f"{value:.3g} [{float(self.low):.3g}, {float(self.high):.3g}]"
 
 

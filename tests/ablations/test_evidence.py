@@ -170,6 +170,10 @@ def test_nothing_has_a_ratio_to_a_baseline_of_zero() -> None:
         compare(rows, arm="a", baseline="b", metric="loss", ratio=True)
 
 
+def test_an_exact_count_is_written_out() -> None:
+    assert [str(Estimate(value, value, value, 1)) for value in (2284.0, 17195.0, 0.125)] == ["2284", "17,195", "0.125"]
+
+
 def test_an_exponent_is_the_slope_in_each_seed_that_has_every_point() -> None:
     powers = {0: 1.5, 1: 1.7, 2: 1.6}
     points = {
