@@ -30,7 +30,7 @@ from dsv3.model.cost import forward_flops, index_flops, kept_pairs, macs_per_pai
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024,), "full": (1024, 2048, 4096, 8192)}
 COUNTED = tuple(2**power for power in range(10, 18))
-LONGEST = 2**20  # tokens up to which a crossing is looked for
+LONGEST = 2**17  # tokens up to which a crossing is looked for
 BLOCKS: Mapping[str, int] = {"forward": 3, "decode": 7}
 BYTES = 2  # of a cached number, bf16
 PHASES: Mapping[str, tuple[str, ...]] = {
