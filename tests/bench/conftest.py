@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch._inductor.runtime.autotune_cache  # noqa: F401  registers itself: imported inside a pytester run, it would twice
 
 from bench import gate, instructions
 from dsv3.attention.kernels import blocks

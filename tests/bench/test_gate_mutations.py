@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 # What is imported inside a run would be forgotten at its end, and imported again beside what others hold.
 import bench.ab.__main__
@@ -27,7 +28,7 @@ import bench.gate
 import bench.instructions
 import bench.pytest_gate
 import bench.stability
-import bench.structure  # noqa: F401
+import bench.structure
 
 pytest_plugins = ["pytester"]
 
@@ -35,6 +36,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # By package: the modules that take names from its others.
 USERS = {"": ("expectations", "gate"), "ab": ("ab.judge", "ab.__main__")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_compiler_is_imported() -> None:
+    """Parts of torch's compiler register themselves where they are imported, and refuse a second time: a first use
+    inside a run would be forgotten at its end, and the next one, in some later file of tests, fail.
+    """
+    bench.compiled.measure_compiled(lambda x: x.sin().sum(), [(torch.ones(2, requires_grad=True),)])
 
 
 @dataclass(frozen=True)
