@@ -52,9 +52,9 @@ class QueryBlock:
         x[:, :, self.rows] = part
 
 
-def query_blocks(selection: Selection, q: Tensor, total: int, row: int) -> Iterator[QueryBlock]:
+def query_blocks(selection: Selection, q: Tensor, total: int, key_bytes: int) -> Iterator[QueryBlock]:
     """The blocks of queries that list a key, each with its keys and its penalty, which is good until the next block;
-    single queries as many together as fit, at `row` bytes for each key of a list.
+    single queries as many together as fit, at `key_bytes` for each key that one lists.
     """
     queries, size = q.shape[2], selection.block_q
     position = torch.arange(total - queries, total, device=q.device)
@@ -69,7 +69,7 @@ def query_blocks(selection: Selection, q: Tensor, total: int, row: int) -> Itera
             first = last
             continue
         if size == 1 and run is None:
-            last = _last_alike(longest, runs, first, GATHERED // (longest[first] * selection.block_k * row))
+            last = _last_alike(longest, runs, first, GATHERED // (longest[first] * selection.block_k * key_bytes))
             tokens = _listed(selection, slice(first, last), longest[first], total)
         elif run is None:
             tokens = _listed(selection, slice(first, last), longest[first], total)[:, :, 0]

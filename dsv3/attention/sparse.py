@@ -70,7 +70,7 @@ class _Sparse(torch.autograd.Function):
     ) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-        for block in query_blocks(selection, q, k.shape[2], _bytes(k, v, selection)):
+        for block in query_blocks(selection, q, k.shape[2], _key_bytes(k, v, selection)):
             found, logs = fused.forward(*_operands(q, k, v, weights, block, scale), block.penalty, scale)
             block.put(out, found[..., : v.shape[-1]])
             # where a kernel keeps it to itself, the best penalty takes its place: as far below where nothing is seen
@@ -91,7 +91,7 @@ class _Sparse(torch.autograd.Function):
         if bool(blind.any()):
             grad, grad_q = grad.masked_fill(blind, 0), torch.zeros_like(q)
         grad_w = None if weights is None else weights.new_zeros(weights.shape)
-        for block in query_blocks(selection, q, k.shape[2], _bytes(k, v, selection)):
+        for block in query_blocks(selection, q, k.shape[2], _key_bytes(k, v, selection)):
             operands, heads = _operands(q, k, v, weights, block, ctx.scale), block.heads(q, k)
             pad = (0, operands[0].shape[-1] - out.shape[-1])
             rows, done = (F.pad(block.cut(x, heads), pad) for x in (grad, out))
@@ -183,7 +183,7 @@ def _rows(
     return x.as_strided((last + 1, width), (unit, 1)), row
 
 
-def _bytes(k: Tensor, v: Tensor, selection: Selection) -> int:
+def _key_bytes(k: Tensor, v: Tensor, selection: Selection) -> int:
     """Of the gathered keys and values of a token, in all heads that do not share them, over the batch."""
     heads = max(k.shape[1], selection.indices.shape[1])
     return len(k) * heads * (k.shape[-1] + v.shape[-1]) * k.element_size()
