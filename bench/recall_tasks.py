@@ -158,8 +158,8 @@ def _tracking(task: Task, random: np.random.Generator) -> tuple[Numbers, Numbers
 def _induction(task: Task, random: np.random.Generator) -> tuple[Numbers, Numbers]:
     tokens, labels = _nothing(task, random)
     size = min(PIECE, task.length // 16)
-    number = max(2, task.length // 8 // size)
-    pieces = random.choice([*KEYS, *VALUES], number * size, replace=False).reshape(number, size)
+    number = max(2, min(task.length // 8, len(KEYS)) // size)
+    pieces = random.choice(KEYS, number * size, replace=False).reshape(number, size)
     _scatter(random, tokens, task.telling, pieces)
     again = random.permutation(pieces)
     for place in _scatter(random, tokens, task.asking, again):

@@ -1,7 +1,7 @@
 """A small model trained on one of the tasks of recall: how often it answers right, and from which step.
 
     x = x + Attention(C(RMSNorm(x)))       C(x)_t = x_t + sum_i w_i * x_(t-i),  i = 0, 1, 2, per channel
-    loss = cross-entropy at the positions with a label, and nowhere else
+    loss = cross-entropy at the positions with a label, and nowhere else; an indexer has its own besides
     rows of 1/8, 1/4, 1/2 of the length for a fifth of the steps each, then whole ones; as many tokens at every step
 
 The model is this project's own but for C, a causal convolution before attention, as in Zoology's hybrids (arXiv
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.recall_tasks import LENGTHS, NO_LABEL, Batch, Split, Task, batch
-from dsv3.config import Config
-from dsv3.model import Transformer
+from dsv3.config import Config, Select
+from dsv3.model import ModelOutput, Transformer
 from dsv3.model.block import Block
 from dsv3.model.initialise import stream
+from dsv3.train.loss import indexer_loss
 from dsv3.train.optimizer import build
 from dsv3.train.schedule import share_of_peak
+from dsv3.train.step import clip
 
 TAPS, TAPS_STD = 3, 0.3
 CRITERION = 0.99
@@ -90,12 +92,12 @@ def learn(config: Config, task: Task, seed: int, *, look_every: int, held_out: i
             group["lr"] = train.optimizer.lr * share_of_peak(train.schedule, step, train.steps)
         short = at_step(task, step, train.steps)
         rows = train.batch_size * task.length // short.length
-        loss = labelled_loss(model, batch(short, rows, seed=seed, step=step))
+        loss = total_loss(model, batch(short, rows, seed=seed, step=step), config.model.attention.select)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"loss={loss.item()} at step {step}: must be finite; lower the learning rate")
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
+        clip(model, train.clip_grad_norm)
         optimizer.step()
         if reached is None and step % look_every == 0:
             seen = accuracy(model, task, seed, "validation", batches=VALIDATED, rows=train.batch_size)
@@ -111,27 +113,35 @@ def at_step(task: Task, step: int, steps: int) -> Task:
     return replace(task, length=max(LENGTHS[0], task.length // part))
 
 
-def labelled_loss(model: Transformer, rows: Batch) -> Tensor:
-    """Nats per label; 0 for rows that ask nothing."""
-    logits, labels = answers(model, rows)
-    return F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+def total_loss(model: Transformer, rows: Batch, select: Select) -> Tensor:
+    """Nats per label, 0 for rows that ask nothing; and what an indexer learns by."""
+    output = model(torch.from_numpy(rows.tokens))
+    logits, labels = answers(output, rows)
+    asked, learning = (
+        F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels)),
+        indexer_loss(output, select),
+    )
+    return asked if learning is None else asked + learning
 
 
-def answers(model: Transformer, rows: Batch) -> tuple[Float[Tensor, "n V"], Tensor]:
+def answers(output: ModelOutput, rows: Batch) -> tuple[Float[Tensor, "n V"], Tensor]:
     """Logits and labels of the labelled positions."""
-    tokens, labels = torch.from_numpy(rows.tokens), torch.from_numpy(rows.labels)
+    labels = torch.from_numpy(rows.labels)
     asked = labels != NO_LABEL
-    return model(tokens).logits[asked], labels[asked]
+    return output.logits[asked], labels[asked]
 
 
 @torch.no_grad()
 def accuracy(model: Transformer, task: Task, seed: int, split: Split, *, batches: int, rows: int) -> float:
     """Over the first `batches` of a split that is not trained on."""
+    model.eval()
     right = total = 0
     for step in range(batches):
-        logits, labels = answers(model, batch(task, rows, seed=seed, step=step, split=split))
+        held = batch(task, rows, seed=seed, step=step, split=split)
+        logits, labels = answers(model(torch.from_numpy(held.tokens)), held)
         right += int((logits.argmax(-1) == labels).sum())
         total += len(labels)
+    model.train()
     return right / max(1, total)
 
 
@@ -142,7 +152,7 @@ def kept_share(model: Transformer, rows: Batch) -> float:
     length = tokens.shape[1]
     visible = length * (length + 1) / 2
     shares = []
-    for selection in model(tokens).selection:
+    for selection in model.eval()(tokens).selection:
         lists = 1 if selection is None else selection.counts.shape[0] * selection.counts.shape[1]
         shares.append(1.0 if selection is None else selection.cost.kept / (visible * lists))
     return sum(shares) / len(shares)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.config import Config, Indexer
+from dsv3.config import Config, Indexer, Select
 from dsv3.model import ModelOutput
 from dsv3.moe import balance_losses
 
@@ -44,13 +44,20 @@ def loss_parts(
             named = f"balance_{name}"
             parts[named] = parts[named] + value if named in parts else value
             total = total + value
-    select = config.model.attention.select
-    losses = [selection.loss for selection in output.selection if selection is not None and selection.loss is not None]
-    if losses:
-        assert isinstance(select, Indexer), "only an indexer learns by a loss of its own"
-        parts["indexer"] = select.loss_weight * torch.stack(losses).sum()
-        total = total + parts["indexer"]
+    learning = indexer_loss(output, config.model.attention.select)
+    if learning is not None:
+        parts["indexer"] = learning
+        total = total + learning
     return parts | {"total": total}
+
+
+def indexer_loss(output: ModelOutput, select: Select) -> Float[Tensor, ""] | None:
+    """By which the indexers of all layers learn, times its weight; None where none does."""
+    losses = [selection.loss for selection in output.selection if selection is not None and selection.loss is not None]
+    if not losses:
+        return None
+    assert isinstance(select, Indexer), "only an indexer learns by a loss of its own"
+    return select.loss_weight * torch.stack(losses).sum()
 
 
 def cross_entropy(logits: Float[Tensor, "B T V"], targets: Int[Tensor, "B T"]) -> Float[Tensor, ""]:

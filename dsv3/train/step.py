@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsv3.data.baseline import bits_per_byte
 from dsv3.data.pack import share
-from dsv3.model import ModelOutput
+from dsv3.model import ModelOutput, Transformer
 from dsv3.parallel import ALONE, Ranks
 from dsv3.precision import autocast, unscale, update
 from dsv3.train.loss import loss_parts
@@ -150,7 +150,7 @@ def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str
     if state.loss_scale is not None:
         scaled = unscale(gradients, state.loss_scale)
         state.loss_scale, reason = update(state.loss_scale, scaled), scaled
-    norm = _clip(state, parameters)
+    norm = clip(state.model, state.config.train.clip_grad_norm)
     if reason is None and not math.isfinite(norm):
         reason = "gradient that is not finite"
     if reason is None:
@@ -162,13 +162,11 @@ def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str
     return norm, "ok" if reason is None else f"skipped: {reason}"
 
 
-def _clip(state: TrainState, parameters: list[torch.nn.Parameter]) -> float:
-    """The norm of the whole gradient before clipping."""
-    learning = {id(parameter) for indexer in indexers(state.model) for parameter in indexer.parameters()}
-    groups = (
-        [parameter for parameter in parameters if id(parameter) not in learning],
-        [parameter for parameter in parameters if id(parameter) in learning],
-    )
-    most = state.config.train.clip_grad_norm
-    norms = [torch.nn.utils.clip_grad_norm_(group, most).item() for group in groups if group]
-    return math.hypot(*norms)
+def clip(model: Transformer, most: float) -> float:
+    """Clip the gradients there are, those of the indexers by themselves; the norm of the whole before clipping."""
+    learning = {id(parameter) for indexer in indexers(model) for parameter in indexer.parameters()}
+    groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            groups[id(parameter) in learning].append(parameter)
+    return math.hypot(*(torch.nn.utils.clip_grad_norm_(group, most).item() for group in groups if group))

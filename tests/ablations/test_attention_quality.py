@@ -17,7 +17,7 @@ from bench.measurement import Measurement, Point, record
 from bench.recall_tasks import ROWS, Task
 from bench.recall_training import TAPS
 from bench.record import Record
-from dsv3.config import Blocks, Hierarchical, PerHead, Window, vary
+from dsv3.config import Blocks, Hierarchical, Indexer, PerHead, Window, vary
 
 
 def kept(arm: str, task: str, accuracy: float, seed: int, metric: str = "accuracy", steps: int = 500) -> Record:
@@ -33,9 +33,10 @@ def records(lost: float, dense: float = 0.999) -> list[Record]:
         for task in ("recall", "counting"):
             rows += [kept("dense", task, dense, seed), kept("window", task, 0.02, seed)]
         rows += [
-            kept("hierarchical", "recall", dense - lost + noise, seed),
-            kept("hierarchical", "counting", dense - 0.2, seed),
-            kept("hierarchical", "recall", 0.234, seed, metric="selection_share"),
+            kept("best_first", "recall", dense - lost + noise, seed),
+            kept("best_first", "counting", dense - 0.2, seed),
+            kept("best_first", "recall", 0.234, seed, metric="selection_share"),
+            kept("hierarchical", "recall", dense - 0.3, seed),
         ]
     return rows
 
@@ -72,6 +73,10 @@ def test_sparse_arms_see_as_many_keys_and_differ_in_the_choice_alone() -> None:
     task, two_layers = Task(name="recall", length=LENGTH), 2 * (window.size - 1 + TAPS - 1)
     assert two_layers < task.asking.start - task.telling[-1], "a window does not reach from a question to what was told"
     dense = STUDY.configs["dense"]
+    indexer = found.pop("indexer")
+    assert isinstance(indexer, Indexer)
+    assert indexer.index_topk == window.size
+    assert vary(dense, **{"model.attention": STUDY.configs["indexer"].model.attention}) == STUDY.configs["indexer"]
     for arm, select in found.items():
         assert vary(dense, **{"model.attention.select": select}) == STUDY.configs[arm]
 
@@ -105,15 +110,16 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
 def test_the_answer_says_first_what_dense_attention_did_not_learn_and_then_what_the_tree_loses() -> None:
     text = Prose.of(answer(records(0.004)))
     assert text.startswith("With 23.4% of the visible pairs")
-    for words in ("recall 0.391 [", "counting 20.", "most is lost on counting"):
+    for words in ("bounds: recall 0.391 [", "counting 20;", "the most on counting"):
         assert words in text, text
+    assert text.index("tree of means: recall 30;") < text.index("tree of bounds"), "who loses most comes first"
     assert Prose.of(answer(records(0.004, dense=0.9))).startswith(
         "Dense attention itself stays below 99% on recall (90%)"
     )
 
 
 def test_the_longest_training_that_both_have_counts() -> None:
-    shorter = [kept(arm, "recall", 0.5, 0, steps=100) for arm in ("dense", "hierarchical")]
+    shorter = [kept(arm, "recall", 0.5, 0, steps=100) for arm in ("dense", "best_first")]
     longer = [kept("dense", "recall", 0.1, 0, steps=900)]
     assert Prose.of(answer([*longer, *records(0.004), *shorter])) == Prose.of(answer(records(0.004)))
 

@@ -5,8 +5,8 @@ import torch
 
 from ablations.attention_quality import configured
 from bench.recall_tasks import NO_LABEL, Batch, Task, batch
-from bench.recall_training import ShortConvolution, answers, at_step, kept_share, labelled_loss, learn, model_of
-from dsv3.config import vary
+from bench.recall_training import ShortConvolution, answers, at_step, kept_share, learn, model_of, total_loss
+from dsv3.config import Everything, vary
 
 TASK = Task(name="recall", length=128, block=1)
 
@@ -34,12 +34,24 @@ def test_arms_of_a_seed_start_from_the_same_weights() -> None:
 def test_the_loss_is_the_mean_over_labels_and_nothing_where_none_is() -> None:
     model = model_of(configured("dense", length=128, steps=1), seed=0)
     rows = batch(TASK, 2, seed=0, step=0)
-    logits, labels = answers(model, rows)
+    logits, labels = answers(model(torch.from_numpy(rows.tokens)), rows)
     assert labels.tolist() == rows.labels[rows.labels != NO_LABEL].tolist()
     expected = -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
-    torch.testing.assert_close(labelled_loss(model, rows), expected)
+    torch.testing.assert_close(total_loss(model, rows, Everything()), expected)
     silent = Batch(rows.tokens, rows.labels * 0 + NO_LABEL)
-    assert labelled_loss(model, silent).item() == 0.0
+    assert total_loss(model, silent, Everything()).item() == 0.0
+
+
+def test_an_indexer_learns_on_rows_that_ask_nothing_too() -> None:
+    config = configured("indexer", length=128, steps=1)
+    model, rows = model_of(config, seed=0), batch(TASK, 2, seed=0, step=0)
+    silent = Batch(rows.tokens, rows.labels * 0 + NO_LABEL)
+    loss = total_loss(model, silent, config.model.attention.select)
+    loss.backward()
+    moved = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert loss.item() > 0
+    assert moved
+    assert all("indexer" in name for name in moved)
 
 
 def test_the_share_kept_is_that_of_pairs_of_the_triangle() -> None:
