@@ -3,10 +3,10 @@
 One layer without its projections: q, k and v are given, choosing is inside the time. `bench.attention_sizes` says what
 the arms are. So that a ratio to SDPA can be split, the kernel has a dense arm (what the code gains) and a window of as
 many blocks, which is the same work without a choice (what choosing costs); `plain` and `flex` compute the very
-selection of `hierarchical`.
+selection of `hierarchical`. `auto` is timed by a case of its own, at short lengths too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
@@ -17,11 +17,13 @@ from torch.nn import functional as F
 
 from bench.attention_sizes import BLOCK, BRANCHING, HEADS, SEEN, WIDTH
 from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel, why_not_triton
-from dsv3.attention.select import blocks, hierarchical
+from dsv3.attention.select import auto, blocks, hierarchical
+from dsv3.attention.select.auto import Direction
 from dsv3.config import Blocks, Hierarchical
 
 KERNEL = ("dense", "window", "blocks", "hierarchical", "best_first")
 FORWARD_ONLY = ("flex",)
+AUTO: Mapping[str, Direction] = {"auto_forward": "forward", "auto_training": "training"}
 _LAST = 4  # queries of a long sequence that are compared with the reference
 _SHORT = (SEEN + 2) * BLOCK + 9  # positions of a short one, past what is seen, its last block not full
 
@@ -72,6 +74,9 @@ def choose(arm: str, given: Inputs) -> Selection | None:
             return hierarchical(given.q, given.k, tree("beam"))
         case "best_first":
             return hierarchical(given.q, given.k, tree("best_first"))
+        case "auto_forward" | "auto_training":
+            choice = auto(tree("beam"), given.q.dtype, AUTO[arm])
+            return hierarchical(given.q, given.k, choice) if given.q.shape[2] > choice.crossover else None
     return None
 
 
@@ -103,6 +108,8 @@ def forward(arm: str, given: Inputs) -> Tensor:
     if arm == "flex":
         assert selection is not None, "flex computes a selection"
         return _flex(q.detach(), k.detach(), v.detach(), selection)
+    if arm in AUTO:
+        return attend(q, k, v, selection)
     ours: Implementation = "triton" if q.is_cuda else "kernel"
     return attend(q, k, v, selection, implementation=ours if arm in KERNEL else "plain")
 
