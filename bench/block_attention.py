@@ -19,7 +19,8 @@ from bench.attention_sizes import BLOCK, BRANCHING, HEADS, SEEN, WIDTH
 from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel, why_not_triton
 from dsv3.attention.select import auto, blocks, hierarchical
 from dsv3.attention.select.auto import Direction
-from dsv3.config import Blocks, Hierarchical
+from dsv3.attention.selection import union
+from dsv3.config import Auto, Blocks, Hierarchical
 
 KERNEL = ("dense", "window", "blocks", "hierarchical", "best_first")
 FORWARD_ONLY = ("flex",)
@@ -75,9 +76,15 @@ def choose(arm: str, given: Inputs) -> Selection | None:
         case "best_first":
             return hierarchical(given.q, given.k, tree("best_first"))
         case "auto_forward" | "auto_training":
-            choice = auto(tree("beam"), given.q.dtype, AUTO[arm])
+            choice = _behind_crossover(given.q.dtype, AUTO[arm])
             return hierarchical(given.q, given.k, choice) if given.q.shape[2] > choice.crossover else None
     return None
+
+
+@cache
+def _behind_crossover(dtype: torch.dtype, direction: Direction) -> Auto:
+    """As a config has it: looked up once, outside the time."""
+    return auto(tree("beam"), dtype, direction)
 
 
 def tree(search: Any) -> Hierarchical:
@@ -152,6 +159,20 @@ def per_token(length: int) -> tuple[Inputs, Selection, Tensor]:
     with torch.no_grad():
         selection = hierarchical(given.q, given.k, choice)
         return given, selection, attend(given.q, given.k, given.v, selection)
+
+
+def union_bytes(choice: Blocks | None, length: int, heads: int) -> int:
+    """Bytes of fp32 keys and values that one key-value head with `heads` query heads hands out over a whole sequence of
+    random numbers, a block of queries at a time, each block of keys once; None: to dense attention.
+    """
+    if choice is None:
+        keys = sum(range(BLOCK, length, BLOCK)) + length
+    else:
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, number, length, WIDTH, generator=generator) for number in (heads, 1))
+        selection = hierarchical(q, k, choice) if isinstance(choice, Hierarchical) else blocks(q, k, choice)
+        keys = int(union(selection, 1, length, rows=BLOCK // choice.block_q).sum())
+    return keys * 2 * WIDTH * torch.finfo(torch.float32).bits // 8
 
 
 def last_query_error(given: Inputs, selection: Selection, out: Tensor) -> float:
