@@ -19,7 +19,7 @@ from bench.meters.flops import flops
 from bench.meters.memory import peak_bytes
 from bench.meters.saved import saved_bytes
 from bench.record import Profile
-from dsv3.attention import why_not_kernel
+from dsv3.attention import implementation, why_not_kernel
 
 LENGTHS: Mapping[Profile, int] = {"quick": 1024, "full": 16384}
 PHASES: Mapping[str, Callable[[str, Inputs], object]] = {
@@ -107,12 +107,14 @@ def bench_auto(
         "forward_backward": ("auto_training", block_attention.training),
     }[phase]
     dense = ("sdpa",) if dtype == torch.float32 else ("sdpa", "sdpa_fp32")
+    selection = block_attention.choose(auto, given)
+    chosen = "dense" if selection is None else implementation(given.q, selection)
     measure_arms(
         phase=phase,
         baseline="sdpa",
         arms={arm: partial(call, arm, given) for arm in dense} | {"auto": partial(call, auto, given)},
         check=partial(block_attention.check, auto, given),
-        axes={"length": length, "dtype": str(dtype).removeprefix("torch.")},
+        axes={"length": length, "dtype": str(dtype).removeprefix("torch."), "implementation": chosen},
         blocks=7 if length > 4096 else None,  # a call of dense attention takes seconds there
         tokens=length,
     )

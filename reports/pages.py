@@ -26,6 +26,7 @@ from bench.record import Profile, Record, other_machines, speaking
 from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
+from reports.implementations import implementations
 from reports.numbers import interval, number, place, spelt
 from reports.references import Declared, declared
 from reports.tables import Table, failures, results, title
@@ -283,6 +284,7 @@ def _origin(rows: Sequence[Record], rule: str | None) -> tuple[tuple[str, str], 
         values = sorted({str(getattr(record, name)) for record in rows if getattr(record, name) is not None})
         return ", ".join(values) or "none"
 
+    computed = implementations(rows)
     return (
         ("records", str(len(rows))),
         ("measured", times[0] if times[0] == times[-1] else f"{times[0]} to {times[-1]}"),
@@ -290,6 +292,7 @@ def _origin(rows: Sequence[Record], rule: str | None) -> tuple[tuple[str, str], 
         ("machine", listed("machine")),
         ("revision", listed("revision")),
         ("corpus", listed("corpus")),
+        *((("attention computed by", computed),) if computed else ()),
         ("rule of verdict", listed("rule") + (f" (now {rule})" if rule and listed("rule") != rule else "")),
     )
 

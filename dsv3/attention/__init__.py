@@ -3,7 +3,7 @@
 from dsv3.attention.attend import attend
 from dsv3.attention.build import build
 from dsv3.attention.cache import KeyValueCache, LayerCache
-from dsv3.attention.choice import Implementation, implementation, why_not_kernel, why_not_triton
+from dsv3.attention.choice import Implementation, implementation, why_not_kernel, why_not_triton, why_plain
 from dsv3.attention.dense import dense, eager
 from dsv3.attention.latent import LatentAttention
 from dsv3.attention.multi_head import MultiHeadAttention
@@ -27,4 +27,5 @@ __all__ = [
     "implementation",
     "why_not_kernel",
     "why_not_triton",
+    "why_plain",
 ]

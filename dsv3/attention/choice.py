@@ -28,6 +28,17 @@ def implementation(q: Tensor, selection: Selection | None) -> Implementation:
     return "kernel" if why_not_kernel(q) is None else "plain"
 
 
+def why_plain(q: Tensor, selection: Selection | None) -> str | None:
+    """None where `implementation` says a kernel; otherwise the reason, in a line."""
+    if selection is None:
+        return "torch has a kernel of its own for dense attention"
+    if selection.rank is not None:
+        return "a rule per token thins out the blocks"
+    if selection.block_k < SHORTEST:
+        return "blocks of keys are shorter than a vector"
+    return why_not_triton(q) if q.device.type == "cuda" else why_not_kernel(q)
+
+
 def why_not_kernel(q: Tensor) -> str | None:
     """None where the C++ kernel can compute these queries; otherwise the reason."""
     if q.device.type != "cpu":

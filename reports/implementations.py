@@ -1,0 +1,72 @@
+"""Who computed the attention of each arm: torch's own kernel, this project's, or plain PyTorch, and then why.
+
+Arms of these studies name their implementation or leave nothing to choose, so records tell: the device says which of
+our kernels it was, a pending record what was missing, and the axis `implementation` what was chosen for `auto`. Tests
+hold the table against `dsv3.attention.choice`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from ablations.cell import PENDING
+from bench.record import Record
+
+OURS = "our kernel"  # stands for the one of the device
+KERNELS = {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"}
+TORCH = "torch's own kernel"
+WRITTEN_OUT = "torch's products, the matrix written out"
+RULED = "plain PyTorch, as a rule per token thins out the blocks"
+SHORT = "plain PyTorch, as blocks of keys are shorter than a vector"
+CHOSEN = {"kernel": OURS, "triton": OURS, "plain": "plain PyTorch, for want of a kernel", "dense": TORCH}
+
+SPARSITY = {
+    "sdpa": TORCH,
+    "eager": WRITTEN_OUT,
+    "window": RULED,
+    "per_head_share": RULED,
+    "per_head_number": RULED,
+}
+BLOCKS = {
+    "sdpa": TORCH,
+    "sdpa_fp32": TORCH,
+    **dict.fromkeys(("dense", "window", "blocks", "hierarchical", "best_first"), OURS),
+    "plain": "plain PyTorch, as asked",
+    "flex": "torch's FlexAttention",
+}
+QUALITY = {
+    "dense": TORCH,
+    **dict.fromkeys(("window", "per_head"), RULED),
+    **dict.fromkeys(("blocks", "hierarchical", "best_first", "indexer"), SHORT),
+}
+INDEXER = {"dense": TORCH, **dict.fromkeys(("indexer", "indexer_absorbed"), SHORT)}
+STUDIES: Mapping[str, Mapping[str, str]] = {
+    "attention_sparsity": SPARSITY,
+    "attention_hierarchical": BLOCKS,
+    "attention_quality": QUALITY,
+    "attention_indexer": INDEXER,
+}
+
+
+def implementations(records: Sequence[Record]) -> str:
+    """In a line, who computed which arms, and which could not be computed and why; "" where nobody can tell."""
+    found: dict[str, list[str]] = {}
+    measured = {row.arm for row in records if row.error is None}
+    for row in sorted(records, key=lambda row: row.arm):
+        words = _words(row)
+        if words is not None and row.error is not None:
+            missing = row.arm not in measured and row.error.startswith(PENDING)
+            words = f"not computed, {row.error.removeprefix(PENDING)}" if missing else None
+        if words is not None and row.arm not in found.setdefault(words, []):
+            found[words].append(row.arm)
+    return "; ".join(f"{words}: {', '.join(arms)}" for words, arms in found.items())
+
+
+def _words(row: Record) -> str | None:
+    if row.arm == "auto":
+        words = CHOSEN.get(str(row.axes.get("implementation")))
+    elif row.study == "bench_attention" and row.axes.get("phase") != "decode":
+        words = (BLOCKS if "dtype" in row.axes else SPARSITY).get(row.arm)
+    else:
+        words = STUDIES.get(row.study, {}).get(row.arm)
+    if words == OURS:
+        return KERNELS.get(str(row.axes.get("device")), OURS)
+    return words

@@ -1,0 +1,80 @@
+"""Who computed an arm, as a page says it: true to what attention chooses, and to what could not be measured."""
+
+import pytest
+import torch
+
+from ablations import attention_quality, attention_sparsity
+from ablations.attention_hierarchical import STUDY
+from bench import attention, block_attention
+from bench.attention_sizes import BLOCK_ARMS
+from bench.fingerprint import provenance
+from bench.indexed_attention import ARMS as INDEXED
+from bench.measurement import Measurement, Point, failure, record
+from bench.record import Record
+from dsv3.attention import implementation, why_not_kernel, why_plain
+from dsv3.attention.select import blocks
+from dsv3.config import Blocks
+from reports.implementations import BLOCKS, INDEXER, OURS, QUALITY, RULED, SHORT, SPARSITY, STUDIES, implementations
+from reports.pages import study_page
+
+WHERE = provenance("full")
+
+
+def kept(arm: str, study: str = STUDY.name, error: str | None = None, **axes: str) -> Record:
+    point = Point(study=study, arm=arm, baseline="sdpa", seed=0, axes={"device": "cpu"} | axes)
+    if error is not None:
+        return failure(point, WHERE, "forward_cpu_ratio", error)
+    return record(point, WHERE, Measurement(metric="cpu_seconds", value=1.0))
+
+
+def test_a_page_says_who_computed_each_arm_and_why_one_was_not() -> None:
+    rows = [kept("sdpa"), kept("dense"), kept("hierarchical"), kept("plain"), kept("dense"), kept("flex", error="died")]
+    rows.append(kept("best_first", error="pending: there is no C++ compiler"))
+    said = implementations(rows)
+    assert said == (
+        "not computed, there is no C++ compiler: best_first; this project's C++ kernel: dense, hierarchical; "
+        "plain PyTorch, as asked: plain; torch's own kernel: sdpa"
+    )
+    assert ("attention computed by", said) in study_page(STUDY, rows, {}).origin
+    assert implementations([kept("dense", device="cuda")]) == "this project's Triton kernel: dense"
+    assert implementations([kept("dense", study="moe_capacity")]) == ""
+
+
+def test_the_case_of_auto_says_what_was_chosen() -> None:
+    def said(**axes: str) -> str:
+        return implementations([kept("auto", study="bench_attention", dtype="float32", **axes)])
+
+    assert said(implementation="kernel") == "this project's C++ kernel: auto"
+    assert said(implementation="dense") == "torch's own kernel: auto"
+    assert said(implementation="plain") == "plain PyTorch, for want of a kernel: auto"
+
+
+def test_the_tables_have_every_arm_of_their_studies() -> None:
+    assert STUDIES.keys() == {"attention_sparsity", "attention_hierarchical", "attention_quality", "attention_indexer"}
+    assert BLOCKS.keys() == BLOCK_ARMS.keys()
+    assert SPARSITY.keys() == {arm.name for arm in attention_sparsity.STUDY.arms}
+    assert INDEXER.keys() == INDEXED.keys()
+    assert QUALITY.keys() == {arm.name for arm in attention_quality.STUDY.arms}
+
+
+def test_the_tables_say_what_attention_chooses() -> None:
+    given = attention.inputs(600)
+    for arm in ("window", "per_head_share", "per_head_number"):
+        reason = why_plain(given.q, attention.choose(arm, given))
+        assert SPARSITY[arm] == RULED == f"plain PyTorch, as {reason}"
+    assert {arm for arm, words in BLOCKS.items() if words == OURS} == set(block_attention.KERNEL)
+    short = why_plain(given.q, blocks(given.q, given.k, Blocks(k=3, block_q=1, block_k=4)))
+    assert f"plain PyTorch, as {short}" == SHORT
+    for select in attention_quality.selects(attention_quality.LENGTH).values():
+        if isinstance(select, Blocks):
+            assert select.block_k < 16
+
+
+@pytest.mark.parametrize("block_k", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_reason_is_given_exactly_where_plain_pytorch_is_chosen(block_k: int, dtype: torch.dtype) -> None:
+    q = torch.randn(1, 1, 80, 8, dtype=dtype)
+    for selection in (None, blocks(q, q, Blocks(k=4, block_q=16, block_k=block_k))):
+        assert (why_plain(q, selection) is None) == (implementation(q, selection) != "plain")
+    if dtype == torch.float64 and block_k == 16:
+        assert why_plain(q, selection) == why_not_kernel(q)
