@@ -82,6 +82,17 @@ REFUSED = [
     (lambda: Blocks(k=16, block_q=48), r"\(block_q, block_k\)=\(48, 64\): one must divide the other"),
     (lambda: Blocks(k=16, sharing="heads"), r"sharing='heads': must be one of head, group, all"),
     (lambda: Blocks(k=16, rotated=1), r"rotated=1"),
+    (lambda: Blocks(k=16, learns="gate"), r"learns='gate': must be one of nothing, branch, distilled, gated, entmax"),
+    (lambda: Blocks(k=16, learns="distilled", loss_weight=0), r"loss_weight=0: must be above 0: nothing else is dist"),
+    (lambda: Blocks(k=16, loss_weight=-1.0), r"loss_weight=-1.0"),
+    (
+        lambda: Hierarchical(k=16, search="best_first", learns="entmax"),
+        r"search='best_first': must be 'beam' where learns='entmax': keys learn to be found by their mean",
+    ),
+    (
+        lambda: Latent(**LATENT, qk_rope_head_dim=4, select=Blocks(k=16, learns="branch")),
+        r"select.learns='branch': must be 'nothing' with Latent",
+    ),
     (lambda: Hierarchical(), r"Hierarchical\(k=16\)"),
     (lambda: Hierarchical(k=16, branching=1), r"branching=1: must be at least 2"),
     (lambda: Hierarchical(k=16, search="depth_first"), r"search='depth_first': must be one of beam, best_first"),

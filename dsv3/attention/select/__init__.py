@@ -20,12 +20,14 @@ from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, leading, unfinished
 from dsv3.attention.select.indexer import LightningIndexer, indexer
 from dsv3.attention.select.latest import latest_or
+from dsv3.attention.select.learning import Compared, taught, weighed
 from dsv3.attention.select.per_head import Importance, per_head
 from dsv3.attention.select.window import window
 from dsv3.attention.selection import Selection
 from dsv3.config import Blocks, Everything, Hierarchical, Indexer, PerHead, Select, Window
 
 __all__ = [
+    "Compared",
     "Importance",
     "Index",
     "LightningIndexer",
@@ -36,7 +38,9 @@ __all__ = [
     "per_head",
     "remember",
     "select",
+    "taught",
     "unfinished",
+    "weighed",
     "window",
 ]
 
