@@ -33,6 +33,12 @@ LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (4096,), "full": (4096, 1
 DTYPES: Mapping[Profile, tuple[str, ...]] = {"quick": ("fp32",), "full": ("fp32", "bf16")}
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 COUNTED = tuple(2**power for power in range(12, 21))
+JOINED = (4096, 16384)  # tokens at which it is counted what 64 queries read together
+SHARING = (1, 4)  # query heads per key-value head
+CHOICES: Mapping[str, Callable[[int], Blocks]] = {
+    "blocks": lambda size: Blocks(k=SEEN, block_q=size, block_k=BLOCK),
+    "hierarchical": lambda size: Hierarchical(k=SEEN, block_q=size, block_k=BLOCK, branching=BRANCHING),
+}
 MILLION = 2**20
 FLEX = 16384  # tokens at which FlexAttention is timed: it is compiled anew for every length
 TRACED = 16384  # tokens up to which bytes are counted
@@ -71,7 +77,7 @@ def measure(cell: Cell) -> list[Reading]:
     """Counts, the run of a million tokens, or the times of every arm that agrees with the reference."""
     match cell.axes["part"]:
         case "counts":
-            return counts()
+            return counts() + unions()
         case "time":
             return times(cell)
         case _:
@@ -80,20 +86,34 @@ def measure(cell: Cell) -> list[Reading]:
 
 def counts() -> list[Reading]:
     """Scores that choosing takes in one head over a whole sequence."""
-    chosen: Mapping[str, Callable[[int], Blocks]] = {
-        "blocks": lambda size: Blocks(k=SEEN, block_q=size, block_k=BLOCK),
-        "hierarchical": lambda size: Hierarchical(k=SEEN, block_q=size, block_k=BLOCK, branching=BRANCHING),
-    }
     return [
         Reading(
             arm=arm,
             measurement=Measurement(metric="selection_scores", value=sum(scored_in_all(choice(size), 0, length))),
             axes={"length": length, "queries per choice": size},
         )
-        for arm, choice in chosen.items()
+        for arm, choice in CHOICES.items()
         for size in (BLOCK, 1)
         for length in COUNTED
     ]
+
+
+def unions() -> list[Reading]:
+    """Bytes that a key-value head hands out to blocks of queries, where a block chooses as one or token by token, and
+    where its query heads are one or several that choose apart.
+    """
+    from bench.block_attention import union_bytes
+
+    readings = []
+    for length in JOINED:
+        for size in (BLOCK, 1):
+            for heads in SHARING:
+                axes = {"length": length, "queries per choice": size, "query heads per key-value head": heads}
+                choices = {"sdpa": None} | {arm: choice(size) for arm, choice in CHOICES.items()}
+                for arm, choice in choices.items():
+                    counted = Measurement(metric="union_bytes", value=union_bytes(choice, length, heads))
+                    readings.append(Reading(arm=arm, measurement=counted, axes=axes))
+    return readings
 
 
 def million(cell: Cell) -> list[Reading]:
@@ -318,6 +338,7 @@ STUDY = Study(
         "wall_seconds",
         "selection_cpu_share",
         "selection_scores",
+        "union_bytes",
         "peak_bytes",
     ),
     seeds=SEEDS,

@@ -88,6 +88,37 @@ def bench_blocks(
     )
 
 
+@pytest.mark.parametrize("length", [256, 512, 1024, 2048, 4096, 16384])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("phase", PHASES)
+def bench_auto(
+    measure_arms: Callable[..., Figures],
+    device: torch.device,
+    profile: Profile,
+    phase: str,
+    dtype: torch.dtype,
+    length: int,
+) -> None:
+    """A tree behind the crossover that was measured: against SDPA, in fp32 too, it should lose at no length."""
+    if profile == "quick":
+        pytest.skip("some minutes of long and short sequences: --profile full")
+    given = block_attention.inputs(length, dtype, device)
+    auto, call = {
+        "forward": ("auto_forward", block_attention.inference),
+        "forward_backward": ("auto_training", block_attention.training),
+    }[phase]
+    dense = ("sdpa",) if dtype == torch.float32 else ("sdpa", "sdpa_fp32")
+    measure_arms(
+        phase=phase,
+        baseline="sdpa",
+        arms={arm: partial(call, arm, given) for arm in dense} | {"auto": partial(call, auto, given)},
+        check=partial(block_attention.check, auto, given),
+        axes={"length": length, "dtype": str(dtype).removeprefix("torch.")},
+        blocks=7 if length > 4096 else None,  # a call of dense attention takes seconds there
+        tokens=length,
+    )
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def bench_decode_blocks(measure_arms: Callable[..., Figures], profile: Profile, batch: int) -> None:
     """A round of tokens after long caches that lie in memory, on a CPU: all of a cache, or chosen blocks."""

@@ -3,10 +3,10 @@
 One layer without its projections: q, k and v are given, choosing is inside the time. `bench.attention_sizes` says what
 the arms are. So that a ratio to SDPA can be split, the kernel has a dense arm (what the code gains) and a window of as
 many blocks, which is the same work without a choice (what choosing costs); `plain` and `flex` compute the very
-selection of `hierarchical`.
+selection of `hierarchical`. `auto` is timed by a case of its own, at short lengths too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, cast
@@ -17,11 +17,14 @@ from torch.nn import functional as F
 
 from bench.attention_sizes import BLOCK, BRANCHING, HEADS, SEEN, WIDTH
 from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel, why_not_triton
-from dsv3.attention.select import blocks, hierarchical
-from dsv3.config import Blocks, Hierarchical, vary
+from dsv3.attention.select import auto, blocks, hierarchical
+from dsv3.attention.select.auto import Direction
+from dsv3.attention.selection import union
+from dsv3.config import Auto, Blocks, Hierarchical, vary
 
 KERNEL = ("dense", "window", "blocks", "hierarchical", "best_first")
 FORWARD_ONLY = ("flex",)
+AUTO: Mapping[str, Direction] = {"auto_forward": "forward", "auto_training": "training"}
 _LAST = 4  # queries of a long sequence that are compared with the reference
 _SHORT = (SEEN + 2) * BLOCK + 9  # positions of a short one, past what is seen, its last block not full
 
@@ -72,7 +75,16 @@ def choose(arm: str, given: Inputs) -> Selection | None:
             return hierarchical(given.q, given.k, tree("beam"))
         case "best_first":
             return hierarchical(given.q, given.k, tree("best_first"))
+        case "auto_forward" | "auto_training":
+            choice = _behind_crossover(given.q.dtype, AUTO[arm])
+            return hierarchical(given.q, given.k, choice) if given.q.shape[2] > choice.crossover else None
     return None
+
+
+@cache
+def _behind_crossover(dtype: torch.dtype, direction: Direction) -> Auto:
+    """As a config has it: looked up once, outside the time."""
+    return auto(tree("beam"), dtype, direction)
 
 
 def tree(search: Any) -> Hierarchical:
@@ -103,6 +115,8 @@ def forward(arm: str, given: Inputs) -> Tensor:
     if arm == "flex":
         assert selection is not None, "flex computes a selection"
         return _flex(q.detach(), k.detach(), v.detach(), selection)
+    if arm in AUTO:
+        return attend(q, k, v, selection)
     ours: Implementation = "triton" if q.is_cuda else "kernel"
     return attend(q, k, v, selection, implementation=ours if arm in KERNEL else "plain")
 
@@ -162,6 +176,20 @@ def per_token(length: int) -> tuple[Inputs, Selection, Tensor]:
     with torch.no_grad():
         selection = hierarchical(given.q, given.k, choice)
         return given, selection, attend(given.q, given.k, given.v, selection)
+
+
+def union_bytes(choice: Blocks | None, length: int, heads: int) -> int:
+    """Bytes of fp32 keys and values that one key-value head with `heads` query heads hands out over a whole sequence of
+    random numbers, a block of queries at a time, each block of keys once; None: to dense attention.
+    """
+    if choice is None:
+        keys = sum(range(BLOCK, length, BLOCK)) + length
+    else:
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, number, length, WIDTH, generator=generator) for number in (heads, 1))
+        selection = hierarchical(q, k, choice) if isinstance(choice, Hierarchical) else blocks(q, k, choice)
+        keys = int(union(selection, 1, length, rows=BLOCK // choice.block_q).sum())
+    return keys * 2 * WIDTH * torch.finfo(torch.float32).bits // 8
 
 
 def last_query_error(given: Inputs, selection: Selection, out: Tensor) -> float:

@@ -25,7 +25,7 @@ BATCH, LENGTH, VOCABULARY = 2, 32, 256
 # the variants that decode differently
 SERVED = (
     *("base", "multi_head", "grouped", "window", "per_head"),
-    *("blocks", "beam", "latent_blocks", "latent_per_head", "indexer"),
+    *("blocks", "beam", "auto", "latent_blocks", "latent_per_head", "indexer"),
 )
 PHASES = ("prefill", "decode")
 
@@ -125,6 +125,7 @@ def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
                 select=choices.Hierarchical(k=5, branching=2, search="best_first", top_p=0.9, **four)
             )
         },
+        "auto": lambda: {"model.attention": multi_head(select=choices.Auto(k=4, branching=2, crossover=24, **four))},
         "latent_blocks": lambda: {
             "model.attention": latent(
                 q_lora_rank=None, select=choices.Blocks(k=5, block_q=8, block_k=4, sharing="all", rotated=False)

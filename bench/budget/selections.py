@@ -6,6 +6,7 @@
                    sequence, head and position a rank and a limit
     Blocks,        for each sequence, head that chooses and block of queries as many blocks of keys as the last one may
     Hierarchical   see, and a count; fewer are chosen under top_p, in as much room
+    Auto           the same, in room for what the last before the crossover sees; nothing while none is behind it
 
     Indexer        for each sequence and position its keys, and one count for all sequences; nothing while no position
                    has more keys before it than it may see
@@ -17,6 +18,7 @@ from typing import assert_never
 
 from dsv3.config import (
     Attention,
+    Auto,
     Blocks,
     Everything,
     Grouped,
@@ -34,7 +36,15 @@ QUERIES, KEYS = 256, 64  # in a block of a window; per-head selection lists key 
 
 def chooses(select: Select, length: int) -> bool:
     """Whether attention over `length` tokens goes by lists."""
-    return not isinstance(select, Everything) and not (isinstance(select, Indexer) and length <= select.index_topk)
+    match select:
+        case Everything():
+            return False
+        case Indexer():
+            return length > select.index_topk
+        case Auto():
+            return length > select.crossover
+        case _:
+            return True
 
 
 def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool]:
@@ -53,7 +63,7 @@ def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool
         case Blocks() | Hierarchical() as choice:
             lists = {"head": heads, "group": _key_heads(attention), "all": 1}[choice.sharing]
             last = (length - 1) // choice.block_q
-            most = choice.past(last * choice.block_q // choice.block_k) + choice.own
+            most = choice.longest(last * choice.block_q // choice.block_k)
             return sequences * lists * (last + 1) * (most + 1), lists == heads
         case Indexer() as indexer:
             return sequences * length * indexer.index_topk + length, False

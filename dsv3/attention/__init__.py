@@ -7,9 +7,11 @@ from dsv3.attention.choice import Implementation, implementation, why_not_kernel
 from dsv3.attention.dense import dense, eager
 from dsv3.attention.latent import LatentAttention
 from dsv3.attention.multi_head import MultiHeadAttention
+from dsv3.attention.packed import Documents, by_document
 from dsv3.attention.selection import Selection, SelectionCost
 
 __all__ = [
+    "Documents",
     "Implementation",
     "KeyValueCache",
     "LatentAttention",
@@ -19,6 +21,7 @@ __all__ = [
     "SelectionCost",
     "attend",
     "build",
+    "by_document",
     "dense",
     "eager",
     "implementation",

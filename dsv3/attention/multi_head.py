@@ -67,7 +67,7 @@ class MultiHeadAttention(nn.Module):
             memory = cache.append(**memory)
         key, value = memory["key"], memory["value"]
         if isinstance(self.choice, Blocks):
-            selection: Selection | None = self._choose(self.choice, q if plain is None else plain, q, key, cache)
+            selection = self._choose(self.choice, q if plain is None else plain, q, key, cache)
         else:
             selection = select(self.choice, x.shape, key.shape[2], memory.get("importance"), x.device)
         out = attend(q, key, value, selection, scale=self.scale)
@@ -76,7 +76,9 @@ class MultiHeadAttention(nn.Module):
             out = joined(self.gates(x), pooled(q, key, value, self.choice.block_k, scale=self.scale), out)
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
 
-    def _choose(self, choice: Blocks, compared: Tensor, q: Tensor, key: Tensor, cache: LayerCache | None) -> Selection:
+    def _choose(
+        self, choice: Blocks, compared: Tensor, q: Tensor, key: Tensor, cache: LayerCache | None
+    ) -> Selection | None:
         """Which blocks the newest positions see; `compared` are their queries, as they are compared with keys."""
         total, start = key.shape[2], key.shape[2] - q.shape[2]
         leaders, first = compared[:, :, leading(choice, start)], unfinished(choice, start)
@@ -84,8 +86,11 @@ class MultiHeadAttention(nn.Module):
         held = None if cache is None else cache.index
         index = remember(choice, leaders.detach(), keys.detach(), start, total, held)
         selection = select(choice, (len(q), q.shape[2]), total, None, q.device, index=index, scale=self.scale)
-        assert selection is not None, "a choice of blocks lists them"
-        if not choice.scores or (choice.learns == "distilled" and (cache is not None or not self.training)):
+        if (
+            selection is None
+            or not choice.scores
+            or (choice.learns == "distilled" and (cache is not None or not self.training))
+        ):
             return selection
         found = Compared.of(choice, leaders, keys) if cache is None else Compared.remembered(index, start)
         if choice.learns == "distilled":

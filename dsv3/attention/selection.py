@@ -65,6 +65,21 @@ class Selection:
         assert min(self.block_q, self.block_k) > 0, "a block holds at least one token"
 
 
+def union(selection: Selection, groups: int, total: int, *, rows: int = 1) -> Int[Tensor, "B G n"]:
+    """How many of `total` keys each of `groups` key-value heads hands out to `rows` listed blocks of queries at a time,
+    whatever query head of the group asks: whole listed blocks, each once.
+
+    No kernel that takes so many queries together reads less; decoding is one row. A token-exact rule may see fewer.
+    """
+    blocks, heads = -(-total // selection.block_k), selection.indices.shape[1]
+    listed = torch.arange(selection.indices.shape[-1], device=selection.indices.device) < selection.counts[..., None]
+    named = selection.indices.masked_fill(~listed, blocks).expand(-1, max(heads, groups), -1, -1)
+    named = F.pad(named, (0, 0, 0, -named.shape[2] % rows), value=blocks).unflatten(2, (-1, rows))
+    named = named.unflatten(1, (groups, -1)).movedim(3, 2).flatten(3).sort(dim=-1).values
+    first = F.pad(named[..., 1:] != named[..., :-1], (1, 0), value=True)
+    return (first * (total - named * selection.block_k).clamp(0, selection.block_k)).sum(dim=-1)
+
+
 def tidy(selection: Selection, queries: int, total: int) -> Selection:
     """The same selection for the last `queries` of `total` positions, its lists ascending, without repeats and blocks
     that all queries of the block come before. Costs a comparison where they are so already. Of a repeated block the

@@ -6,6 +6,7 @@ that builds it. A run is a function in `presets` that returns a whole `Config`; 
 
 from dsv3.config.attention import (
     Attention,
+    Auto,
     Blocks,
     Everything,
     Grouped,
@@ -31,6 +32,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Attention",
+    "Auto",
     "BFloat16",
     "Balance",
     "Blocks",

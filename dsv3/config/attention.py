@@ -1,16 +1,16 @@
 """Attention is two choices: how keys and values are made, and which of them a query sees.
 
     MultiHead | Grouped | Latent        one K and V per head | shared by a group of heads | compressed to a latent (MLA)
-      each with  select =  Everything | Window | PerHead | Blocks | Hierarchical
+      each with  select =  Everything | Window | PerHead | Blocks | Hierarchical | Auto
       Latent also with     Indexer (DeepSeek-V3.2's sparse attention)
 
 Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V2 and V3, arXiv 2405.04434 and
 2412.19437 section 2.1.1 (Latent). `PerHead` is the article's dynamic sparse attention in the form that can run;
 `dsv3/attention/select/per_head.py` says what was repaired. `Blocks` and `Hierarchical` choose by what queries and keys
-say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token. `Indexer`
-chooses with small queries and keys of its own (DeepSeek-V3.2, arXiv 2512.02556 section 2). A choice has no gradient;
-`Blocks.learns` has the ways in which one learns all the same, and `dsv3/attention/select/learning.py` says what each of
-them costs.
+say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token. `Auto` is
+dense where that is faster. `Indexer` chooses with small queries and keys of its own (DeepSeek-V3.2, arXiv 2512.02556
+section 2). A choice has no gradient; `Blocks.learns` has the ways in which one learns all the same, and
+`dsv3/attention/select/learning.py` says what each of them costs.
 """
 
 from dataclasses import dataclass, field
@@ -137,6 +137,10 @@ class Blocks:
         assert self.keep is not None, "a number or a share of the blocks is kept"
         return min(complete, max(2, int(self.keep * (complete + self.own)) - self.own))
 
+    def longest(self, complete: int) -> int:
+        """Key blocks in the longest list, at most, of the blocks of queries up to that behind `complete` of them."""
+        return self.past(complete) + self.own
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hierarchical(Blocks):
@@ -200,8 +204,42 @@ class Indexer:
         )
 
 
-Select = Everything | Window | PerHead | Blocks | Hierarchical | Indexer
-SELECTS = (Everything, Window, PerHead, Blocks, Hierarchical)  # that any attention can have
+@dataclass(frozen=True, kw_only=True)
+class Auto(Hierarchical):
+    """Everything before a crossover, `Hierarchical` from there on, as the query's own position has it.
+
+    So what a token sees never depends on what comes after it, and what the first tokens of a long sequence cost is
+    bounded by the crossover. `dsv3.attention.select.auto` gives a tree the crossover that was measured.
+
+    Attributes:
+        crossover: tokens that see every key up to their own; whole blocks of queries and of keys.
+    """
+
+    crossover: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "crossover", low=0)
+        size = max(self.block_q, self.block_k)
+        rule = f"must be a multiple of {size}, the larger block: a block of queries chooses as one"
+        require(self.crossover % size == 0, "crossover", self.crossover, rule, "round it up")
+        rule = "must be None: it would leave out keys before the crossover too"
+        require(self.top_p is None, "top_p", self.top_p, rule, "use Hierarchical")
+        rule = "must be 'nothing': before the crossover there is no choice to learn from"
+        require(self.learns == "nothing", "learns", self.learns, rule, "use Hierarchical")
+
+    def past(self, complete: int) -> int:
+        """As of the tree, but all of them before the crossover."""
+        return complete if complete * self.block_k < self.crossover else super().past(complete)
+
+    def longest(self, complete: int) -> int:
+        """As of the tree, or all that the last block of queries before the crossover sees."""
+        before = self.crossover // self.block_k
+        return max(super().longest(complete), min(complete + self.own, before))
+
+
+Select = Everything | Window | PerHead | Blocks | Hierarchical | Auto | Indexer
+SELECTS = (Everything, Window, PerHead, Blocks, Hierarchical, Auto)  # that any attention can have
 
 
 @dataclass(frozen=True, kw_only=True)

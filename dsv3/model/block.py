@@ -7,7 +7,7 @@ x = x + FeedForward(RMSNorm(x))        SwiGLU in the first `first_k_dense_replac
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.attention import LayerCache, Selection, build
+from dsv3.attention import Documents, LayerCache, Selection, build, by_document
 from dsv3.config import Model
 from dsv3.layers import RMSNorm, SwiGLU
 from dsv3.moe import MoELayer, Routing
@@ -25,15 +25,20 @@ class Block(nn.Module):
         self.mlp: MoELayer | SwiGLU = MoELayer(model) if model.is_moe_layer(layer) else SwiGLU(width, inner)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None
-    ) -> tuple[Float[Tensor, "B T D"], Routing | None, Selection | None]:
+        self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None, tuple[Selection | None, ...]]:
         """The block's output, what its router decided (None in a dense block), and which keys its attention kept
-        (None: all).
+        (None: all), in each document where `documents` says where they begin.
         """
-        attended, selection = self.self_attn(self.input_layernorm(x), cache=cache)
+        normed = self.input_layernorm(x)
+        if documents is None:
+            attended, selection = self.self_attn(normed, cache=cache)
+            selections: tuple[Selection | None, ...] = (selection,)
+        else:
+            attended, selections = by_document(self.self_attn, normed, documents)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):
             fed, routing = self.mlp(normed)
-            return x + fed, routing, selection
-        return x + self.mlp(normed), None, selection
+            return x + fed, routing, selections
+        return x + self.mlp(normed), None, selections

@@ -9,6 +9,9 @@ at depth m, and of its targets the first m have no prediction there: depth m los
 the main model's numbers i (rotation sees distances only, so numbering them by the shifted tokens would be the same
 function).
 
+Of packed documents the last m positions of each read on into the next one and predict nothing of their own; they come
+after all others of their document, so no other sees them.
+
 Two choices where sources differ:
   - The concatenation is [embedding ; hidden], as eh_proj's columns lie in the released checkpoint; the paper's
     equation 21 writes [hidden ; embedding].
@@ -21,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.attention import Selection
+from dsv3.attention import Documents, Selection
 from dsv3.config import Model
 from dsv3.layers import RMSNorm
 from dsv3.model.block import Block
@@ -45,14 +48,14 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(width, eps)
 
     def forward(
-        self, hidden: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], Routing | None, Selection | None]:
+        self, hidden: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], *, documents: Documents | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], Routing | None, tuple[Selection | None, ...]]:
         """From the hidden states of the depth before and the embeddings of the tokens m later, row by row of equal
         length:
 
         what the head reads, what the next depth reads, and what the block's router and attention decided.
         """
         joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
-        raw, routing, selection = self.block(self.eh_proj(joined))
+        raw, routing, selections = self.block(self.eh_proj(joined), documents=documents)
         normed = self.norm(raw)
-        return normed, normed if self.hands_on_normed else raw, routing, selection
+        return normed, normed if self.hands_on_normed else raw, routing, selections

@@ -17,11 +17,12 @@ class ModelOutput:
     Attributes:
         logits: position i predicts t_{i+1}.
         mtp_logits: one tensor [B, T-m, V] per depth m = 1, 2, ...; position i predicts t_{i+1+m}. Empty when decoding
-            with a cache.
+            with a cache. Of packed documents the last m positions of each mean nothing.
         routing: what the router of each expert layer decided, bottom to top, multi-token prediction last; dense
             layers have none.
         selection: which keys each layer's attention kept, bottom to top, multi-token prediction last; None for dense
-            attention. In training an indexer's carries its loss.
+            attention. In training an indexer's carries its loss. Of packed documents one each, row by row, in every
+            layer.
         cache: the cache with these tokens in it, when one was given.
     """
 

@@ -4,7 +4,8 @@
 
 Parameters carry the names of the published checkpoints (`dsv3.model.hf.names` has the two exceptions). With a cache
 only the new tokens are passed and the result equals the last positions of a forward pass over all of them;
-multi-token prediction is then left out, as it has no part in the next token.
+multi-token prediction is then left out, as it has no part in the next token. Where it is said where documents begin,
+attention sees none but its own and positions count from its beginning; all else goes token by token.
 """
 
 import torch
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsv3.attention import KeyValueCache, Selection
+from dsv3.attention import Documents, KeyValueCache, Selection
 from dsv3.config import Model
 from dsv3.config.rules import require
 from dsv3.layers import RMSNorm
@@ -41,28 +42,36 @@ class Transformer(nn.Module):
         initialise(self, std=model.initializer_range, embedding_std=model.embedding_range, seed=seed)
 
     def forward(
-        self, tokens: Int[Tensor, "B T"], *, cache: KeyValueCache | None = None, mtp: bool = True
+        self,
+        tokens: Int[Tensor, "B T"],
+        *,
+        cache: KeyValueCache | None = None,
+        documents: Documents | None = None,
+        mtp: bool = True,
     ) -> ModelOutput:
         """Logits for each position, and everything that was decided on the way. `mtp=False` leaves out multi-token
-        prediction, as a cache does.
+        prediction, as a cache does. `documents`: per row, where packed documents begin.
 
         Raises:
-            ValueError: for no tokens, tokens outside the vocabulary (checked on a CPU only), or more positions than
-                max_position_embeddings.
+            ValueError: for no tokens, tokens outside the vocabulary (checked on a CPU only), more positions than
+                max_position_embeddings, or documents with a cache.
         """
         self._check(tokens, 0 if cache is None else cache.length)
+        rule = "must be None with a cache, which continues one document per row"
+        require(documents is None or cache is None, "documents", documents, rule, "leave out one of the two")
         embedded = self.embed_tokens(tokens)
         hidden, routings, selections = embedded, [], []
         for layer, block in enumerate(self.layers):
-            hidden, routing, selection = block(hidden, cache=None if cache is None else cache.layers[layer])
+            held = None if cache is None else cache.layers[layer]
+            hidden, routing, kept = block(hidden, cache=held, documents=documents)
             routings.append(routing)
-            selections.append(selection)
+            selections += kept
         normed = self.norm(hidden)
         further: list[Tensor] = []
         if self.mtp and mtp and cache is None:
             assert self.config.mtp is not None, "modules of multi-token prediction come from model.mtp"
             first = normed if self.config.mtp.hidden == "post_norm" else hidden
-            further, more_routings, more_selections = self._predict_further(first, embedded)
+            further, more_routings, more_selections = self._predict_further(first, embedded, documents)
             routings += more_routings
             selections += more_selections
         return ModelOutput(
@@ -78,19 +87,21 @@ class Transformer(nn.Module):
         return F.linear(normed, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(normed)
 
     def _predict_further(
-        self, hidden: Tensor, embedded: Tensor
+        self, hidden: Tensor, embedded: Tensor, documents: Documents | None
     ) -> tuple[list[Tensor], list[Routing | None], list[Selection | None]]:
-        logits, routings, selections = [], [], []
+        logits, routings = [], []
+        selections: list[Selection | None] = []
         length = embedded.shape[1]
         for ahead, module in enumerate(self.mtp, start=1):
             if ahead >= length:
                 # A row this short has no token that far ahead; its logits are an empty [B, 0, V].
                 logits.append(embedded.new_zeros(embedded.shape[0], 0, self.config.vocab_size))
                 continue
-            normed, hidden, routing, selection = module(hidden[:, : length - ahead], embedded[:, ahead:])
+            begun = documents and [[start for start in row if start < length - ahead] for row in documents]
+            normed, hidden, routing, kept = module(hidden[:, : length - ahead], embedded[:, ahead:], documents=begun)
             logits.append(self.head(normed))
             routings.append(routing)
-            selections.append(selection)
+            selections += kept
         return logits, routings, selections
 
     def _check(self, tokens: Tensor, before: int) -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from ablations import attention_hierarchical as hierarchical
 from ablations.evidence import NoEvidence
+from bench.block_attention import union_bytes
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record
@@ -53,6 +54,18 @@ def test_a_flat_search_scores_per_token_what_grows_as_n_and_a_tree_what_grows_as
         assert tree[2] - tree[1] == pytest.approx(tree[1] - tree[0], rel=0.05)
     # 1M tokens in blocks of 64: 16384 blocks, of which the average query has half before it, all but two scored
     assert found["blocks", 1, 2**20] / 2**20 == pytest.approx(16384 / 2 - 2, rel=0.01)
+
+
+def test_a_choice_for_each_token_or_head_reads_more_together_than_one_for_all() -> None:
+    tree = hierarchical.CHOICES["hierarchical"]
+    length, token = 2048, 2 * 64 * 4
+    # a block of 64 queries sees 16 blocks of 64 keys, the first ones all before them
+    alone = union_bytes(tree(64), length, 1)
+    assert alone == token * 64 * (sum(range(1, 16)) + 16 * 17)
+    dense = union_bytes(None, length, 1)
+    assert dense == token * 64 * sum(range(1, 33))
+    for more in (union_bytes(tree(64), length, 4), union_bytes(tree(1), length, 1)):
+        assert alone < more <= dense
 
 
 def test_the_answer_names_the_longest_length_and_splits_the_ratio() -> None:

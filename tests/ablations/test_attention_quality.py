@@ -17,7 +17,7 @@ from bench.measurement import Measurement, Point, record
 from bench.recall_tasks import ROWS, Task
 from bench.recall_training import TAPS
 from bench.record import Record
-from dsv3.config import Blocks, Hierarchical, Indexer, PerHead, Window, vary
+from dsv3.config import Auto, Blocks, Hierarchical, Indexer, PerHead, Window, to_json, vary
 
 
 def kept(arm: str, task: str, accuracy: float, seed: int, metric: str = "accuracy", steps: int = 500) -> Record:
@@ -51,6 +51,14 @@ def test_it_is_run_by_its_path_and_has_the_seeds_that_its_comparisons_need() -> 
     }
     assert len(cells) == len(STUDY.arms) * len(ROWS) * STUDY.seeds["full"]
     assert max(cell.seconds for cell in (*cells, *STUDY.cells("quick"))) <= 120
+
+
+def test_no_arm_of_a_study_of_quality_sees_more_keys_where_that_is_faster() -> None:
+    assert not [arm for arm, select in selects(LENGTH).items() if isinstance(select, Auto)]
+    for name in sorted(path.stem for path in (ROOT / "ablations").glob("*.py")):
+        if name in STUDIES or name == STUDY.name:
+            configs = [arm.config for arm in load(str(ROOT / "ablations" / f"{name}.py")).arms if arm.config]
+            assert not [config for config in configs if "crossover" in to_json(config)]
 
 
 def test_every_task_but_the_exempt_one_is_compared_within_a_point() -> None:

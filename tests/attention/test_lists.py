@@ -10,7 +10,8 @@ from torch import Tensor
 from bench.meters.memory import peak_bytes
 from dsv3.attention import Selection, attend, query_blocks, reference
 from dsv3.attention.select import per_head, window
-from tests.attention.lists import by_cpu, by_each, close, draw, grads, needs_kernel, of_lists, select
+from dsv3.attention.selection import union
+from tests.attention.lists import SHAPES, by_cpu, by_each, close, draw, grads, needs_kernel, of_lists, select
 
 
 def untidy(selection: Selection, future: int) -> Selection:
@@ -236,3 +237,24 @@ def by_definition(leaves: tuple[Tensor, ...], shape: tuple[int, ...], selection:
     seen = torch.tensor([len(keys(*at)) > 0 for at in places]).view(batch, heads, queries)
     out = reference.attention(*leaves, lambda *at: keys(*at) or [0], scale=width**-0.5)
     return torch.where(seen[..., None], out, 0.0), seen
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_a_key_value_head_hands_out_each_listed_key_once(shape: tuple[int, ...], rows: int) -> None:
+    batch, heads, groups, shared, *_, total = shape[:6]
+    selection, size = select(shape), shape[9]
+    found = union(selection, groups, total, rows=rows)
+    blocks = selection.counts.shape[2]
+    assert found.shape == (batch, groups, -(-blocks // rows))
+    for b in range(batch):
+        for g in range(groups):
+            for n in range(found.shape[2]):
+                keys: set[int] = set()
+                for head in range(g * heads // groups, (g + 1) * heads // groups):
+                    listing = head * shared // heads
+                    for row in range(n * rows, min((n + 1) * rows, blocks)):
+                        count = int(selection.counts[b, listing, row])
+                        for block in selection.indices[b, listing, row, :count].tolist():
+                            keys |= set(range(block * size, min((block + 1) * size, total)))
+                assert found[b, g, n] == len(keys)

@@ -11,6 +11,7 @@ from dsv3.attention.select import reference as by_content
 from dsv3.attention.select import select as selection_of
 from dsv3.config import (
     Attention,
+    Auto,
     Blocks,
     Everything,
     Grouped,
@@ -45,6 +46,7 @@ SELECTS: dict[str, Select] = {
     "blocks": Blocks(keep=0.7, top_p=0.8, block_q=4, block_k=2, sharing="group", rotated=False),
     "beam": Hierarchical(k=7, block_q=8, block_k=2, branching=2),
     "best_first": Hierarchical(k=4, block_q=4, block_k=4, branching=2, search="best_first", sharing="all"),
+    "auto": Auto(k=6, block_q=4, block_k=2, branching=2, crossover=24),
 }
 YARN = Rope(scaling=Yarn(factor=8.0, original_max_position_embeddings=32))
 

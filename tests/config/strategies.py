@@ -6,6 +6,7 @@ from dsv3.config import (
     MTP,
     SGD,
     AdamW,
+    Auto,
     BFloat16,
     Blocks,
     Config,
@@ -46,6 +47,9 @@ selects = st.one_of(
     st.builds(Blocks, k=st.integers(3, 20), sharing=st.sampled_from(["head", "group", "all"])),
     st.builds(Hierarchical, keep=share, top_p=st.none() | share, block_q=st.sampled_from([1, 8]), block_k=st.just(4)),
     st.builds(Hierarchical, k=st.integers(3, 20), branching=st.integers(2, 9), rotated=st.booleans()),
+    st.builds(
+        Auto, k=st.integers(3, 20), block_q=st.just(4), block_k=st.just(4), crossover=st.sampled_from([0, 4, 16])
+    ),
 )
 multi_head = st.builds(MultiHead, num_attention_heads=small, head_dim=even, select=selects)
 grouped = st.builds(

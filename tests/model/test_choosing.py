@@ -10,7 +10,7 @@ from dsv3.attention import latent as in_latent
 from dsv3.attention import multi_head as in_multi_head
 from dsv3.attention.select import select
 from dsv3.attention.select.index import bounds
-from dsv3.config import Attention, Blocks, Everything, Grouped, Hierarchical, MultiHead, PerHead, vary
+from dsv3.config import Attention, Auto, Blocks, Everything, Grouped, Hierarchical, MultiHead, PerHead, vary
 from dsv3.model import cost
 from dsv3.model.choosing import decoding_flops, selection_flops
 from tests.model.variants import BASE, latent
@@ -26,6 +26,7 @@ CHOICES: dict[str, Blocks] = {
     "all": Hierarchical(k=5, block_q=4, block_k=2, branching=2, sharing="all"),
     "plain": Hierarchical(k=4, block_q=1, block_k=2, branching=2, rotated=False),
     "best_first": Hierarchical(k=4, block_q=1, block_k=2, branching=2, search="best_first"),
+    "auto": Auto(k=4, block_q=2, block_k=2, branching=2, crossover=20),
 }
 LENGTH = 45
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS.values(), ids=ATTENTIONS.keys())

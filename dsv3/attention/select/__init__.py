@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dsv3.attention.select.auto import auto
 from dsv3.attention.select.blocks import blocks
 from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import hierarchical
@@ -24,13 +25,14 @@ from dsv3.attention.select.learning import Compared, taught, weighed
 from dsv3.attention.select.per_head import Importance, per_head
 from dsv3.attention.select.window import window
 from dsv3.attention.selection import Selection
-from dsv3.config import Blocks, Everything, Hierarchical, Indexer, PerHead, Select, Window
+from dsv3.config import Auto, Blocks, Everything, Hierarchical, Indexer, PerHead, Select, Window
 
 __all__ = [
     "Compared",
     "Importance",
     "Index",
     "LightningIndexer",
+    "auto",
     "blocks",
     "hierarchical",
     "indexer",
@@ -68,6 +70,8 @@ def select(
         case PerHead():
             assert importance is not None, "per-head selection needs a score per token and head"
             return per_head(importance.transpose(1, 2), queries, keep=choice.keep, k=choice.k)
+        case Auto() if total <= choice.crossover:
+            return None
         case Hierarchical():
             assert index is not None, "a choice by content needs an index of what was said"
             return latest_or(search_tree, choice, index, total - queries, total, scale)

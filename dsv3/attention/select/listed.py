@@ -66,7 +66,7 @@ def selection(
     forced = torch.stack((torch.where(complete > 0, 0, FAR), torch.where(complete > 1, complete - 1, FAR)), dim=1)
     forced = torch.cat((forced, own.masked_fill(own > (total - 1) // choice.block_k, FAR)), dim=1)
     indices = torch.cat((chosen, forced.expand(*chosen.shape[:2], -1, -1)), dim=-1).sort(dim=-1).values
-    indices = indices[..., : choice.past(int(complete[-1])) + choice.own]
+    indices = indices[..., : choice.longest(int(complete[-1]))]
     counts = (indices < FAR).sum(dim=-1)
     kept = _kept(choice, chosen, start, total)
     block, size = _rows(choice, start, total)

@@ -21,6 +21,7 @@ from bench.budget.states import RECIPES, recipe
 from bench.budget.traced import build, trace
 from dsv3.config import (
     MTP,
+    Auto,
     Blocks,
     Config,
     Dropless,
@@ -149,6 +150,7 @@ SELECTS = {
     "blocks_of_all_heads": Blocks(k=6, top_p=0.5, block_q=16, block_k=32, sharing="all"),
     "a_choice_per_token": Blocks(k=5, block_q=1, block_k=8),
     "hierarchical": Hierarchical(k=5, top_p=0.9, block_q=16, block_k=16),
+    "auto": Auto(k=4, block_q=16, block_k=16, crossover=160),
 }
 WHERE = [
     *(("multi_head", "bfloat16", select) for select in SELECTS),
