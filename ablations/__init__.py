@@ -16,13 +16,14 @@ ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
 STUDIES           the studies, in the order of the report
 
-Run by their paths alone, as the report has a time budget: multi_token_tuned.py, which tunes every arm, and
-moe_factorial.py, a factorial design.
+Run by their paths alone, as the report has a time budget: attention_quality.py and attention_language.py, which train
+many models, multi_token_tuned.py, which tunes every arm, and moe_factorial.py, a factorial design.
 """
 
 STUDIES: tuple[str, ...] = (
     "attention_sparsity",
     "attention_hierarchical",
+    "attention_choosing",
     "attention_indexer",
     "moe_capacity",
     "precision_modes",

@@ -142,6 +142,12 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
 
 def measure(cell: Cell) -> list[Reading]:
     """One training of one arm on one task."""
+    assert cell.arm is not None, "each arm trains in a cell of its own"
+    return trained(cell, configured(cell.arm, length=int(cell.axes["length"]), steps=int(cell.axes["steps"])))
+
+
+def trained(cell: Cell, config: Config) -> list[Reading]:
+    """What the cell's training of that config came to."""
     import torch
 
     from bench.recall_training import learn
@@ -150,7 +156,6 @@ def measure(cell: Cell) -> list[Reading]:
     assert cell.seed is not None, "every cell of this study has a seed"
     torch.set_num_threads(1)  # sums have one order whatever the cores
     length, steps = int(cell.axes["length"]), int(cell.axes["steps"])
-    config = configured(cell.arm, length=length, steps=steps)
     task = Task(name=str(cell.axes["task"]), length=length, block=length // BLOCKS)
     try:
         learnt = learn(config, task, cell.seed, look_every=LOOK_EVERY, held_out=HELD_OUT)

@@ -11,10 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.attention_sizes import HEADS, KEEP, KEYS, WIDTH
-from dsv3.attention import Selection, attend, eager, reference
-from dsv3.attention.select import per_head, window
+from bench.attention_sizes import HEADS, KEEP, KEPT, KEYS, WIDTH
+from dsv3.attention import Implementation, Selection, attend, eager, reference, why_not_kernel
+from dsv3.attention.select import blocks, per_head, window
+from dsv3.config import Blocks
 
+KERNEL = ("dense", "blocks_share")
 _LAST = 16  # queries of a long sequence that are compared with the reference
 _SHORT = 272  # positions of a short one, two blocks of queries, compared in two heads with their gradients
 
@@ -58,16 +60,26 @@ def choose(arm: str, given: Inputs) -> Selection | None:
             return window(1, length, length, size=KEYS, device=device)
         case "per_head_share":
             return per_head(given.importance(), length, keep=KEEP)
+        case "per_head_dropped":
+            return per_head(given.importance(), length, keep=KEPT)
         case "per_head_number":
             return per_head(given.importance(), length, k=KEYS)
+        case "blocks_share":
+            return blocks(given.q, given.k, Blocks(keep=KEEP))
     return None
+
+
+def why_not(arm: str, given: Inputs) -> str | None:
+    """None where the arm can be computed here; otherwise what is missing."""
+    return why_not_kernel(given.q) if arm in KERNEL else None
 
 
 def forward(arm: str, given: Inputs) -> Tensor:
     """The arm's output, selection included."""
     if arm == "eager":
         return eager(given.q, given.k, given.v, scale=WIDTH**-0.5)
-    return attend(given.q, given.k, given.v, choose(arm, given))
+    implementation: Implementation = "kernel" if arm in KERNEL else "plain"
+    return attend(given.q, given.k, given.v, choose(arm, given), implementation=implementation)
 
 
 def inference(arm: str, given: Inputs) -> Tensor:
@@ -108,8 +120,14 @@ def _right(arm: str, given: Inputs, queries: Tensor) -> Tensor:
             seen = reference.window(KEYS)
         case "per_head_share":
             seen, weights = reference.per_head(importance, keep=KEEP), importance
+        case "per_head_dropped":
+            seen, weights = reference.per_head(importance, keep=KEPT), importance
         case "per_head_number":
             seen, weights = reference.per_head(importance, k=KEYS), importance
+        case "blocks_share":
+            selection, length = choose(arm, given), given.k.shape[2]
+            assert selection is not None, "the blocks are a selection"
+            seen = reference.selected(selection, heads=given.q.shape[1], queries=length, total=length)
     return reference.attention(queries, given.k, given.v, seen, scale=WIDTH**-0.5, weights=weights)
 
 

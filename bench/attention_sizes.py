@@ -1,15 +1,19 @@
 """Sizes of the attention arms, apart from `bench.attention` so that a page may quote them without importing torch."""
 
 HEADS, WIDTH = 4, 64
-KEEP = 0.3  # the article's share of tokens
+KEEP = 0.3  # the article's "sparsity", read as the share of tokens that is kept
+KEPT = 0.7  # and read as the share that is dropped
 KEYS = 512  # of a window, and of per-head top-k with a fixed number
 
 ARMS = {
     "sdpa": "dense, torch's fused kernel",
+    "dense": "dense, this project's kernel",
     "eager": "dense, the matrix of weights written out",
     "window": f"the last {KEYS} keys",
     "per_head_share": f"each head the {KEEP} of the visible keys that a linear map of x finds most important",
+    "per_head_dropped": f"the same, {KEPT} of them: the article's figure read as what is dropped",
     "per_head_number": f"each head the {KEYS} visible keys that a linear map of x finds most important",
+    "blocks_share": f"{KEEP} of the blocks of keys, by their mean key, this project's kernel",
 }
 
 BLOCK = 64  # tokens of a block, of queries as of keys

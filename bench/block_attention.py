@@ -20,7 +20,7 @@ from dsv3.attention import Implementation, Selection, SelectionCost, attend, ref
 from dsv3.attention.select import auto, blocks, hierarchical
 from dsv3.attention.select.auto import Direction
 from dsv3.attention.selection import union
-from dsv3.config import Auto, Blocks, Hierarchical
+from dsv3.config import Auto, Blocks, Hierarchical, vary
 
 KERNEL = ("dense", "window", "blocks", "hierarchical", "best_first")
 FORWARD_ONLY = ("flex",)
@@ -132,6 +132,23 @@ def training(arm: str, given: Inputs) -> tuple[Tensor, ...]:
     q, k, v = given.wide if arm == "sdpa_fp32" else (given.q, given.k, given.v)
     out = forward(arm, given)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), v.detach())
+
+
+def seeing(number: int, given: Inputs) -> Tensor:
+    """Forward of the kernel on `number` blocks found down the tree of means, choosing included, no graph kept."""
+    with torch.no_grad():
+        selection = hierarchical(given.q, given.k, vary(tree("beam"), k=number))
+        return attend(given.q, given.k, given.v, selection, implementation="triton" if given.q.is_cuda else "kernel")
+
+
+def searches(length: int, block_q: int, seed: int) -> dict[str, Callable[[], Selection]]:
+    """The flat choice and the tree's in one head, for every `block_q` queries."""
+    given = inputs(length, torch.float32, heads=1, seed=seed)
+    q, k = given.q.detach(), given.k.detach()
+    return {
+        "blocks": lambda: blocks(q, k, Blocks(k=SEEN, block_q=block_q, block_k=BLOCK)),
+        "hierarchical": lambda: hierarchical(q, k, vary(tree("beam"), block_q=block_q)),
+    }
 
 
 def check(arm: str, given: Inputs) -> None:

@@ -1,7 +1,7 @@
 """A small model trained on one of the tasks of recall: how often it answers right, and from which step.
 
     x = x + Attention(C(RMSNorm(x)))       C(x)_t = x_t + sum_i w_i * x_(t-i),  i = 0, 1, 2, per channel
-    loss = cross-entropy at the positions with a label, and nowhere else; an indexer has its own besides
+    loss = cross-entropy at the positions with a label, and nowhere else; a choice may have its own besides
     rows of 1/8, 1/4, 1/2 of the length for a fifth of the steps each, then whole ones; as many tokens at every step
 
 The model is this project's own but for C, a causal convolution before attention, as in Zoology's hybrids (arXiv
@@ -25,7 +25,7 @@ from dsv3.config import Config, Select
 from dsv3.model import ModelOutput, Transformer
 from dsv3.model.block import Block
 from dsv3.model.initialise import stream
-from dsv3.train.loss import indexer_loss
+from dsv3.train.loss import selection_loss
 from dsv3.train.optimizer import build
 from dsv3.train.schedule import share_of_peak
 from dsv3.train.step import clip
@@ -114,12 +114,12 @@ def at_step(task: Task, step: int, steps: int) -> Task:
 
 
 def total_loss(model: Transformer, rows: Batch, select: Select) -> Tensor:
-    """Nats per label, 0 for rows that ask nothing; and what an indexer learns by."""
+    """Nats per label, 0 for rows that ask nothing; and what a choice learns by."""
     output = model(torch.from_numpy(rows.tokens))
     logits, labels = answers(output, rows)
     asked, learning = (
         F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels)),
-        indexer_loss(output, select),
+        selection_loss(output, select),
     )
     return asked if learning is None else asked + learning
 

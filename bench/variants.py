@@ -131,6 +131,10 @@ def attentions() -> dict[str, Callable[[], dict[str, Any]]]:
                 q_lora_rank=None, select=choices.Blocks(k=5, block_q=8, block_k=4, sharing="all", rotated=False)
             )
         },
+        "blocks_branch": lambda: learning("branch"),
+        "blocks_distilled": lambda: learning("distilled"),
+        "blocks_gated": lambda: learning("gated"),
+        "blocks_entmax": lambda: learning("entmax"),
         "latent_per_head": lambda: {"model.attention": latent(select=choices.PerHead(k=8))},
         "indexer": lambda: {"model.attention.select": indexer()},
         "indexer_warmup": lambda: {"model.attention.select": indexer(stage="warmup")},
@@ -194,6 +198,12 @@ def latent(**changed: Any) -> "choices.Latent":
     """The base's attention."""
     sizes = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
     return choices.Latent(num_attention_heads=4, **sizes | changed)
+
+
+def learning(way: str) -> dict[str, Any]:
+    """A choice of blocks that learns, of 5 of the base's 8, so that a tree has some to leave out."""
+    select = choices.Hierarchical(k=5, block_q=1, block_k=4, branching=2, learns=way)  # type: ignore[arg-type]
+    return {"model.attention": multi_head(select=select)}
 
 
 def indexer(**changed: Any) -> "choices.Indexer":

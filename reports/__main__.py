@@ -16,6 +16,7 @@ from rich.text import Text
 from ablations.catalogue import every
 from reports.build import Report, build, stale, write
 from reports.diff import diff
+from reports.known import recorded
 from reports.numbers import place
 from reports.readme import README, generated
 from reports.verify import summary, verify
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _build(command: Build, console: Console) -> int:
-    report = build(command.out, every(command.study))
+    report = build(command.out, recorded(command.out, command.study))
     if command.check:
         remedy = " ".join(("python -m reports build --out", str(command.out), *_given(command.study)))
         return _say_stale(stale(command.out, report.files), remedy, console)
@@ -108,7 +109,7 @@ def _given(studies: tuple[str, ...]) -> list[str]:
 
 
 def _verify(command: Verify, console: Console) -> int:
-    found = verify(command.out, every(command.study))
+    found = verify(command.out, recorded(command.out, command.study))
     for line in found.wrong:
         console.print(line, style="red", markup=False, soft_wrap=True)
     console.print(summary(found, command.out), markup=False, soft_wrap=True)

@@ -1,11 +1,27 @@
-"""Records that speak of what this version knows: its metrics, and of its own studies their arms. Others are counted."""
+"""Records that speak of what this version knows: its studies, their arms, and its metrics. Others are counted."""
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+from ablations.catalogue import every
+from ablations.code import ROOT
 from ablations.study import Study
 from bench.metrics import METRICS
-from bench.record import Record
+from bench.record import Record, load
+
+
+def recorded(out: Path, others: Sequence[str] = ()) -> tuple[Study, ...]:
+    """The studies of a report on that folder: those of the list, others by name or path, and of those that are run by
+    their paths alone the ones that have records there.
+
+    Raises:
+        ValueError: as `ablations.catalogue.every`.
+    """
+    studies = every(others)
+    names = {row.study for row in load(out / "records.jsonl").records} - {study.name for study in studies}
+    paths = (ROOT / "ablations" / f"{name}.py" for name in sorted(names))
+    return every((*others, *(str(path) for path in paths if path.is_file())))
 
 
 def known(records: Sequence[Record], studies: Sequence[Study] = ()) -> tuple[list[Record], str]:

@@ -12,7 +12,7 @@ from bench.budget.shares import Share, shares
 from bench.budget.splits import Split, check
 from bench.budget.states import Recipe
 from bench.budget.traffic import sent
-from dsv3.config import Config, Indexer, presets, vary
+from dsv3.config import Blocks, Config, Indexer, presets, vary
 from dsv3.config.rules import require
 from dsv3.model import cost
 from dsv3.model.hf.config import read_config
@@ -42,6 +42,11 @@ class Asked:
         if isinstance(select, Indexer):
             rule = "must be 'sparse': an indexer that warms up beside frozen weights is not priced"
             require(select.stage == "sparse", "attention.select.stage", select.stage, rule, "ask for the later stage")
+        if isinstance(select, Blocks):
+            rule = "must be 'nothing': what a choice that learns keeps for backward is not priced"
+            require(
+                select.learns == "nothing", "attention.select.learns", select.learns, rule, "ask for one that does not"
+            )
         check(self.config.model, self.split)
 
     @property

@@ -1,7 +1,7 @@
 """attend(q, k, v, selection): the one function through which every variant of attention goes.
 
-    out_t = sum_j softmax_j(scale * q_t . k_j + weight_j) v_j      over the keys j that the selection lets t see (None:
-    all j <= t)
+    out_t = sum_j softmax_j(scale * q_t . k_j + weight_j + bias_t(block of j)) v_j      over the keys j that the
+    selection lets t see (None: all j <= t)
 
 A selector decides which keys; this decides nothing. So variants share kernels and tests, and what a variant costs is
 what its selection costs. A query that sees no key gets 0 and gives no gradient.
@@ -49,6 +49,9 @@ def attend(
     if selection is not None:
         _check_selection(q, k, selection)
     chosen = implementation or choice.implementation(q, selection)
+    weighed = selection is not None and selection.bias is not None
+    rule = "must be 'plain' for a selection with a bias for each listed block"
+    require(chosen == "plain" or not weighed, "implementation", chosen, rule, "leave it out")
     if chosen == "kernel":
         return blocks.block_attention(q, k, v, selection, scale=scale)
     if chosen == "triton":
@@ -95,6 +98,8 @@ def _check_selection(q: Tensor, k: Tensor, selection: Selection) -> None:
         "limit": (selection.limit, q.shape[2]),
         "weights": (selection.weights, k.shape[2]),
     }
+    bias = None if selection.bias is None else tuple(selection.bias.shape)
+    require(bias in (None, given), "selection.bias.shape", bias, f"must be {given}", "give each listed block one")
     for name, (tensor, length) in parts.items():
         if tensor is not None:
             shape, want = tuple(tensor.shape), (batch, heads, length)

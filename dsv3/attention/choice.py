@@ -3,7 +3,8 @@ where Triton is there, elsewhere plain PyTorch.
 
 The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks, or whose blocks of
 keys are shorter than a vector, are left to the plain path, as is dense attention, which torch has a kernel for; each
-can be had from any by name. So can the Triton kernel on a CPU, in Triton's interpreter, to be looked at and tested.
+can be had from any by name. So can the Triton kernel on a CPU, in Triton's interpreter, to be looked at and tested. A
+bias for each listed block only the plain path adds.
 """
 
 from typing import Literal, get_args
@@ -22,6 +23,8 @@ SHORTEST = 16  # keys of a block: the floats of one vector, the least columns of
 def implementation(q: Tensor, selection: Selection | None) -> Implementation:
     """What `attend` uses for these queries unless told; the first fitting call compiles the kernel."""
     if selection is None or selection.rank is not None or selection.block_k < SHORTEST:
+        return "plain"
+    if selection.bias is not None:
         return "plain"
     if q.device.type == "cuda":
         return "triton" if why_not_triton(q) is None else "plain"

@@ -23,10 +23,12 @@ GATHERED = 2**22  # bytes of keys and values gathered at once for single tokens:
 @dataclass(frozen=True)
 class QueryBlock:
     """A block of queries and the keys listed for it: the same run for all heads, or tokens per head; or single queries,
-    as a batch, each with its tokens.
+    as a batch, each with its tokens. `lists`: which rows of the selection say so, in blocks of `block_k` keys.
     """
 
     rows: slice
+    lists: slice
+    block_k: int
     run: slice | None
     tokens: Int[Tensor, "B h n"] | Int[Tensor, "B h C n"]
     penalty: Float[Tensor, "B heads C n"] | Float[Tensor, "B*C heads 1 n"]
@@ -79,7 +81,8 @@ def query_blocks(selection: Selection, q: Tensor, total: int, key_bytes: int) ->
         penalty = _penalty(selection, tokens, position[rows], rows, room)
         if tokens.ndim == 3 and 1 < penalty.shape[1] < q.shape[1]:  # the kernel takes a mask for all heads or one each
             penalty = penalty.repeat_interleave(q.shape[1] // penalty.shape[1], dim=1)
-        yield QueryBlock(rows, run, tokens.clamp(max=total - 1), penalty)
+        lists = slice(first, last)
+        yield QueryBlock(rows, lists, selection.block_k, run, tokens.clamp(max=total - 1), penalty)
         first = last
 
 

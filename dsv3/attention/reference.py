@@ -1,13 +1,15 @@
 """Attention by its definition, query by query, in float64: slow, made to be read, and what the fast forms must equal.
 
     out(b, h, t) = sum_j p_j v(b, g, j)      over the keys j in seen(b, h, t), with g = h // (H/G)
-    p = softmax_j(scale * q(b, h, t) . k(b, g, j) + w(b, h, j))
+    p = softmax_j(scale * q(b, h, t) . k(b, g, j) + w(b, h, j) + bias(b, h, t, j))
 
 Which keys are seen is a function of sequence, head and position: `everything`, `window` and `per_head` are such, by
-counting and sorting plain numbers, and `selected` reads one off a Selection. `latent` is multi-head latent attention by
+counting and sorting plain numbers, and `selected` reads one off a Selection, as `selected_bias` does with a bias.
+`pooled` attends to means of blocks. `latent` is multi-head latent attention by
 its equations. Gradients come by autograd through the same loops.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -20,6 +22,7 @@ from dsv3.config import Latent, Rope
 from dsv3.layers import frequencies, softmax_mscale
 
 Seen = Callable[[int, int, int], Sequence[int]]
+Bias = Callable[[int, int, int], Tensor]  # of each key that is seen
 
 
 def attention(
@@ -30,6 +33,7 @@ def attention(
     *,
     scale: float,
     weights: Float[Tensor, "B H S"] | None = None,
+    bias: Bias | None = None,
 ) -> Float[Tensor, "B H T R"]:
     """Queries are the last T of S positions; `seen(sequence, head, position)` lists the keys of one query."""
     q, k, v = q.double(), k.double(), v.double()
@@ -43,6 +47,8 @@ def attention(
                 logit = scale * (k[b, g, keys] @ q[b, h, t])
                 if weights is not None:
                     logit = logit + weights[b, h, keys].double()
+                if bias is not None:
+                    logit = logit + bias(b, h, total - queries + t).double()
                 exponent = (logit - logit.detach().max()).exp()
                 rows.append(exponent @ v[b, g, keys] / exponent.sum())
     return torch.stack(rows).view(batch, heads, queries, v.shape[-1])
@@ -94,6 +100,37 @@ def selected(selection: Selection, *, heads: int, queries: int, total: int) -> S
         return keys if rank is None else [key for key in keys if rank[sequence][h][key] <= limit[sequence][h][row]]
 
     return seen
+
+
+def selected_bias(selection: Selection, *, heads: int, queries: int, total: int) -> Bias:
+    """What a selection adds to the logits of the keys that `selected` lists, in their order."""
+    assert selection.bias is not None, "this selection has no bias"
+    given, share = selection.bias, heads // selection.indices.shape[1]
+    indices, seen = selection.indices.tolist(), selected(selection, heads=heads, queries=queries, total=total)
+
+    def bias(sequence: int, head: int, position: int) -> Tensor:
+        h, block = head // share, (position - (total - queries)) // selection.block_q
+        listed = indices[sequence][h][block]
+        places = [listed.index(key // selection.block_k) for key in seen(sequence, head, position)]
+        return given[sequence, h, block, places]
+
+    return bias
+
+
+def pooled(
+    q: Float[Tensor, "B H T P"], k: Float[Tensor, "B G T P"], v: Float[Tensor, "B G T R"], block: int, *, scale: float
+) -> Float[Tensor, "B H T R"]:
+    """Attention to the means of the blocks of keys that end at or before each query; 0 where none does."""
+    out = []
+    for b, h, t in itertools.product(*(range(n) for n in q.shape[:3])):
+        g = h // (q.shape[1] // k.shape[1])
+        ended = [slice(j * block, (j + 1) * block) for j in range((t + 1) // block)]
+        if not ended:
+            out.append(v.new_zeros(v.shape[-1]))
+            continue
+        logit = torch.stack([scale * q[b, h, t] @ k[b, g, keys].mean(dim=0) for keys in ended])
+        out.append(logit.softmax(0) @ torch.stack([v[b, g, keys].mean(dim=0) for keys in ended]))
+    return torch.stack(out).view(*q.shape[:3], v.shape[-1])
 
 
 def rotate(x: Float[Tensor, " P"], position: int, frequency: Float[Tensor, " half"]) -> Float[Tensor, " P"]:

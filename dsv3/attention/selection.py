@@ -45,6 +45,7 @@ class Selection:
         and once; order, repeats and blocks of the future change nothing.
     rank, limit  the token-exact rule, both or neither.
     weights  added to the logits of a key: the importance that selected it, so that selecting has a gradient.
+    bias  added to the logits of all keys of a listed block, query by query: what the block's score makes of it.
     loss  of a selector that learns by a loss of its own, while it trains; attention does not read it.
     """
 
@@ -56,6 +57,7 @@ class Selection:
     rank: Int[Tensor, "B h S"] | None = None
     limit: Int[Tensor, "B h T"] | None = None
     weights: Float[Tensor, "B h S"] | None = None
+    bias: Float[Tensor, "B h Nq K"] | None = None
     loss: Float[Tensor, ""] | None = None
 
     def __post_init__(self) -> None:
@@ -80,14 +82,16 @@ def union(selection: Selection, groups: int, total: int, *, rows: int = 1) -> In
 
 def tidy(selection: Selection, queries: int, total: int) -> Selection:
     """The same selection for the last `queries` of `total` positions, its lists ascending, without repeats and blocks
-    that all queries of the block come before. Costs a comparison where they are so already.
+    that all queries of the block come before. Costs a comparison where they are so already. Of a repeated block the
+    first bias counts.
 
     Raises:
         ValueError: for counts or blocks that cannot be.
     """
-    indices, counts = selection.indices, selection.counts
+    indices, counts, bias = selection.indices, selection.counts, selection.bias
     if indices.shape[-1] == 0:
         indices = F.pad(indices, (0, 1))
+        bias = None if bias is None else F.pad(bias, (0, 1))
     most, blocks = selection.indices.shape[-1], -(-total // selection.block_k)
     unlisted = torch.arange(indices.shape[-1], device=indices.device) >= counts[..., None]
     ends = torch.arange(total - queries, total, selection.block_q, device=indices.device) + selection.block_q
@@ -101,11 +105,13 @@ def tidy(selection: Selection, queries: int, total: int) -> Selection:
         given = (int(counts.min()), int(counts.max()))
         require(False, "selection.counts", given, f"must be between 0 and K={most}", "count the listed blocks")
     if is_tidy:
-        return replace(selection, indices=indices)
+        return replace(selection, indices=indices, bias=bias)
     low, high = (int(x) for x in indices.masked_fill(unlisted, 0).aminmax())
     rule = f"must be between 0 and {blocks - 1}, the last of the blocks of keys"
     require(low >= 0 and high < blocks, "selection.indices", (low, high), rule, "list blocks that exist")
-    indices = indices.masked_fill(unlisted | (indices > newest[:, None]), blocks).sort(dim=-1).values
+    indices, place = indices.masked_fill(unlisted | (indices > newest[:, None]), blocks).sort(dim=-1, stable=True)
     indices[..., 1:].masked_fill_(indices[..., 1:] == indices[..., :-1], blocks)
-    indices = indices.sort(dim=-1).values
-    return replace(selection, indices=indices, counts=(indices < blocks).sum(dim=-1))
+    indices, again = indices.sort(dim=-1)
+    if bias is not None:
+        bias = bias.gather(-1, place.gather(-1, again))
+    return replace(selection, indices=indices, counts=(indices < blocks).sum(dim=-1), bias=bias)

@@ -2,13 +2,14 @@
 
     for each block of queries:   gather the listed keys and values (a run of neighbours is sliced instead)
                                  penalty = 0 where j <= t and rank[j] <= limit[t], else far below
-                                 softmax(scale * q k^T + weight + penalty) v, torch's fused kernel on the small block
+                                 softmax(scale * q k^T + added + penalty) v, torch's fused kernel on the small block
+                                 added: the weight of a key, the bias of its block
     a query that sees no key:    0, and no gradient; its softmax, over penalties alone, lies far below any other
 
-The weight of a key rides along as one more column of k against a one in q: the fused kernel has a gradient for k, none
-for a matrix that is added. Backward adds each block's part into gradients allocated once, so memory beyond inputs and
-outputs is one block's, and no T x S matrix exists. What is in a block, in which order, and its penalty are decided by
-tokens that its queries may see, so nothing later moves a bit of an output.
+What is added to a key's logits rides along as one more column of k against a one in q: the fused kernel has a gradient
+for k, none for a matrix that is added. Backward adds each block's part into gradients allocated once, so memory beyond
+inputs and outputs is one block's, and no T x S matrix exists. What is in a block, in which order, and its penalty are
+decided by tokens that its queries may see, so nothing later moves a bit of an output.
 """
 
 import math
@@ -40,7 +41,7 @@ def sparse(
     *,
     scale: float,
 ) -> Float[Tensor, "B H T R"]:
-    """Attention of the last T of S positions to the selected keys; gradients reach q, k, v and the weights.
+    """Attention of the last T of S positions to the selected keys; gradients reach q, k, v, the weights and the bias.
 
     Raises:
         ValueError: for positions or ranks that fp32 cannot count, or lists that name blocks which do not exist.
@@ -51,9 +52,9 @@ def sparse(
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    weights = None if selection.weights is None else selection.weights.to(q.dtype)
+    weights, bias = (None if x is None else x.to(q.dtype) for x in (selection.weights, selection.bias))
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))  # rows in one piece each, to be gathered
-    return _Sparse.apply(q, k, v, weights, replace(selection, weights=None), scale)
+    return _Sparse.apply(q, k, v, weights, bias, replace(selection, weights=None, bias=None), scale)
 
 
 def pairs(q: Float[Tensor, "B H T P"], selection: Selection, total: int) -> int:
@@ -66,33 +67,40 @@ def pairs(q: Float[Tensor, "B H T P"], selection: Selection, total: int) -> int:
 class _Sparse(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, selection: Selection, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weights: Tensor | None,
+        bias: Tensor | None,
+        selection: Selection,
+        scale: float,
     ) -> Tensor:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
         for block in query_blocks(selection, q, k.shape[2], _key_bytes(k, v, selection)):
-            found, logs = fused.forward(*_operands(q, k, v, weights, block, scale), block.penalty, scale)
+            found, logs = fused.forward(*_operands(q, k, v, weights, bias, block, scale), block.penalty, scale)
             block.put(out, found[..., : v.shape[-1]])
             # where a kernel keeps it to itself, the best penalty takes its place: as far below where nothing is seen
             block.put(lse, block.penalty.amax(dim=-1).expand(found.shape[:-1]) if logs is None else logs)
         out.masked_fill_(_sees_nothing(lse), 0)
-        ctx.save_for_backward(q, k, v, weights, out, lse, *(getattr(selection, name) for name in TENSORS))
+        ctx.save_for_backward(q, k, v, weights, bias, out, lse, *(getattr(selection, name) for name in TENSORS))
         ctx.plain, ctx.scale = {name: getattr(selection, name) for name in ("block_q", "block_k", "cost")}, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights, out, lse, *tensors = ctx.saved_tensors
+        q, k, v, weights, bias, out, lse, *tensors = ctx.saved_tensors
         selection = Selection(**ctx.plain, **dict(zip(TENSORS, tensors, strict=True)))
         # not zeros_like: a transposed input would pass its strides on, and rows must lie one after the other
         grad_q, grad_k, grad_v = torch.empty_like(q), k.new_zeros(k.shape), v.new_zeros(v.shape)
         blind = _sees_nothing(lse)
         if bool(blind.any()):
             grad, grad_q = grad.masked_fill(blind, 0), torch.zeros_like(q)
-        grad_w = None if weights is None else weights.new_zeros(weights.shape)
+        grad_w, grad_b = (None if x is None else x.new_zeros(x.shape) for x in (weights, bias))
         for block in query_blocks(selection, q, k.shape[2], _key_bytes(k, v, selection)):
-            operands, heads = _operands(q, k, v, weights, block, ctx.scale), block.heads(q, k)
+            operands, heads = _operands(q, k, v, weights, bias, block, ctx.scale), block.heads(q, k)
             pad = (0, operands[0].shape[-1] - out.shape[-1])
             rows, done = (F.pad(block.cut(x, heads), pad) for x in (grad, out))
             part_q, part_k, part_v = fused.backward(
@@ -103,7 +111,9 @@ class _Sparse(torch.autograd.Function):
             _give_back(grad_v, part_v[..., : v.shape[-1]], block)
             if grad_w is not None:
                 _give_back(grad_w[..., None], part_k[..., k.shape[-1], None] / ctx.scale, block)
-        return grad_q, grad_k, grad_v, grad_w, None, None
+            if grad_b is not None:
+                _give_back_bias(grad_b, part_k[..., k.shape[-1]] / ctx.scale, block)
+        return grad_q, grad_k, grad_v, grad_w, grad_b, None, None
 
 
 def _sees_nothing(lse: Float[Tensor, "B H T"]) -> Bool[Tensor, "B H T 1"]:
@@ -125,16 +135,19 @@ def _countable(selection: Selection) -> Selection:
 
 
 def _operands(
-    q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, block: QueryBlock, scale: float
+    q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None, bias: Tensor | None, block: QueryBlock, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's queries, keys and values, all of one width; the weight is a column behind the key."""
+    """The block's queries, keys and values, all of one width; what is added to logits is a column behind the key."""
     heads = block.heads(q, k)
     rows, keys = block.cut(q, heads), _take(k, block, heads)
     # absorbed latent attention has one tensor for both
     one = k.data_ptr() == v.data_ptr() and k.shape == v.shape and k.stride() == v.stride()
     values = keys if one else _take(v, block, heads)
-    if weights is not None:
-        added = _take(weights[..., None], block, heads)
+    added = None if weights is None else _take(weights[..., None], block, heads)
+    if bias is not None:
+        of_block = _take_bias(bias, block, heads)
+        added = of_block if added is None else added + of_block
+    if added is not None:
         keys = torch.cat((keys, added / scale), dim=-1)
         rows = F.pad(rows, (0, 1), value=1.0)
     return same_width(rows, keys, values)
@@ -148,6 +161,23 @@ def _take(x: Float[Tensor, "B G S width"], block: QueryBlock, heads: int) -> Flo
         rows, row = _rows(x, block.tokens)
         taken = rows.index_select(0, row.flatten()).view(*row.shape, x.shape[-1])
     return taken if taken.shape[1] == heads else taken.repeat_interleave(heads // taken.shape[1], dim=1)
+
+
+def _take_bias(bias: Float[Tensor, "B h Nq K"], block: QueryBlock, heads: int) -> Float[Tensor, "_ heads n 1"]:
+    """The bias of each listed key's block, for each of `heads` heads; of what fills up a shorter list, any."""
+    tokens = block.tokens.shape[-1]
+    taken = bias[:, :, block.lists, : -(-tokens // block.block_k)]
+    taken = taken.transpose(1, 2).flatten(0, 1) if block.single else taken[:, :, 0]
+    taken = taken.repeat_interleave(block.block_k, dim=-1)[..., :tokens, None]
+    return taken if taken.shape[1] == heads else taken.repeat_interleave(heads // taken.shape[1], dim=1)
+
+
+def _give_back_bias(total: Float[Tensor, "B h Nq K"], part: Float[Tensor, "_ heads n"], block: QueryBlock) -> None:
+    """Write the gradients of a block's biases, each of which no other block of queries reads."""
+    part = F.pad(part.unflatten(1, (total.shape[1], -1)).sum(dim=2), (0, -part.shape[-1] % block.block_k))
+    part = part.unflatten(-1, (-1, block.block_k)).sum(dim=-1)
+    part = part.unflatten(0, (len(total), -1)).transpose(1, 2) if block.single else part[:, :, None]
+    total[:, :, block.lists, : part.shape[-1]] = part
 
 
 def _give_back(total: Float[Tensor, "B G S width"], part: Float[Tensor, "_ heads n width"], block: QueryBlock) -> None:

@@ -9,7 +9,8 @@ Sources: Vaswani et al. 2017 (MultiHead), arXiv 2305.13245 (Grouped), DeepSeek-V
 `dsv3/attention/select/per_head.py` says what was repaired. `Blocks` and `Hierarchical` choose by what queries and keys
 say to each other; so that a query block's choice leaks nothing, it is made with the query of its first token. `Auto` is
 dense where that is faster. `Indexer` chooses with small queries and keys of its own (DeepSeek-V3.2, arXiv 2512.02556
-section 2).
+section 2). A choice has no gradient; `Blocks.learns` has the ways in which one learns all the same, and
+`dsv3/attention/select/learning.py` says what each of them costs.
 """
 
 from dataclasses import dataclass, field
@@ -76,6 +77,14 @@ class Blocks:
         sharing: whether each query head chooses, each group of heads that share keys, or all heads together, by the
             mean of their scores.
         rotated: whether queries and keys are compared after the rotary embedding, or before it.
+        learns: how keys learn to be found, with multi-head and grouped attention.
+            "nothing": only by being attended to (MoBA).
+            "branch": the means of keys and values are attended to as well, in a branch with a gate (NSA, arXiv
+            2502.11089).
+            "distilled": the scores of seen blocks learn to follow attention's own mass on them, by a loss.
+            "gated": a seen block's weight in the softmax is multiplied by 2 sigmoid(score).
+            "entmax": by the 1.5-entmax of the scores (arXiv 1905.05702), which also leaves out blocks that it gives 0.
+        loss_weight: of the loss of "distilled".
     """
 
     k: int | None = None
@@ -85,6 +94,8 @@ class Blocks:
     block_k: int = 64
     sharing: Literal["head", "group", "all"] = "head"
     rotated: bool = True
+    learns: Literal["nothing", "branch", "distilled", "gated", "entmax"] = "nothing"
+    loss_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "block_q", "block_k")
@@ -104,6 +115,15 @@ class Blocks:
             require_number(self, "top_p", low=0.0, high=1.0, above=True)
         require_one_of(self, "sharing", ("head", "group", "all"))
         require_kind(self, "rotated", (bool,))
+        require_one_of(self, "learns", ("nothing", "branch", "distilled", "gated", "entmax"))
+        require_number(self, "loss_weight", low=0.0)
+        idle = self.learns == "distilled" and self.loss_weight == 0
+        require(not idle, "loss_weight", 0, "must be above 0: nothing else is distilled", "use 1, or learns='nothing'")
+
+    @property
+    def scores(self) -> bool:
+        """Whether the scores of seen blocks have a gradient."""
+        return self.learns in ("distilled", "gated", "entmax")
 
     @property
     def own(self) -> int:
@@ -143,6 +163,9 @@ class Hierarchical(Blocks):
         require_positive(self, "branching")
         require(self.branching >= 2, "branching", self.branching, "must be at least 2", "use 4")
         require_one_of(self, "search", ("beam", "best_first"))
+        rule = f"must be 'beam' where learns={self.learns!r}: keys learn to be found by their mean, not by a bound"
+        fits = self.search == "beam" or not self.scores
+        require(fits, "search", self.search, rule, "search by means, or use learns='nothing' or 'branch'")
         if self.width is not None:
             require_positive(self, "width")
 
@@ -202,6 +225,8 @@ class Auto(Hierarchical):
         require(self.crossover % size == 0, "crossover", self.crossover, rule, "round it up")
         rule = "must be None: it would leave out keys before the crossover too"
         require(self.top_p is None, "top_p", self.top_p, rule, "use Hierarchical")
+        rule = "must be 'nothing': before the crossover there is no choice to learn from"
+        require(self.learns == "nothing", "learns", self.learns, rule, "use Hierarchical")
 
     def past(self, complete: int) -> int:
         """As of the tree, but all of them before the crossover."""
@@ -287,6 +312,9 @@ class Latent:
             rope % 2 == 0, "qk_rope_head_dim", rope, "must be even: rotary embedding turns pairs", "use an even width"
         )
         require_kind(self, "select", (*SELECTS, Indexer))
+        learns = self.select.learns if isinstance(self.select, Blocks) else "nothing"
+        rule = "must be 'nothing' with Latent: its heads share one key of another width, which has no such form yet"
+        require(learns == "nothing", "select.learns", learns, rule, "use MultiHead or Grouped, or an Indexer")
         if isinstance(self.select, Indexer):
             rule = "must not be None: the indexer reads the query latent"
             require(self.q_lora_rank is not None, "q_lora_rank", None, rule, "set it, or select otherwise")

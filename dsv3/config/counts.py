@@ -11,6 +11,9 @@ more than are seen, or top_p weighs them. Where only the forced blocks are seen 
 With w fixed that is at most b * w + b - 1 on each of log_b(c / w) + 1 levels: O(n log n) over a sequence. The flat
 search looks at c - 2 blocks, all but the forced ones: O(n^2). A search alone computes just these scores; searches that
 run side by side are padded to rows of one length (`SelectionCost.computed`). No torch: counts need no tensor.
+
+A choice that learns takes the scores of the blocks that it sees once more, past(c) of them; one with a branch reads the
+floor((t + 1) / block_k) blocks that end at or before each token.
 """
 
 from collections import Counter
@@ -49,6 +52,24 @@ def scored_in_all(choice: Blocks, start: int, total: int) -> tuple[int, ...]:
         for level, number in enumerate(scored(choice, complete)):
             sums[level] += blocks * number
     return tuple(sums[level] for level in range(max(sums, default=-1) + 1))
+
+
+def learnt_in_all(choice: Blocks, total: int) -> int:
+    """Scores that have a gradient, over the blocks of queries of `total` positions, for a head; with top_p, at most."""
+    return sum(blocks * choice.past(complete) for complete, blocks in repeats(choice, 0, total)) if choice.scores else 0
+
+
+def past_pairs(choice: Blocks, total: int) -> int:
+    """Pairs of one of `total` queries and a key of the blocks that it sees and that end before its block of queries,
+    for one head; with top_p, at most.
+    """
+    complete = (t // choice.block_q * choice.block_q // choice.block_k for t in range(total))
+    return sum(choice.past(c) * choice.block_k for c in complete)
+
+
+def branch_pairs(choice: Blocks, start: int, total: int) -> int:
+    """Pairs of a query from `start` to `total` and a block that ends at or before it, for one head."""
+    return sum((t + 1) // choice.block_k for t in range(start, total)) if choice.learns == "branch" else 0
 
 
 def repeats(choice: Blocks, start: int, total: int) -> Iterable[tuple[int, int]]:

@@ -2,6 +2,8 @@
 
     2 * scores * width    in each head that searches: as many scores as `dsv3.config.counts` says
     2 * H * nope * rank   in latent attention, for each query that chooses: it is compared in the latent's space
+    2 * scores * width    once more for the blocks that are seen, where their scores have a gradient
+    4 * pairs * H * width a branch: of each query and each block that ends at or before it, against two means
 
 A node of a best-first search has two numbers a column, so its scores are twice as wide; counted is the beam that finds
 its first threshold, since what it opens then depends on the data. Searches that run side by side are padded to rows of
@@ -11,7 +13,7 @@ one length: `SelectionCost.computed` has that, these do not. Making nodes adds u
 from typing import assert_never
 
 from dsv3.config import Attention, Blocks, Grouped, Hierarchical, Latent, MultiHead
-from dsv3.config.counts import scored, scored_in_all
+from dsv3.config.counts import branch_pairs, learnt_in_all, past_pairs, scored, scored_in_all
 
 
 def selection_flops(attention: Attention, length: int) -> int:
@@ -23,22 +25,61 @@ def selection_flops(attention: Attention, length: int) -> int:
     return _search(attention, choice, scored_in_all(choice, 0, length)) + _leaders(attention, blocks)
 
 
-def decoding_flops(attention: Attention, visible: int) -> int:
-    """FLOPs of choosing in one layer for one token after a cache that sees `visible` positions, its own included.
+def learning_flops(attention: Attention, length: int) -> dict[str, int]:
+    """FLOPs of what has a gradient in one layer, forward over one sequence: "learning.scores" of a choice that is gated
+    or goes by entmax, "branch.scores" of the attention of a branch.
+    """
+    choice = attention.select
+    if not isinstance(choice, Blocks) or isinstance(attention, Latent):
+        return {}
+    match choice.learns:
+        case "gated" | "entmax":
+            return {"learning.scores": 2 * _width(attention, choice) * learnt_in_all(choice, length)}
+        case "branch":
+            width = attention.num_attention_heads * attention.head_dim
+            return {"branch.scores": 4 * width * branch_pairs(choice, 0, length)}
+        case _:
+            return {}
 
-    The first token of a block of queries chooses for the others.
+
+def teaching_flops(attention: Attention, length: int) -> tuple[int, int]:
+    """FLOPs of the loss of a choice that is distilled, in one layer, forward over one sequence: the logits of attention
+    once more, and the scores that learn from them.
+    """
+    choice = attention.select
+    if not isinstance(choice, Blocks) or choice.learns != "distilled" or isinstance(attention, Latent):
+        return 0, 0
+    teacher = attention.num_attention_heads * attention.head_dim * past_pairs(choice, length)
+    return 2 * teacher, 2 * _width(attention, choice) * learnt_in_all(choice, length)
+
+
+def decoding_flops(attention: Attention, visible: int) -> int:
+    """FLOPs of choosing in one layer for one token after a cache that sees `visible` positions, its own included, and
+    of what a choice that learns adds.
+
+    The first token of a block of queries chooses for the others; scores that attention reads are taken for each token.
     """
     choice = attention.select
     if not isinstance(choice, Blocks):
         return 0
     block, place = divmod(visible - 1, choice.block_q)
+    complete, learnt = block * choice.block_q // choice.block_k, 0
+    if choice.learns in ("gated", "entmax"):
+        learnt = 2 * _width(attention, choice) * choice.past(complete)
+    elif choice.learns == "branch" and not isinstance(attention, Latent):
+        learnt = 4 * attention.num_attention_heads * attention.head_dim * branch_pairs(choice, visible - 1, visible)
     if place:
-        return 0
-    complete = block * choice.block_q // choice.block_k
-    return _search(attention, choice, scored(choice, complete)) + _leaders(attention, 1)
+        return learnt
+    return learnt + _search(attention, choice, scored(choice, complete)) + _leaders(attention, 1)
 
 
 def _search(attention: Attention, choice: Blocks, scores: tuple[int, ...]) -> int:
+    bounds = isinstance(choice, Hierarchical) and choice.search == "best_first"
+    return 2 * _width(attention, choice) * (2 if bounds else 1) * sum(scores)
+
+
+def _width(attention: Attention, choice: Blocks) -> int:
+    """Numbers of a query that one score of each head takes, over the heads that choose."""
     match attention:
         case Latent():
             # all heads share one key there
@@ -50,14 +91,12 @@ def _search(attention: Attention, choice: Blocks, scores: tuple[int, ...]) -> in
             heads, groups, width = attention.num_attention_heads, attention.num_key_value_heads, attention.head_dim
         case _:
             assert_never(attention)
-    if isinstance(choice, Hierarchical) and choice.search == "best_first":
-        width *= 2
     match choice.sharing:
         case "group":
             heads = groups
         case "all":
             heads, width = 1, groups * width
-    return 2 * heads * width * sum(scores)
+    return heads * width
 
 
 def _leaders(attention: Attention, queries: int) -> int:

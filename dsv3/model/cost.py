@@ -14,6 +14,7 @@ Conventions, where papers and tools differ:
     visible, (T + 1) / 2 on average. A kernel that computes masked pairs too does more than is counted here.
   - choosing keys by content costs the scores that decide (`dsv3.model.choosing`), and nothing in the backward pass: a
     choice has no gradient. A per-head choice costs its linear map. An indexer's inputs are detached; its loss counts.
+    What a choice of blocks learns by counts as `dsv3.model.choosing` says, its loss as an indexer's.
   - the backward pass costs twice the forward pass (a product with respect to its input, one with respect to its
     weight); recomputation is not counted.
   - depth m of multi-token prediction runs on T - m positions and pays for the shared head once more.
@@ -37,7 +38,7 @@ from dsv3.config import (
     Select,
     Window,
 )
-from dsv3.model.choosing import decoding_flops, selection_flops
+from dsv3.model.choosing import decoding_flops, learning_flops, selection_flops, teaching_flops
 
 Shapes = dict[str, tuple[int, ...]]
 Of = TypeVar("Of")
@@ -80,7 +81,8 @@ def active_parameters(model: Model, *, embedding: bool = True, mtp: bool = True)
 
 def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, int]:
     """FLOPs of one forward pass over one sequence of `length` tokens, by parameter name, by `...self_attn.scores` for
-    what attention adds, and by `...self_attn.selection.scores` or `...self_attn.indexer.scores` for choosing its keys.
+    what attention adds, by `...self_attn.selection.scores` or `...self_attn.indexer.scores` for choosing its keys, and
+    by `...self_attn.learning.scores` or `...self_attn.branch.scores` for what a choice of blocks learns by.
     """
     flops: dict[str, int] = {}
     for name, shape in parameter_shapes(model, mtp=mtp).items():
@@ -98,8 +100,8 @@ def forward_flops(model: Model, length: int, *, mtp: bool = True) -> dict[str, i
 
 
 def flops_per_token(model: Model, length: int, *, training: bool = False, mtp: bool = True) -> float:
-    """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`, in which an
-    indexer's loss is computed too.
+    """FLOPs per token of a sequence of `length` tokens, forward, or forward and backward when `training`, in which the
+    loss of an indexer, or of a choice that is distilled, is computed too.
     """
     flops = forward_flops(model, length, mtp=mtp)
     if not training:
@@ -157,10 +159,13 @@ def index_flops(select: Indexer, first: int, last: int) -> int:
 
 
 def distillation_flops(attention: Attention, length: int) -> int:
-    """FLOPs of an indexer's loss in one layer, over one sequence: the logits of attention once more, forward, and the
-    indexer's scores forward and backward, of all keys that a query sees.
+    """FLOPs of the loss of an indexer or of a distilled choice of blocks in one layer, over one sequence: the logits of
+    attention once more, forward, and the scores that learn forward and backward, of all keys or past blocks seen.
     """
     select = attention.select
+    if isinstance(select, Blocks):
+        logits, scores = teaching_flops(attention, length)
+        return logits + (1 + BACKWARD_OVER_FORWARD) * scores
     if not isinstance(attention, Latent) or not isinstance(select, Indexer) or select.loss_weight == 0:
         return 0
     teacher = attention.num_attention_heads * attention.qk_head_dim
@@ -183,8 +188,8 @@ def macs_per_pair(attention: Attention, *, absorbed: bool = False) -> int:
 
 
 def kept_pairs(select: Select, length: int) -> int:
-    """Pairs of a query and a key that one head computes over a causal sequence of `length` tokens; with `top_p`, at
-    most.
+    """Pairs of a query and a key that one head computes over a causal sequence of `length` tokens; with `top_p` or
+    entmax, at most.
     """
     return sum(_kept(select, visible) for visible in range(1, length + 1))
 
@@ -236,7 +241,7 @@ def _scores(attention: Attention, length: int) -> dict[str, int]:
         scores["selection.scores"] = selection_flops(attention, length)
     if isinstance(attention.select, Indexer):
         scores["indexer.scores"] = index_flops(attention.select, 1, length)
-    return scores
+    return scores | learning_flops(attention, length)
 
 
 def _kept(select: Select, visible: int) -> int:
@@ -305,6 +310,8 @@ def _attention_shapes(model: Model) -> Shapes:
             assert_never(attention)
     if isinstance(attention.select, PerHead):
         shapes["importance.proj.weight"] = (attention.num_attention_heads, width)
+    if isinstance(attention.select, Blocks) and attention.select.learns == "branch":
+        shapes["gates.weight"] = (2 * attention.num_attention_heads, width)
     return shapes
 
 

@@ -15,9 +15,10 @@ product is one fp32 matrix product, so its order of summation is the library's; 
 and a test holds the two together to fp32 rounding.
 
 Kept in high precision (section 3.3.1): embedding, output head, router, norms and the attention core, and what steers a
-selection of keys, which is a router by another name; of DeepSeek-V3.2's indexer that is the weights of its heads, while
-its queries and keys are on codes. The published checkpoint keeps `eh_proj` of multi-token prediction in bf16 too. The
-absorbed form of latent attention reads the weight of `kv_b_proj` as it is; it serves decoding.
+selection of keys, which is a router by another name, or weighs it against a branch; of DeepSeek-V3.2's indexer that is
+the weights of its heads, while its queries and keys are on codes. The published checkpoint keeps `eh_proj` of
+multi-token prediction in bf16 too. The absorbed form of latent attention reads the weight of `kv_b_proj` as it is; it
+serves decoding.
 
 Stacked weights (experts) are no linear layers. A module that holds some offers an attribute `product`, None or the
 matrix product to use in place of torch's, and the policy sets it.
@@ -36,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from dsv3.config.precision import BFloat16, Float8Block, Float16, Float32, Precision
 from dsv3.precision.block_scale import Quantised, Recipes, dequantise, quantise, recipes, round_trip
 
-KEPT = ("lm_head", "embed_tokens", "gate", "eh_proj", "importance", "weights_proj")
+KEPT = ("lm_head", "embed_tokens", "gate", "eh_proj", "importance", "weights_proj", "gates")
 
 
 class _Product(torch.autograd.Function):

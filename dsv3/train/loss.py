@@ -5,10 +5,11 @@
     balance_*   the routers' losses, each times its alpha, summed over the expert layers
     indexer     mean over positions of the KL divergence of an indexer from its attention, times loss_weight, summed
                 over the layers
-    total       main + mtp_loss_weight * mtp + sum of balance_* + indexer
+    distilled   the same of the scores of seen blocks, where a choice of blocks is distilled
+    total       main + mtp_loss_weight * mtp + sum of balance_* + indexer or distilled
 
-Equations 24 and 25 of arXiv 2412.19437 (section 2.2), and the equations in `dsv3.moe.balance` and
-`dsv3.attention.select.distillation`.
+Equations 24 and 25 of arXiv 2412.19437 (section 2.2), and the equations in `dsv3.moe.balance`,
+`dsv3.attention.select.distillation` and `dsv3.attention.select.learning`.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.config import Config, Indexer, Select
+from dsv3.config import Blocks, Config, Indexer, Select
 from dsv3.model import ModelOutput
 from dsv3.moe import balance_losses
 
@@ -44,19 +45,20 @@ def loss_parts(
             named = f"balance_{name}"
             parts[named] = parts[named] + value if named in parts else value
             total = total + value
-    learning = indexer_loss(output, config.model.attention.select)
+    select = config.model.attention.select
+    learning = selection_loss(output, select)
     if learning is not None:
-        parts["indexer"] = learning
+        parts["indexer" if isinstance(select, Indexer) else "distilled"] = learning
         total = total + learning
     return parts | {"total": total}
 
 
-def indexer_loss(output: ModelOutput, select: Select) -> Float[Tensor, ""] | None:
-    """By which the indexers of all layers learn, times its weight; None where none does."""
+def selection_loss(output: ModelOutput, select: Select) -> Float[Tensor, ""] | None:
+    """By which the choices of all layers learn, times its weight; None where none has a loss of its own."""
     losses = [selection.loss for selection in output.selection if selection is not None and selection.loss is not None]
     if not losses:
         return None
-    assert isinstance(select, Indexer), "only an indexer learns by a loss of its own"
+    assert isinstance(select, (Indexer, Blocks)), "other choices have no loss of their own"
     return select.loss_weight * torch.stack(losses).sum()
 
 

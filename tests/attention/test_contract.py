@@ -6,6 +6,7 @@ from torch import nn
 
 from dsv3.attention import KeyValueCache, LatentAttention, attend, eager, reference
 from dsv3.attention.select import reference as by_content
+from dsv3.attention.select.reference_learning import weighed
 from dsv3.config import (
     Auto,
     Blocks,
@@ -38,7 +39,10 @@ def test_output_has_the_shape_of_the_input_and_says_what_was_selected(model: Mod
     select = model.attention.select
     assert (selection is None) == (isinstance(select, Everything) or (isinstance(select, Auto) and length == 1))
     if selection is not None:
-        assert (selection.weights is not None) == isinstance(model.attention.select, PerHead)
+        assert (selection.weights is not None) == isinstance(select, PerHead)
+        learns = select.learns if isinstance(select, Blocks) else "nothing"
+        assert (selection.bias is not None) == (learns in ("gated", "entmax"))
+        assert (selection.loss is not None) == (learns == "distilled" or isinstance(select, Indexer))
 
 
 @every_variant
@@ -266,6 +270,12 @@ def by_definition(made: nn.Module, model: Model, x: torch.Tensor) -> torch.Tenso
     scale = shape.head_dim**-0.5 * softmax_mscale(YARN)
     plain = split("q_proj.weight"), split("k_proj.weight")
     q, k = turned(plain[0]), turned(plain[1])
-    keys = seen(shape.select, importance, (q, k) if rotated else plain, scale)
-    out = reference.attention(q, k, split("v_proj.weight"), keys, scale=scale, weights=importance)
+    keys, bias, v = seen(shape.select, importance, (q, k) if rotated else plain, scale), None, split("v_proj.weight")
+    if isinstance(shape.select, Blocks) and shape.select.learns in ("gated", "entmax"):
+        keys, bias = weighed(shape.select, *((q, k) if rotated else plain), scale=scale)
+    out = reference.attention(q, k, v, keys, scale=scale, weights=importance, bias=bias)
+    if "gates.weight" in weights:
+        gates = (x @ weights["gates.weight"].T).sigmoid().transpose(1, 2)[..., None]
+        branch = reference.pooled(q, k, v, shape.select.block_k, scale=scale)
+        out = gates[:, : q.shape[1]] * branch + gates[:, q.shape[1] :] * out
     return out.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].T

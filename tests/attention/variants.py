@@ -71,6 +71,20 @@ VARIANTS = {
 INDEXER = Indexer(index_n_heads=3, index_head_dim=6, index_topk=5)  # few heads: scores of 0, all alike, are common
 VARIANTS["latent-indexer"] = config(LATENT, INDEXER)
 VARIANTS["latent-indexer_warmup"] = config(LATENT, vary(INDEXER, stage="warmup"))
+LEARNING: dict[str, Blocks] = {
+    "branch": Hierarchical(k=4, block_q=4, block_k=4, branching=2, search="best_first", sharing="all", learns="branch"),
+    "distilled": Blocks(k=6, block_q=4, block_k=2, sharing="group", learns="distilled"),
+    "distilled_per_token": Hierarchical(k=4, block_q=1, block_k=2, branching=2, sharing="all", learns="distilled"),
+    "gated": Hierarchical(k=7, block_q=4, block_k=2, branching=2, rotated=False, learns="gated"),
+    "gated_per_token": Blocks(keep=0.6, block_q=1, block_k=2, sharing="group", learns="gated"),
+    "entmax": Hierarchical(k=8, block_q=4, block_k=2, branching=2, sharing="all", learns="entmax"),
+    "entmax_per_token": Blocks(k=6, block_q=1, block_k=2, learns="entmax"),
+}
+VARIANTS |= {
+    f"{attention}-{name}": config(ATTENTIONS[attention], select)
+    for attention in ("multi_head", "grouped")
+    for name, select in LEARNING.items()
+}
 
 
 def module(model: Model, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:

@@ -122,3 +122,47 @@ def made_width(attention: Attention, choice: Blocks) -> int:
     index = KeyValueCache.empty(model, 1, 64).layers[0].index
     assert index is not None
     return index.nodes[0].shape[-1]
+
+
+def test_what_a_choice_learns_by_worked_by_hand() -> None:
+    """Six tokens, a key a block, four of them seen: 0, 1, 2, 3, 3, 3 of them before the query's own, in two heads of
+    8.
+    """
+    choice = Blocks(k=4, block_q=1, block_k=1)
+    plain = vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=8, select=choice), mtp=None)
+    learns = {
+        way: vary(plain, **{"attention.select.learns": way}) for way in ("branch", "distilled", "gated", "entmax")
+    }
+    before, scored, layers = cost.forward_flops(plain, 6), 2 * 2 * 8 * 12, range(3)
+    for way in ("gated", "entmax"):
+        added = {f"layers.{layer}.self_attn.learning.scores": scored for layer in layers}
+        assert cost.forward_flops(learns[way], 6) == before | added
+    # a branch sees 1 ... 6 means of keys and of values; its gates are a map from 20 to 4
+    added = {f"layers.{layer}.self_attn.branch.scores": 2 * 2 * 2 * 8 * 21 for layer in layers}
+    added |= {f"layers.{layer}.self_attn.gates.weight": 2 * 20 * 4 * 6 for layer in layers}
+    assert cost.forward_flops(learns["branch"], 6) == before | added
+    assert cost.parameters(learns["branch"]) == cost.parameters(plain) + 3 * 20 * 4
+    # logits of 12 pairs once more, and scores forward and backward
+    assert cost.forward_flops(learns["distilled"], 6) == before
+    loss = cost.flops_per_token(learns["distilled"], 6, training=True) - cost.flops_per_token(plain, 6, training=True)
+    assert loss * 6 == pytest.approx(3 * (2 * 2 * 8 * 12 + 3 * scored), rel=1e-12)
+    assert cost.decode_flops(learns["distilled"], 6) == cost.decode_flops(plain, 6)
+    assert cost.decode_flops(learns["gated"], 6) - cost.decode_flops(plain, 6) == 3 * 2 * 2 * 8 * 3
+    assert cost.decode_flops(learns["branch"], 6) - cost.decode_flops(plain, 6) == 3 * (2 * 20 * 4 + 4 * 2 * 8 * 6)
+
+
+@pytest.mark.parametrize("total", [1, 7, 45])
+@pytest.mark.parametrize(
+    "choice", [vary(CHOICES["flat"], learns="gated"), vary(CHOICES["all"], learns="gated")], ids=str
+)
+def test_scores_that_learn_are_as_many_as_are_taken(choice: Blocks, total: int) -> None:
+    model = vary(BASE, attention=vary(ATTENTIONS["grouped"], select=choice), max_position_embeddings=64)
+    with torch.no_grad():
+        _, selection = build(model, 0)(torch.randn(1, total, 20))
+    assert selection is not None
+    complete = torch.arange(0, total, choice.block_q)[:, None] // choice.block_k
+    listed = torch.arange(selection.indices.shape[-1]) < selection.counts[..., None]
+    taken = int((listed & (selection.indices < complete)).sum())
+    width = made_width(model.attention, choice)
+    flops = cost.forward_flops(vary(model, mtp=None), total)
+    assert flops["layers.0.self_attn.learning.scores"] == 2 * width * taken

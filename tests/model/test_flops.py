@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3.attention import eager
 from dsv3.attention.select import indexer
 from dsv3.attention.select.distillation import distillation
-from dsv3.config import Dropless, Indexer, Latent, Model, PerHead, vary
+from dsv3.config import Blocks, Dropless, Indexer, Latent, Model, PerHead, vary
 from dsv3.model import Transformer, cost
 from tests.model.variants import VARIANTS
 
@@ -30,7 +30,7 @@ def test_products_are_what_torch_counts_forward_and_backward(config: Model) -> N
         config = vary(config, **{"moe.capacity": Dropless()})
     dense = vary(config, **{"attention.select": VARIANTS["dense"].attention.select})
     extra = products(config) - products(dense)
-    assert (extra > 0) == isinstance(config.attention.select, PerHead | Indexer)
+    assert (extra > 0) == isinstance(config.attention.select, PerHead | Indexer | Blocks)
     model, tokens = Transformer(dense), torch.zeros(1, LENGTH, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         output = model(tokens)

@@ -2,6 +2,7 @@
 
 from dsv3.config import (
     MTP,
+    Blocks,
     Everything,
     Fixed,
     Grouped,
@@ -64,6 +65,12 @@ VARIANTS = {
     "grouped": vary(BASE, attention=Grouped(num_attention_heads=4, num_key_value_heads=2, head_dim=6)),
     "window": vary(BASE, attention=latent(select=Window(size=3, sink=1))),
     "per_head": vary(BASE, attention=MultiHead(num_attention_heads=2, head_dim=6, select=PerHead(keep=0.4))),
+    "branch": vary(
+        BASE,
+        attention=MultiHead(
+            num_attention_heads=2, head_dim=6, select=Blocks(k=3, block_q=1, block_k=2, learns="branch")
+        ),
+    ),
     "dense": vary(BASE, moe=None),
     "tied": vary(BASE, tie_word_embeddings=True),
     "two_ahead": vary(BASE, mtp=MTP(num_nextn_predict_layers=2, hidden="pre_norm")),

@@ -21,12 +21,14 @@ from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, leading, unfinished
 from dsv3.attention.select.indexer import LightningIndexer, indexer
 from dsv3.attention.select.latest import latest_or
+from dsv3.attention.select.learning import Compared, taught, weighed
 from dsv3.attention.select.per_head import Importance, per_head
 from dsv3.attention.select.window import window
 from dsv3.attention.selection import Selection
 from dsv3.config import Auto, Blocks, Everything, Hierarchical, Indexer, PerHead, Select, Window
 
 __all__ = [
+    "Compared",
     "Importance",
     "Index",
     "LightningIndexer",
@@ -38,7 +40,9 @@ __all__ = [
     "per_head",
     "remember",
     "select",
+    "taught",
     "unfinished",
+    "weighed",
     "window",
 ]
 

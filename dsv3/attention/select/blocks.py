@@ -11,8 +11,8 @@ is all that a cache has to remember. `block_q=1` is MoBA's own granularity.
 
 Scoring costs n/block_q * n/block_k / 2 products: quadratic, with a small constant. `hierarchical` prunes them. Blocks
 of queries are scored side by side, all against the blocks before the last of them, which `cost.computed` counts. Ties
-go to the earlier block. The choice has no gradient: see `index`. Ways for a selector to learn (a pooled branch in the
-output, distillation) come on top of this.
+go to the earlier block. The choice has no gradient: see `index`. Ways to learn all the same come on top of this: see
+`learning`.
 """
 
 from collections.abc import Sequence

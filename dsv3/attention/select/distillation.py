@@ -66,7 +66,7 @@ class _Distillation(torch.autograd.Function):
             with torch.set_grad_enabled(learning):
                 leaves = [x.detach().requires_grad_(learning) for x in (q[:, rows], weight[:, rows], k)]
                 score = index_scores(leaves[0], leaves[1], _take(leaves[2], place))
-                part = _divergence(score, target, visible) / (len(q) * queries)
+                part = divergence(score, target, visible).sum() / (len(q) * queries)
             total += part.detach()
             if learning:
                 part_q, part_weight, part_k = torch.autograd.grad(part, leaves)
@@ -119,9 +119,9 @@ def _weights(
     return logit.masked_fill_(~visible[:, None, :, None], float("-inf")).softmax(dim=-1).mean(dim=(1, 3))
 
 
-def _divergence(
-    score: Float[Tensor, "B n m"], target: Float[Tensor, "B n m"], visible: Bool[Tensor, "b n m"]
-) -> Float[Tensor, ""]:
-    """sum p log(p / softmax(score)); what is not visible has p = 0 and no part."""
+def divergence(
+    score: Float[Tensor, "*lead n m"], target: Float[Tensor, "*lead n m"], visible: Bool[Tensor, "*seen n m"]
+) -> Float[Tensor, "*lead n m"]:
+    """p log(p / softmax(score)), whose sum it is; what is not visible has p = 0 and no part."""
     log = score.masked_fill(~visible, float("-inf")).log_softmax(dim=-1).masked_fill(~visible, 0)
-    return (torch.xlogy(target, target) - target * log).sum()
+    return torch.xlogy(target, target) - target * log

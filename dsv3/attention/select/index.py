@@ -12,8 +12,8 @@ For bounds the index also keeps how large the finite numbers of all leaves up to
 err.
 
 Leaders and nodes are kept in fp32 or wider, without a graph: which blocks are seen has no gradient. Keys learn to be
-found only by being attended to, as in MoBA (arXiv 2502.13189). What the newest block of queries chose is kept besides,
-see `latest`.
+found by being attended to, as in MoBA (arXiv 2502.13189), or in one of the ways of `learning`. What the newest block of
+queries chose is kept besides, see `latest`.
 """
 
 from dataclasses import dataclass
@@ -90,10 +90,10 @@ class Index:
         """
         kind, last = self.leaders.dtype, -(-total // choice.block_q)
         if choice.block_q == 1:
-            leaders = _shared_queries(choice, q.to(kind), k.shape[1])
+            leaders = shared_queries(choice, q.to(kind), k.shape[1])
         else:
             if q.shape[2]:
-                self.leaders[:, :, last - q.shape[2] : last] = _shared_queries(choice, q.to(kind), k.shape[1])
+                self.leaders[:, :, last - q.shape[2] : last] = shared_queries(choice, q.to(kind), k.shape[1])
             leaders = self.leaders[:, :, (start if first is None else first) // choice.block_q : last]
         if total // choice.block_k > start // choice.block_k:
             self._extend_nodes(choice, k, start, total)
@@ -101,7 +101,7 @@ class Index:
 
     def _extend_nodes(self, choice: Blocks, k: Float[Tensor, "B G m P"], start: int, total: int) -> None:
         """Write the nodes that the tokens from `start` to `total` complete, level by level as long as there are any."""
-        below, offset, ratio = _shared_keys(choice, k.to(self.leaders.dtype)), unfinished(choice, start), choice.block_k
+        below, offset, ratio = shared_keys(choice, k.to(self.leaders.dtype)), unfinished(choice, start), choice.block_k
         if bounds(choice):
             below = torch.cat((below, below), dim=-1)
         for level, span in zip(self.nodes, spans(choice, total), strict=False):
@@ -139,15 +139,16 @@ def unfinished(choice: Blocks, start: int) -> int:
     return start // choice.block_k * choice.block_k
 
 
-def _shared_queries(choice: Blocks, q: Float[Tensor, "B H n P"], groups: int) -> Float[Tensor, "B h n W"]:
-    """A score is linear in the query, so the mean of the heads' queries has the mean of their scores."""
+def shared_queries(choice: Blocks, q: Float[Tensor, "B H n P"], groups: int) -> Float[Tensor, "B h n W"]:
+    """What chooses: a score is linear in the query, so the mean of the heads' queries has the mean of their scores."""
     if choice.sharing == "head":
         return q
     mean = q.unflatten(1, (groups, -1)).mean(dim=2)
     return mean if choice.sharing == "group" else mean.transpose(1, 2).flatten(2)[:, None] / groups
 
 
-def _shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B g m W"]:
+def shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B g m W"]:
+    """What it is compared with."""
     return k.transpose(1, 2).flatten(2)[:, None] if choice.sharing == "all" else k
 
 

@@ -2,7 +2,7 @@
 
 `content` says which keys each query sees; `walk` goes down one tree with any score, so that it also counts what a
 search looks at where there is no data to score, and `by_priority` is best-first search with a queue. `index_scores` and
-`indexed` are the lightning indexer, `divergence` is its loss.
+`indexed` are the lightning indexer, `divergence` is its loss. Choices that learn stand in `reference_learning`.
 """
 
 import heapq
@@ -31,7 +31,7 @@ def content(
         complete = first // choice.block_k
         key = (sequence, head, first)
         if key not in found:
-            score = node_score(choice, _compared(choice, q, k, sequence, head, first))
+            score = node_score(choice, compared(choice, q, k, sequence, head, first))
             found[key] = past_blocks(choice, complete, score, scale)
         past = [token for j in found[key] for token in range(j * choice.block_k, (j + 1) * choice.block_k)]
         return past + list(range(complete * choice.block_k, position + 1))
@@ -193,7 +193,7 @@ def node_score(choice: Blocks, pairs: Sequence[tuple[Tensor, Tensor]]) -> Score:
     return score
 
 
-def _compared(choice: Blocks, q: Tensor, k: Tensor, sequence: int, head: int, position: int) -> list:
+def compared(choice: Blocks, q: Tensor, k: Tensor, sequence: int, head: int, position: int) -> list:
     """The queries that choose for a head at a position, each with the keys that it is compared with."""
     share = q.shape[1] // k.shape[1]
 

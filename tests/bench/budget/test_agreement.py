@@ -186,6 +186,16 @@ def test_an_indexer_that_warms_up_is_refused() -> None:
         Asked(name="tiny", config=tiny(**{"model.attention.select": indexer}), recipe=recipe("bfloat16"))
 
 
+def test_a_choice_that_learns_is_refused() -> None:
+    select = Blocks(k=4, block_q=16, block_k=16, learns="gated")
+    with pytest.raises(ValueError, match=r"learns='gated': must be 'nothing'.*not priced"):
+        Asked(
+            name="grouped",
+            config=vary(CONFIGS["grouped"], **{"model.attention.select": select}),
+            recipe=recipe("bfloat16"),
+        )
+
+
 def kept_said(config: Config, name: str) -> int:
     length = config.train.sequence_length
     return kept_bytes(config.model, Batch(sequences=2, length=length, element=recipe(name).weight))

@@ -1,0 +1,343 @@
+"""Does sparse attention buy a better language model? Bytes of real text in rows of 8192, ten minutes of CPU time each.
+
+Two questions, with two answers. At equal tokens a model that sees fewer keys can only lose; how much? At equal CPU time
+it has read more; does that outweigh it? One training answers both (`bench.language_training`): its rate of learning is
+constant, so that each look is fair at its own tokens and seconds. Judged is the trailing loss, over the last quarter of
+each row, where attention reaches furthest.
+
+Dense attention is computed by this project's kernel, which takes about half of the time of torch's; `sdpa` is the same
+model by torch's, and is timed, not trained. All sparse arms see 512 keys per query, an eighth of what causality leaves
+to the average one.
+
+On the queries and keys of the trained dense model it is counted how much of attention's weight a choice of blocks
+catches (`bench.attention_mass`): the tree, the flat choice, a random one and the best there is.
+
+Not part of the report, since all seeds take hours: `python -m ablations run ablations/attention_language.py --profile
+full`, in as many sittings as it takes, since finished cells are kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ablations.comparison import Compared
+from ablations.evidence import Estimate, NoEvidence, compare, estimate
+from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
+from bench.measurement import Measurement
+from bench.record import Record
+from dsv3.config import (
+    AdamW,
+    Blocks,
+    Config,
+    Everything,
+    Hierarchical,
+    Model,
+    MultiHead,
+    Schedule,
+    Select,
+    Train,
+    Window,
+    digest,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+    from dsv3.data.prepare import Prepared
+
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 7}
+LENGTH: Mapping[Profile, int] = {"quick": 1024, "full": 8192}
+SECONDS: Mapping[Profile, int] = {"quick": 4, "full": 600}
+KEYS, BLOCK, FINE = 512, 64, 16  # keys seen, and tokens in a block
+VOCABULARY = 257  # bytes, and the end of a text
+EVERY, EQUAL = 64, 256  # steps between looks; steps after which arms have read equally much and all have come
+HELD_OUT = 12  # validation rows
+GAIN, LOSS = 0.05, 0.01  # nats: what equal time should win, what equal tokens may cost
+SELECTS: Mapping[str, Select] = {
+    "dense": Blocks(keep=1.0, block_q=BLOCK, block_k=BLOCK),
+    "sdpa": Everything(),
+    "window": Window(size=KEYS),
+    "hierarchical": Hierarchical(k=KEYS // BLOCK, block_q=BLOCK, block_k=BLOCK),
+    "best_first": Hierarchical(k=KEYS // FINE, block_q=FINE, block_k=FINE, search="best_first"),
+}
+CHANGES: Mapping[str, str] = {
+    "dense": "every visible key, by this project's kernel",
+    "sdpa": "every visible key, by torch's kernel: timed, not trained",
+    "window": f"the last {KEYS} keys",
+    "hierarchical": f"blocks of {BLOCK} keys, found down a tree of means, for {BLOCK} queries at once",
+    "best_first": f"blocks of {FINE} keys of the largest bound, for {FINE} queries at once",
+    "bigram": "counts of neighbouring bytes, what every arm has to pass",
+    "blocks": "of the trained dense model: the blocks whose mean key scores highest",
+    "random": "of the trained dense model: as many blocks at random",
+    "oracle": "of the trained dense model: the blocks that hold most of its weight",
+    "forced": "of the trained dense model: no blocks but those that every arm sees",
+}
+TRAINED = ("dense", "window", "hierarchical", "best_first")
+
+
+def configured(arm: str, *, length: int) -> Config:
+    """The run of an arm: more steps than it has time for."""
+    model = Model(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        num_hidden_layers=4,
+        intermediate_size=384,
+        attention=MultiHead(num_attention_heads=2, head_dim=64, select=SELECTS[arm]),
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+    )
+    train = Train(
+        steps=4000,
+        batch_size=1,
+        sequence_length=length,
+        optimizer=AdamW(lr=2e-3),
+        schedule=Schedule(warmup=0.01, decay=0.0),
+    )
+    return Config(model=model, train=train)
+
+
+def cells(profile: Profile) -> tuple[Cell, ...]:
+    """Per seed a cell that times a step of every arm, and one for each training; and one of counts of bytes."""
+    length, seconds = LENGTH[profile], SECONDS[profile]
+    counted = grid(arms=("bigram",), seconds=60, timed=False, part=("counts",), length=(length,))
+    each = [
+        grid(seeds=(seed,), seconds=4 * length / 100, part=("step",), length=(length,), threads=(1,))
+        + grid(
+            arms=TRAINED,
+            seeds=(seed,),
+            seconds=2 * seconds,
+            part=("training",),
+            length=(length,),
+            seconds_of_training=(seconds,),
+        )
+        for seed in range(SEEDS[profile])
+    ]
+    return sum(each, counted)
+
+
+def measure(cell: Cell) -> list[Reading]:
+    """The bigram's loss; or times of a step; or one training, and of dense attention what choices would catch."""
+    import torch
+
+    from dsv3.data.prepare import prepare
+
+    torch.set_num_threads(1)
+    length = int(cell.axes["length"])
+    if cell.axes["part"] == "step":
+        return _steps(length, cell.seed or 0)
+    prepared = prepare(configured("dense", length=length).data, VOCABULARY)
+    if cell.arm == "bigram":
+        return _bigram(prepared, length)
+    return _training(cell, prepared)
+
+
+def _steps(length: int, seed: int) -> list[Reading]:
+    """CPU time of a training step of every arm, interleaved."""
+    from bench.meters.paired import process_clock, summary, time_block
+    from bench.training import step_on_random_tokens
+
+    arms = {arm: step_on_random_tokens(configured(arm, length=length), seed, "cpu") for arm in SELECTS}
+    for step in arms.values():
+        step()
+    blocks = [time_block(arms, 2 * seed + block, 1, process_clock) for block in range(3)]
+    return [
+        Reading(arm=arm, measurement=found, axes={"phase": "step"} if found.metric == "cpu_seconds" else {})
+        for arm in arms
+        for found in summary(blocks, arm, "dense", "step", ("cpu",))
+    ]
+
+
+def _bigram(prepared: "Prepared", length: int) -> list[Reading]:
+    import numpy as np
+
+    from bench.language_training import TRAILING
+    from dsv3.data.baseline import Bigram
+    from dsv3.data.pack import heldout_rows
+
+    rows = heldout_rows(prepared.validation, length, HELD_OUT)[0].numpy()
+    bigram = Bigram.fit(np.asarray(prepared.train.tokens), VOCABULARY)
+    last = length // TRAILING
+    nats = bigram.nats(rows[:, -last - 1 :]) / (len(rows) * last)
+    found = Measurement(metric="trailing_loss", value=nats)
+    return [Reading(arm="bigram", measurement=found, corpus=prepared.digest)]
+
+
+def _training(cell: Cell, prepared: "Prepared") -> list[Reading]:
+    from bench.language_training import learn
+
+    assert cell.arm is not None, "each arm trains in a cell of its own"
+    assert cell.seed is not None, "a training has a seed"
+    config = configured(cell.arm, length=int(cell.axes["length"]))
+    seconds = int(cell.axes["seconds_of_training"])
+    every = EVERY if seconds >= SECONDS["full"] else 2
+    try:
+        looks, model = learn(config, prepared, cell.seed, seconds=seconds, every=every, held_out=HELD_OUT)
+    except FloatingPointError as diverged:
+        return [Reading(arm=cell.arm, metric="trailing_loss", failed=str(diverged))]
+    labels: dict[str, Any] = {"arm": cell.arm, "config": digest(config), "corpus": prepared.digest}
+    rows = []
+    for look in looks:
+        for metric in ("trailing_loss", "loss", "cpu_seconds"):
+            value = Measurement(metric=metric, value=getattr(look, metric))
+            rows.append(Reading(measurement=value, axes={"at": "a look", "steps": look.step}, **labels))
+    equal = {"equal time": looks[-1], "equal tokens": next((look for look in looks if look.step >= EQUAL), looks[-1])}
+    for at, look in equal.items():
+        value = Measurement(metric="trailing_loss", value=look.trailing_loss)
+        rows.append(Reading(measurement=value, axes={"at": at}, **labels))
+    return rows + (_masses(cell, prepared, model) if cell.arm == "dense" else [])
+
+
+def _masses(cell: Cell, prepared: "Prepared", trained: Any) -> list[Reading]:
+    """What choices of blocks catch of the trained model's attention, over some held-out rows, by length."""
+    from statistics import fmean
+
+    from bench.attention_mass import attended, masses
+    from dsv3.data.pack import heldout_rows
+    from dsv3.model import Transformer
+
+    length = int(cell.axes["length"])
+    model = Transformer(configured("sdpa", length=length).model)
+    model.load_state_dict(trained.state_dict())
+    choice = SELECTS["hierarchical"]
+    assert isinstance(choice, Hierarchical), "the tree whose blocks are looked at"
+    flat, rows = Blocks(k=choice.k, block_q=BLOCK, block_k=BLOCK), heldout_rows(prepared.validation, length, 4)[0]
+    readings = []
+    for shorter in (length // 4, length // 2, length):
+        found = [
+            masses(q, k, flat, scale=scale, seed=row)
+            for row, text in enumerate(rows)
+            for q, k, scale in attended(model, text[:shorter])
+        ]
+        for arm in found[0]:
+            for of, which in (("free keys", 0), ("all keys", 1)):
+                value = Measurement(metric="attention_mass", value=fmean(one[arm][which] for one in found))
+                axes: dict[str, Value] = {"tokens": shorter, "of": of}
+                readings.append(Reading(arm=arm, measurement=value, axes=axes, corpus=prepared.digest))
+    return readings
+
+
+def answer(records: Sequence[Record]) -> str:
+    """At equal time and at equal tokens against dense attention and a window; then what a tree catches."""
+    said = []
+    for arm, words in (("hierarchical", "a tree of means"), ("best_first", "a tree of bounds")):
+        with suppress(NoEvidence):
+            time, tokens = (_gap(records, arm, "dense", at) for at in ("equal time", "equal tokens"))
+            window = _gap(records, arm, "window", "equal tokens")
+            said.append(
+                f"Attention to blocks down {words} ends with a trailing loss that differs from dense attention's by "
+                f"{time} nat/token at equal CPU time and by {tokens} at equal tokens, and from that of a window of as "
+                f"many keys by {window} at equal tokens."
+            )
+    if not said:
+        raise NoEvidence("no tree has been trained beside dense attention and a window")
+    with suppress(NoEvidence):
+        longest = max(int(row.axes["tokens"]) for row in records if row.metric == "attention_mass")
+        caught = {arm: _mass(records, arm, longest) for arm in ("hierarchical", "blocks", "random")}
+        said.append(
+            f"At {longest} tokens the tree of means catches {caught['hierarchical']} of the weight that could be "
+            f"chosen, the flat choice {caught['blocks']}, a random one {caught['random']}."
+        )
+    return " ".join(said)
+
+
+def _gap(records: Sequence[Record], arm: str, baseline: str, at: str) -> Estimate:
+    return compare(records, arm=arm, baseline=baseline, metric="trailing_loss", ratio=False, at=at)
+
+
+def _mass(records: Sequence[Record], arm: str, tokens: int) -> Estimate:
+    return estimate(records, arm=arm, metric="attention_mass", tokens=tokens, of="free keys")
+
+
+def learning(table: Any) -> "Picture":
+    """Trailing loss against tokens read and against CPU seconds, side by side."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure as Picture
+
+    looks = table[table["at"] == "a look"] if "at" in table else table[:0]
+    if looks.empty:
+        raise NoEvidence("nothing was trained")
+    picture = Picture(figsize=(6.4, 3.6), layout="constrained")
+    left, right = picture.subplots(1, 2, sharey=True)
+    loss, spent = (looks[looks["metric"] == metric] for metric in ("trailing_loss", "cpu_seconds"))
+    for arm in TRAINED:
+        line = loss[loss["arm"] == arm].sort_values("steps")
+        ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
+        left.plot(line["steps"] * line["length"] / 1e6, line["value"], marker=".", label=arm, **ink)
+        time = spent[spent["arm"] == arm].sort_values("steps")
+        right.plot(time["value"], line["value"], marker=".", **ink)
+    bigram = table[(table["metric"] == "trailing_loss") & (table["arm"] == "bigram")]["value"]
+    for axes, label in ((left, "million tokens read"), (right, "seconds of CPU time")):
+        axes.set(xlabel=label)
+        axes.grid(visible=True)
+        for value in bigram:
+            axes.axhline(value, color="#7f7f7f", linestyle=":", label="bigram" if axes is left else None)
+    left.set_ylabel("trailing loss, nat/token")
+    picture.suptitle("What is learnt, by text read and by time spent")
+    picture.legend(loc="outside lower center", ncols=5)
+    return picture
+
+
+STUDY = Study(
+    name="attention_language",
+    question="Does sparse attention buy a better language model?",
+    arms=tuple(Arm(name, changes) for name, changes in CHANGES.items()),
+    baseline="dense",
+    metrics=("trailing_loss", "loss", "step_cpu_ratio", "cpu_seconds", "attention_mass"),
+    seeds=SEEDS,
+    cells=cells,
+    measure=measure,
+    compared=(
+        Compared(
+            "trailing_loss",
+            margin=GAIN,
+            why="what the time saved should buy, said beforehand",
+            where={"at": "equal time"},
+            arms=("window", "hierarchical", "best_first"),
+        ),
+        Compared(
+            "trailing_loss",
+            margin=LOSS,
+            why="what fewer keys may cost, said beforehand",
+            where={"at": "equal tokens"},
+            arms=("window", "hierarchical", "best_first"),
+        ),
+    ),
+    configs={arm: configured(arm, length=LENGTH["full"]) for arm in SELECTS},
+    figures=(
+        Figure("learning", "What is learnt, by text read and by time spent", draw=learning),
+        Figure(
+            "equal_time",
+            "Trailing loss at equal CPU time, minus dense attention's",
+            metric="trailing_loss",
+            kind="interval",
+            where={"at": "equal time"},
+            against_baseline=True,
+            reference=(-GAIN, "what was to be won"),
+        ),
+        Figure(
+            "equal_tokens",
+            "Trailing loss at equal tokens, minus dense attention's",
+            metric="trailing_loss",
+            kind="interval",
+            where={"at": "equal tokens"},
+            against_baseline=True,
+            reference=(LOSS, "what may be lost"),
+        ),
+        Figure(
+            "mass",
+            "Attention's weight that a choice of blocks catches, of that which could be chosen",
+            metric="attention_mass",
+            x="tokens",
+            where={"of": "free keys"},
+            log="x",
+        ),
+    ),
+    answer=answer,
+    limits=(
+        "A model of four layers and a million parameters that has read a few million bytes: what it wants from far "
+        "away is little, and a better one may want more.",
+        "Seconds are CPU time of one thread; the window is computed in plain PyTorch, the trees by the kernel.",
+        "One learning rate for all arms.",
+    ),
+)
