@@ -21,9 +21,8 @@ CHOSEN = {"kernel": OURS, "triton": OURS, "plain": "plain PyTorch, for want of a
 SPARSITY = {
     "sdpa": TORCH,
     "eager": WRITTEN_OUT,
-    "window": RULED,
-    "per_head_share": RULED,
-    "per_head_number": RULED,
+    **dict.fromkeys(("dense", "blocks_share"), OURS),
+    **dict.fromkeys(("window", "per_head_share", "per_head_dropped", "per_head_number"), RULED),
 }
 BLOCKS = {
     "sdpa": TORCH,
@@ -41,6 +40,7 @@ INDEXER = {"dense": TORCH, **dict.fromkeys(("indexer", "indexer_absorbed"), SHOR
 STUDIES: Mapping[str, Mapping[str, str]] = {
     "attention_sparsity": SPARSITY,
     "attention_hierarchical": BLOCKS,
+    "attention_choosing": BLOCKS,
     "attention_quality": QUALITY,
     "attention_indexer": INDEXER,
 }

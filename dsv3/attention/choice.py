@@ -39,6 +39,8 @@ def why_plain(q: Tensor, selection: Selection | None) -> str | None:
         return "a rule per token thins out the blocks"
     if selection.block_k < SHORTEST:
         return "blocks of keys are shorter than a vector"
+    if selection.bias is not None:
+        return "each listed block has a bias"
     return why_not_triton(q) if q.device.type == "cuda" else why_not_kernel(q)
 
 

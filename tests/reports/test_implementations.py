@@ -1,9 +1,11 @@
 """Who computed an arm, as a page says it: true to what attention chooses, and to what could not be measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from ablations import attention_quality, attention_sparsity
+from ablations import attention_choosing, attention_quality, attention_sparsity
 from ablations.attention_hierarchical import STUDY
 from bench import attention, block_attention
 from bench.attention_sizes import BLOCK_ARMS
@@ -14,7 +16,7 @@ from bench.record import Record
 from dsv3.attention import implementation, why_not_kernel, why_plain
 from dsv3.attention.select import blocks
 from dsv3.config import Blocks
-from reports.implementations import BLOCKS, INDEXER, OURS, QUALITY, RULED, SHORT, SPARSITY, STUDIES, implementations
+from reports.implementations import BLOCKS, INDEXER, OURS, QUALITY, RULED, SHORT, SPARSITY, implementations
 from reports.pages import study_page
 
 WHERE = provenance("full")
@@ -50,16 +52,16 @@ def test_the_case_of_auto_says_what_was_chosen() -> None:
 
 
 def test_the_tables_have_every_arm_of_their_studies() -> None:
-    assert STUDIES.keys() == {"attention_sparsity", "attention_hierarchical", "attention_quality", "attention_indexer"}
     assert BLOCKS.keys() == BLOCK_ARMS.keys()
     assert SPARSITY.keys() == {arm.name for arm in attention_sparsity.STUDY.arms}
+    assert BLOCKS.keys() >= {arm.name for arm in attention_choosing.STUDY.arms}
     assert INDEXER.keys() == INDEXED.keys()
     assert QUALITY.keys() == {arm.name for arm in attention_quality.STUDY.arms}
 
 
 def test_the_tables_say_what_attention_chooses() -> None:
     given = attention.inputs(600)
-    for arm in ("window", "per_head_share", "per_head_number"):
+    for arm in ("window", "per_head_share", "per_head_dropped", "per_head_number"):
         reason = why_plain(given.q, attention.choose(arm, given))
         assert SPARSITY[arm] == RULED == f"plain PyTorch, as {reason}"
     assert {arm for arm, words in BLOCKS.items() if words == OURS} == set(block_attention.KERNEL)
@@ -74,7 +76,9 @@ def test_the_tables_say_what_attention_chooses() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_reason_is_given_exactly_where_plain_pytorch_is_chosen(block_k: int, dtype: torch.dtype) -> None:
     q = torch.randn(1, 1, 80, 8, dtype=dtype)
-    for selection in (None, blocks(q, q, Blocks(k=4, block_q=16, block_k=block_k))):
+    chosen = blocks(q, q, Blocks(k=4, block_q=16, block_k=block_k))
+    biased = replace(chosen, bias=torch.zeros(chosen.indices.shape))
+    for selection in (None, biased, chosen):
         assert (why_plain(q, selection) is None) == (implementation(q, selection) != "plain")
     if dtype == torch.float64 and block_k == 16:
         assert why_plain(q, selection) == why_not_kernel(q)
