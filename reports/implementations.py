@@ -36,12 +36,18 @@ QUALITY = {
     **dict.fromkeys(("window", "per_head"), RULED),
     **dict.fromkeys(("blocks", "hierarchical", "best_first", "indexer"), SHORT),
 }
+LANGUAGE = {
+    "sdpa": TORCH,
+    "window": RULED,
+    **dict.fromkeys(("dense", "hierarchical", "best_first"), OURS),
+}
 INDEXER = {"dense": TORCH, **dict.fromkeys(("indexer", "indexer_absorbed"), SHORT)}
 STUDIES: Mapping[str, Mapping[str, str]] = {
     "attention_sparsity": SPARSITY,
     "attention_hierarchical": BLOCKS,
     "attention_choosing": BLOCKS,
     "attention_quality": QUALITY,
+    "attention_language": LANGUAGE,
     "attention_indexer": INDEXER,
 }
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ablations import attention_choosing, attention_quality, attention_sparsity
+from ablations import attention_choosing, attention_language, attention_quality, attention_sparsity
 from ablations.attention_hierarchical import STUDY
 from bench import attention, block_attention
 from bench.attention_sizes import BLOCK_ARMS
@@ -16,7 +16,7 @@ from bench.record import Record
 from dsv3.attention import implementation, why_not_kernel, why_plain
 from dsv3.attention.select import blocks
 from dsv3.config import Blocks
-from reports.implementations import BLOCKS, INDEXER, OURS, QUALITY, RULED, SHORT, SPARSITY, implementations
+from reports.implementations import BLOCKS, INDEXER, LANGUAGE, OURS, QUALITY, RULED, SHORT, SPARSITY, implementations
 from reports.pages import study_page
 
 WHERE = provenance("full")
@@ -56,6 +56,7 @@ def test_the_tables_have_every_arm_of_their_studies() -> None:
     assert SPARSITY.keys() == {arm.name for arm in attention_sparsity.STUDY.arms}
     assert BLOCKS.keys() >= {arm.name for arm in attention_choosing.STUDY.arms}
     assert INDEXER.keys() == INDEXED.keys()
+    assert LANGUAGE.keys() == attention_language.SELECTS.keys()
     assert QUALITY.keys() == {arm.name for arm in attention_quality.STUDY.arms}
 
 
@@ -70,6 +71,8 @@ def test_the_tables_say_what_attention_chooses() -> None:
     for select in attention_quality.selects(attention_quality.LENGTH).values():
         if isinstance(select, Blocks):
             assert select.block_k < 16
+    for arm, select in attention_language.SELECTS.items():
+        assert (LANGUAGE[arm] == OURS) == (isinstance(select, Blocks) and select.block_k >= 16)
 
 
 @pytest.mark.parametrize("block_k", [8, 16])
