@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bench.attention import Inputs
 
 FITTED = (1024, 2048, 4096, 8192, 16384)  # tokens over which an exponent is read
-LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 4096), "full": FITTED}
+LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 2048), "full": FITTED}
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 CLAIMED = 16384  # tokens at which the article gives its figures
 EAGER = 2048  # tokens up to which training with eager attention is timed: its share would be most of the study
@@ -333,6 +333,6 @@ STUDY = Study(
         "An exponent is that of a finite range, from 1024 tokens to the longest: fixed costs pull it down.",
         f"Training with eager attention is timed up to {EAGER} tokens; its forward pass and its bytes are measured as "
         "far as its matrices fit.",
-        "The quick profile stops at 4096 tokens and two processes: it shows the shape, and decides no claim.",
+        "The quick profile stops at 2048 tokens and two processes: it shows the shape, and decides no claim.",
     ),
 )
