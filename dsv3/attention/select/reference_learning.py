@@ -66,7 +66,7 @@ def entmax(scores: Sequence[Tensor]) -> list[Tensor]:
 def distilled(
     choice: Blocks,
     searched: tuple[Float[Tensor, "B H S P"], Float[Tensor, "B G S P"]],
-    attended: tuple[Float[Tensor, "B H S P"], Float[Tensor, "B G S P"]],
+    attended: tuple[Float[Tensor, "B H S W"], Float[Tensor, "B G S W"]],
     *,
     scale: float,
 ) -> Float[Tensor, ""]:
