@@ -16,8 +16,9 @@ ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
 STUDIES           the studies, in the order of the report
 
-Run by their paths alone, as the report has a time budget: attention_quality.py and attention_language.py, which train
-many models, multi_token_tuned.py, which tunes every arm, and moe_factorial.py, a factorial design.
+Run by their paths alone, as the report has a time budget: attention_quality.py, attention_axes.py and
+attention_language.py, which train many models, multi_token_tuned.py, which tunes every arm, and moe_factorial.py, a
+factorial design. A report on a folder that has records of them has their pages.
 """
 
 STUDIES: tuple[str, ...] = (
