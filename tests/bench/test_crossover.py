@@ -15,7 +15,7 @@ def test_the_committed_table_has_each_kind_once_and_is_as_its_command_writes_it(
         median, low, high = row["ratio"]
         assert low <= median <= high < 1
         assert 0 < row["length"] < UNMEASURED
-    again = tmp_path / "crossover.toml"
+    again = tmp_path / "auto.toml"
     write(again, table)
     assert again.read_text() == TABLE.read_text()
     assert tomllib.loads(HEAD) == {}

@@ -7,7 +7,7 @@ The query's own position decides, not how long the sequence is: so later tokens 
 and what the queries before the crossover cost is bounded by it. While no query is behind it attention is dense, by
 torch's kernel; after that one Selection lists all blocks for the first queries and the chosen ones for the others.
 
-`crossover.toml` has, per instruction set of the C++ kernel, number format and direction, the length from which on the
+`auto.toml` has, per instruction set of the C++ kernel, number format and direction, the length from which on the
 tree is faster than torch's dense attention, as `python -m bench.crossover` has measured it on trees of 16 blocks of 64
 keys. Elsewhere (another processor, a GPU, no kernel) the crossover is `UNMEASURED`, where even the tree in plain
 PyTorch was several times as fast. It is a number in the config: a model keeps its function on another machine.
@@ -23,7 +23,7 @@ import torch
 from dsv3.attention.kernels import blocks
 from dsv3.config import Auto, Hierarchical
 
-TABLE = Path(__file__).with_name("crossover.toml")
+TABLE = Path(__file__).with_name("auto.toml")
 UNMEASURED = 16384  # tokens
 Direction = Literal["forward", "training"]
 
