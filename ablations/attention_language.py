@@ -258,7 +258,7 @@ def learning(table: Any) -> "Picture":
     if looks.empty:
         raise NoEvidence("nothing was trained")
     picture = Picture(figsize=(6.4, 3.6), layout="constrained")
-    left, right = picture.subplots(1, 2, sharey=True)
+    left, right = picture.subplots(1, 2)
     loss, spent = (looks[looks["metric"] == metric] for metric in ("trailing_loss", "cpu_seconds"))
     for arm in TRAINED:
         line = loss[loss["arm"] == arm].sort_values("steps")
@@ -272,6 +272,7 @@ def learning(table: Any) -> "Picture":
         axes.grid(visible=True)
         for value in bigram:
             axes.axhline(value, color="#7f7f7f", linestyle=":", label="bigram" if axes is left else None)
+    right.set_ylim(left.get_ylim())
     left.set_ylabel("trailing loss, nat/token")
     picture.suptitle("What is learnt, by text read and by time spent")
     picture.legend(loc="outside lower center", ncols=5)

@@ -26,6 +26,7 @@ from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record
 from dsv3.config import Blocks, Hierarchical, Window, vary
+from reports import twins
 from reports.frame import summary
 
 
@@ -121,6 +122,21 @@ def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_tex
         "random one 0.2.",
     ):
         assert words in text, text
+
+
+def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> None:
+    rows = [kept("bigram", 2.6, 0)]
+    for arm in TRAINED:
+        for steps in (64, 128):
+            rows.append(kept(arm, 3.0 - steps / 100, 0, at="a look", steps=steps))
+            rows.append(kept(arm, 2.0 * steps, 0, "cpu_seconds", at="a look", steps=steps))
+    picture = learning(summary(rows))
+    left, right = picture.axes
+    assert [line.get_label() for line in left.lines] == [*TRAINED, "bigram"]
+    assert list(left.lines[0].get_xdata()) == [64 * 8192 / 1e6, 128 * 8192 / 1e6]
+    assert list(right.lines[0].get_xdata()) == [128.0, 256.0]
+    assert left.get_ylim() == right.get_ylim()
+    assert twins.of_picture(picture, "learning")
 
 
 def test_without_records_there_is_neither_answer_nor_picture() -> None:
