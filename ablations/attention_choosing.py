@@ -110,9 +110,9 @@ def answer(records: Sequence[Record]) -> str:
         for metric in ("forward_cpu_ratio", "selection_share")
     )
     return (
-        f"Choosing for {BLOCK} queries at once, the tree is faster than the flat search {block}; choosing for each "
-        f"token, {token}. At {length} tokens attention to {least} blocks, {share} of the visible pairs, takes {time} "
-        "of SDPA's time."
+        f"Choosing for a block of queries at once, the tree is faster than the flat search {block}; choosing for "
+        f"each token, {token}. At {length} tokens attention to {least} blocks, {share} of the visible pairs, takes "
+        f"{time} of SDPA's time."
     )
 
 
