@@ -5,7 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from dsv3.attention import KeyValueCache
-from dsv3.config import Model
+from dsv3.config import Blocks, Model
 from dsv3.model import Transformer
 from dsv3.model.cost import kv_bytes_per_token, mtp_depths, parameter_shapes
 from tests.model.variants import BASE, VARIANTS
@@ -59,7 +59,9 @@ def test_decoding_in_pieces_equals_the_whole_forward(config: Model) -> None:
 @every_model
 def test_cache_holds_the_bytes_of_the_analytic_cost(config: Model) -> None:
     cache = KeyValueCache.empty(config, 2, 13)
-    assert cache.nbytes == 2 * 13 * kv_bytes_per_token(config, bytes_per_value=4)
+    index = sum(layer.index.nbytes for layer in cache.layers if layer.index is not None)  # no number per token
+    assert (index > 0) == isinstance(config.attention.select, Blocks)
+    assert cache.nbytes - index == 2 * 13 * kv_bytes_per_token(config, bytes_per_value=4)
 
 
 @every_model
