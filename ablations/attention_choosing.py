@@ -13,11 +13,13 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from ablations.attention_hierarchical import by_choice
 from ablations.evidence import NoEvidence, compare, estimate
 from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
 from bench.measurement import Measurement
 from bench.record import Profile, Record
+from dsv3.config import Blocks, Everything
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
@@ -68,11 +70,13 @@ def sparsity(cell: Cell) -> list[Reading]:
 
     from bench import block_attention
     from bench.meters.paired import process_clock, ratio, time_block
+    from dsv3.model.cost import kept_pairs
 
     length = int(cell.axes["length"])
     given = block_attention.inputs(length, torch.float32, seed=cell.seed or 0)
     if missing := block_attention.why_not("dense", given):
         return [Reading(arm="hierarchical", metric="forward_cpu_ratio", pending=missing)]
+    visible = kept_pairs(Everything(), length)
     seen = [number for number in NUMBERS if number < length // BLOCK]
     calls: dict[str, Callable[[], object]] = {
         arm: partial(block_attention.inference, arm, given) for arm in ("sdpa", "dense")
@@ -84,17 +88,11 @@ def sparsity(cell: Cell) -> list[Reading]:
         number = length // BLOCK if name == "dense" else int(name)
         found = (
             ratio(taken, name, "sdpa", "forward", "cpu"),
-            Measurement(metric="selection_share", value=_kept(number, length)),
+            Measurement(metric="selection_share", value=kept_pairs(Blocks(k=number), length) / visible),
         )
         arm = "dense" if name == "dense" else "hierarchical"
         readings += [Reading(arm=arm, measurement=one, axes={"blocks seen": number}) for one in found]
     return readings
-
-
-def _kept(number: int, length: int) -> float:
-    """The share of visible pairs that so many blocks leave: a block of queries sees half of its own, others whole."""
-    own, blocks = BLOCK * (BLOCK + 1) / 2, length // BLOCK
-    return sum(own + min(row, number - 1) * BLOCK**2 for row in range(blocks)) / (length * (length + 1) / 2)
 
 
 def answer(records: Sequence[Record]) -> str:
@@ -164,27 +162,10 @@ def relative(table: Any) -> "Picture":
 
 def choices(table: Any) -> "Picture":
     """Seconds of choosing against length: flat and down the tree, for blocks of queries and for single ones."""
-    from matplotlib.figure import Figure as Picture
-
     rows = table[(table["part"] == "choosing") & (table["metric"] == "cpu_seconds")]
     if rows.empty:
         raise NoEvidence("choosing alone has not been timed yet")
-    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
-    axes = picture.subplots()
-    for size in (1, BLOCK):
-        for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73")):
-            line = rows[(rows["arm"] == arm) & (rows["queries per choice"] == size)].sort_values("length")
-            label = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
-            style = "-" if size == 1 else "--"
-            axes.plot(line["length"], line["value"], style, marker="o", color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one head")
-    axes.set_title("How long choosing takes")
-    ticks = sorted({int(length) for length in rows["length"]})
-    axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(visible=True, which="major")
-    picture.legend(loc="outside right center")
-    return picture
+    return by_choice(rows, rows["value"], title="How long choosing takes", label="seconds of CPU time, one head")
 
 
 STUDY = Study(

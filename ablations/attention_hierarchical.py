@@ -238,22 +238,28 @@ def _faster(records: Sequence[Record], arm: str, phase: str, length: int) -> Est
 
 def scores(table: Any) -> "Picture":
     """Scores per token against length on logarithmic scales: a flat search's grow as n, a tree's as log n."""
-    from matplotlib.figure import Figure as Picture
-
     rows = table[table["metric"] == "selection_scores"]
     if rows.empty:
         raise NoEvidence("no record of selection_scores yet")
+    each = rows["value"] / rows["length"]
+    return by_choice(rows, each, title="What choosing takes", label="scores per token, one head")
+
+
+def by_choice(rows: Any, values: Any, *, title: str, label: str) -> "Picture":
+    """Values of rows against length: of the flat search and the tree, for blocks of queries and for single ones."""
+    from matplotlib.figure import Figure as Picture
+
     picture = Picture(figsize=(6.4, 3.4), layout="constrained")
     axes = picture.subplots()
     for size in (1, BLOCK):
         for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73")):
             line = rows[(rows["arm"] == arm) & (rows["queries per choice"] == size)].sort_values("length")
-            label = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
+            name = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
             style = "-" if size == 1 else "--"
-            axes.plot(line["length"], line["value"] / line["length"], style, marker="o", color=colour, label=label)
+            axes.plot(line["length"], values[line.index], style, marker="o", color=colour, label=name)
     ticks = sorted({int(length) for length in rows["length"]})
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="scores per token, one head")
-    axes.set_title("What choosing takes")
+    axes.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
+    axes.set_title(title)
     axes.set_xticks(ticks, [f"{tick // 1024}K" if tick < MILLION else "1M" for tick in ticks])
     axes.minorticks_off()
     axes.grid(visible=True, which="major")

@@ -2,7 +2,7 @@
 
 HEADS, WIDTH = 4, 64
 KEEP = 0.3  # the article's "sparsity", read as the share of tokens that is kept
-KEPT = 0.7  # and read as the share that is dropped
+KEPT = 1 - KEEP  # what is kept where it is read as the share that is dropped
 KEYS = 512  # of a window, and of per-head top-k with a fixed number
 
 ARMS = {

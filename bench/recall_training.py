@@ -117,10 +117,8 @@ def total_loss(model: Transformer, rows: Batch, select: Select) -> Tensor:
     """Nats per label, 0 for rows that ask nothing; and what a choice learns by."""
     output = model(torch.from_numpy(rows.tokens))
     logits, labels = answers(output, rows)
-    asked, learning = (
-        F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels)),
-        selection_loss(output, select),
-    )
+    asked = F.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+    learning = selection_loss(output, select)
     return asked if learning is None else asked + learning
 
 

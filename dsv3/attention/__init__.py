@@ -7,7 +7,7 @@ from dsv3.attention.choice import Implementation, implementation, why_not_kernel
 from dsv3.attention.dense import dense, eager
 from dsv3.attention.latent import LatentAttention
 from dsv3.attention.multi_head import MultiHeadAttention
-from dsv3.attention.packed import Documents, by_document
+from dsv3.attention.packed import Documents, attend_by_document
 from dsv3.attention.selection import Selection, SelectionCost
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "SelectionCost",
     "attend",
     "build",
-    "by_document",
+    "attend_by_document",
     "dense",
     "eager",
     "implementation",

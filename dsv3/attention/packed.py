@@ -19,7 +19,7 @@ Documents = Sequence[Sequence[int]]  # per row, where its documents begin
 Attended = tuple[Tensor, Selection | None]
 
 
-def by_document(
+def attend_by_document(
     attention: Callable[[Tensor], Attended], x: Float[Tensor, "B T D"], documents: Documents
 ) -> tuple[Float[Tensor, "B T D"], tuple[Selection | None, ...]]:
     """The module's output, and which keys it let each document see, row by row.

@@ -5,8 +5,8 @@
 
 Which keys are seen is a function of sequence, head and position: `everything`, `window` and `per_head` are such, by
 counting and sorting plain numbers, and `selected` reads one off a Selection, as `selected_bias` does with a bias.
-`pooled` attends to means of blocks. `latent` is multi-head latent attention by
-its equations. Gradients come by autograd through the same loops.
+`pooled` attends to means of blocks. `latent` is multi-head latent attention by its equations. Gradients come by
+autograd through the same loops.
 """
 
 import itertools

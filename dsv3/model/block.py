@@ -7,7 +7,7 @@ x = x + FeedForward(RMSNorm(x))        SwiGLU in the first `first_k_dense_replac
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dsv3.attention import Documents, LayerCache, Selection, build, by_document
+from dsv3.attention import Documents, LayerCache, Selection, attend_by_document, build
 from dsv3.config import Model
 from dsv3.layers import RMSNorm, SwiGLU
 from dsv3.moe import MoELayer, Routing
@@ -35,7 +35,7 @@ class Block(nn.Module):
             attended, selection = self.self_attn(normed, cache=cache)
             selections: tuple[Selection | None, ...] = (selection,)
         else:
-            attended, selections = by_document(self.self_attn, normed, documents)
+            attended, selections = attend_by_document(self.self_attn, normed, documents)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):

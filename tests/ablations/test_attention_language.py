@@ -1,6 +1,7 @@
 """The study of language models: what its arms share, what a cell measures, and what it makes of records."""
 
 from statistics import fmean
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,33 @@ def test_the_bigram_stands_on_the_same_text() -> None:
     (row,) = measure(cell)
     assert row.measurement is not None
     assert 2.0 < row.measurement.value < 3.0, "nats per byte of English prose and Python"
+
+
+def test_a_training_that_has_not_read_as_much_as_the_others_has_no_loss_at_equal_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bench import language_training
+
+    whole = language_training.learn
+
+    def cut_short(*given: Any, **limits: Any) -> Any:
+        return whole(*given, **limits | {"seconds": 1e-9})
+
+    monkeypatch.setattr(language_training, "learn", cut_short)
+    axes = {"part": "training", "length": 256, "seconds_of_training": 1}
+    rows = measure(Cell(arm="window", seed=0, axes=axes, seconds=1.0))
+    (late,) = [row for row in rows if row.axes["at"] == "equal tokens"]
+    assert late.pending == "only 1 of 8 steps fitted into 1 seconds here"
+
+
+def test_without_the_kernel_nothing_is_trained_or_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dsv3.attention
+
+    monkeypatch.setattr(dsv3.attention, "why_not_kernel", lambda q: "there is no C++ compiler")
+    for arm, part in (("hierarchical", "training"), (None, "step")):
+        axes: dict[str, Any] = {"part": part, "length": 256, "seconds_of_training": 1}
+        (row,) = measure(Cell(arm=arm, seed=0, axes=axes, seconds=1.0))
+        assert row.pending == "there is no C++ compiler"
 
 
 def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.MonkeyPatch) -> None:

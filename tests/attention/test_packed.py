@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from dsv3.attention import by_document
+from dsv3.attention import attend_by_document
 from dsv3.config import Model
 from tests.attention.variants import VARIANTS, hidden, module
 
@@ -24,7 +24,7 @@ def test_values_and_gradients_are_those_of_a_loop_over_the_documents(model: Mode
         x = hidden(LENGTH).requires_grad_()
         made.zero_grad()
         if packed:
-            out, selections = by_document(made, x, DOCUMENTS)
+            out, selections = attend_by_document(made, x, DOCUMENTS)
         else:
             rows = [[made(row[None, low:high]) for low, high in edges(i)] for i, row in enumerate(x)]
             out = torch.cat([torch.cat([part for part, _ in row], dim=1) for row in rows])
@@ -43,7 +43,7 @@ def test_no_output_changes_by_a_bit_when_another_document_does(model: Model) -> 
     after = before.clone()
     after[0, 8:37] = hidden(29, seed=1, dtype=torch.float32)[0]
     with torch.no_grad():
-        one, other = by_document(made, before, DOCUMENTS)[0], by_document(made, after, DOCUMENTS)[0]
+        one, other = attend_by_document(made, before, DOCUMENTS)[0], attend_by_document(made, after, DOCUMENTS)[0]
     same = [*range(8), *range(37, LENGTH)]
     assert torch.equal(one[0, same], other[0, same])
     assert torch.equal(one[1], other[1])
@@ -52,7 +52,7 @@ def test_no_output_changes_by_a_bit_when_another_document_does(model: Model) -> 
 
 def test_the_loss_of_an_indexer_is_the_mean_over_all_positions() -> None:
     made, x = module(VARIANTS["latent-indexer"]).train(), hidden(LENGTH)
-    _, selections = by_document(made, x, DOCUMENTS)
+    _, selections = attend_by_document(made, x, DOCUMENTS)
     whole = sum(
         (high - low) * made(x[row : row + 1, low:high])[1].loss for row in range(len(x)) for low, high in edges(row)
     )
@@ -72,7 +72,7 @@ def test_the_loss_of_an_indexer_is_the_mean_over_all_positions() -> None:
 )
 def test_places_where_no_document_can_begin_are_refused(documents: list[list[int]], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        by_document(module(VARIANTS["grouped-window"]), hidden(LENGTH), documents)
+        attend_by_document(module(VARIANTS["grouped-window"]), hidden(LENGTH), documents)
 
 
 def edges(row: int) -> list[tuple[int, int]]:
