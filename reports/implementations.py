@@ -10,12 +10,17 @@ from collections.abc import Mapping, Sequence
 from ablations.cell import PENDING
 from bench.record import Record
 
-OURS = "our kernel"  # stands for the one of the device
-KERNELS = {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"}
+OURS, SHORT = "our kernel", "our kernel for short blocks"  # they stand for what the device has
+KERNELS = {
+    OURS: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
+    SHORT: {
+        "cpu": "this project's C++ kernel",
+        "cuda": "plain PyTorch, as blocks of keys are too short for a GPU's products",
+    },
+}
 TORCH = "torch's own kernel"
 WRITTEN_OUT = "torch's products, the matrix written out"
 RULED = "plain PyTorch, as a rule per token thins out the blocks"
-SHORT = "plain PyTorch, as blocks of keys are shorter than a vector"
 CHOSEN = {"kernel": OURS, "triton": OURS, "plain": "plain PyTorch, for want of a kernel", "dense": TORCH}
 
 SPARSITY = {
@@ -73,6 +78,4 @@ def _words(row: Record) -> str | None:
         words = (BLOCKS if "dtype" in row.axes else SPARSITY).get(row.arm)
     else:
         words = STUDIES.get(row.study, {}).get(row.arm)
-    if words == OURS:
-        return KERNELS.get(str(row.axes.get("device")), OURS)
-    return words
+    return KERNELS[words].get(str(row.axes.get("device")), OURS) if words in KERNELS else words

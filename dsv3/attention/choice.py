@@ -1,10 +1,10 @@
 """Which code computes a selection: on a CPU the C++ kernel where the machine can build it, on a GPU the Triton kernel
 where Triton is there, elsewhere plain PyTorch.
 
-The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks, or whose blocks of
-keys are shorter than a vector, are left to the plain path, as is dense attention, which torch has a kernel for; each
-can be had from any by name. So can the Triton kernel on a CPU, in Triton's interpreter, to be looked at and tested. A
-bias for each listed block only the plain path adds.
+The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks are left to the
+plain path, and on a GPU those whose blocks of keys are too short for its products; so is dense attention, which torch
+has a kernel for. Each can be had from any by name, as can the Triton kernel on a CPU, in Triton's interpreter, to be
+looked at and tested. A bias for each listed block only the plain path adds.
 """
 
 from typing import Literal, get_args
@@ -17,18 +17,14 @@ from dsv3.attention.selection import Selection
 from dsv3.config.rules import require
 
 Implementation = Literal["kernel", "triton", "plain"]
-SHORTEST = 16  # keys of a block: the floats of one vector, the least columns of a GPU's product
+SHORTEST = 16  # keys of a block on a GPU: the least columns of its products
 
 
 def implementation(q: Tensor, selection: Selection | None) -> Implementation:
     """What `attend` uses for these queries unless told; the first fitting call compiles the kernel."""
-    if selection is None or selection.rank is not None or selection.block_k < SHORTEST:
+    if why_plain(q, selection) is not None:
         return "plain"
-    if selection.bias is not None:
-        return "plain"
-    if q.device.type == "cuda":
-        return "triton" if why_not_triton(q) is None else "plain"
-    return "kernel" if why_not_kernel(q) is None else "plain"
+    return "triton" if q.device.type == "cuda" else "kernel"
 
 
 def why_plain(q: Tensor, selection: Selection | None) -> str | None:
@@ -37,11 +33,11 @@ def why_plain(q: Tensor, selection: Selection | None) -> str | None:
         return "torch has a kernel of its own for dense attention"
     if selection.rank is not None:
         return "a rule per token thins out the blocks"
-    if selection.block_k < SHORTEST:
-        return "blocks of keys are shorter than a vector"
     if selection.bias is not None:
         return "each listed block has a bias"
-    return why_not_triton(q) if q.device.type == "cuda" else why_not_kernel(q)
+    if q.device.type != "cuda":
+        return why_not_kernel(q)
+    return "blocks of keys are too short for a GPU's products" if selection.block_k < SHORTEST else why_not_triton(q)
 
 
 def why_not_kernel(q: Tensor) -> str | None:

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.attention import Selection, attend, implementation, why_not_kernel
-from dsv3.attention.choice import SHORTEST
 from dsv3.attention.kernels import blocks, build
 from dsv3.attention.select import per_head, window
 from tests.attention.lists import REASON, SHAPES, close, draw, grads, needs_kernel, of_lists, right, select
@@ -35,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_reference(shape: tuple[int, ...],
 
 @needs_kernel
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
-@pytest.mark.parametrize("name", ["60 of 100", "decoding afar", "decoding long blocks"])
+@pytest.mark.parametrize("name", ["60 of 100", "one by one", "decoding afar", "decoding long blocks"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_each_instruction_set_computes_the_same(instructions: str, name: str, dtype: torch.dtype) -> None:
     if instructions not in blocks.instruction_sets():
@@ -85,9 +84,11 @@ def test_any_blocks_of_any_sequence_equal_the_plain_path(
 @needs_kernel
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize("groups", [1, 4], ids=["tile by tile", "head by head"])
+@pytest.mark.parametrize("block_q", [1, 4, 100])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_the_number_of_threads_changes_no_bit(groups: int, queries: int, dtype: torch.dtype) -> None:
-    shape = (2 if groups == 4 else 1, 4, groups, 4, queries, 350 if queries > 1 else 1700, 20, 32, 100, 48)
+def test_the_number_of_threads_changes_no_bit(groups: int, queries: int, block_q: int, dtype: torch.dtype) -> None:
+    total, block_k = 350 if queries > 1 else 1700, 48 if block_q != 4 else 5
+    shape = (2 if groups == 4 else 1, 4, groups, 4, queries, total, 20, 32, block_q, block_k)
     leaves, selection, found = draw(shape, dtype), select(shape), []
     before = torch.get_num_threads()
     try:
@@ -103,9 +104,10 @@ def test_the_number_of_threads_changes_no_bit(groups: int, queries: int, dtype: 
 
 @needs_kernel
 @pytest.mark.parametrize("cut", [1, 63, 64, 100])
+@pytest.mark.parametrize("block", [1, 4, 64])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_no_output_changes_by_a_bit_when_later_tokens_change(cut: int, dtype: torch.dtype) -> None:
-    shape = (2, 2, 2, 2, 200, 200, 16, 16, 64, 64)
+def test_no_output_changes_by_a_bit_when_later_tokens_change(cut: int, block: int, dtype: torch.dtype) -> None:
+    shape = (2, 2, 2, 2, 200, 200, 16, 16, block, block)
     selection, before = select(shape), draw(shape, dtype)
     after = [x.detach().clone() for x in before]
     for x, other in zip(after, draw(shape, dtype, seed=1), strict=True):
@@ -143,12 +145,15 @@ def test_all_blocks_and_no_selection_are_dense_attention(queries: int, dtype: to
 
 
 @needs_kernel
-def test_a_chunk_of_scores_after_another_is_rescaled_by_the_larger_maximum() -> None:
-    shape = (2, 1, 1, 1, 40, 2600, 16, 16, 64, 64)
+@pytest.mark.parametrize("block_q", [1, 64])
+def test_a_chunk_of_scores_after_another_is_rescaled_by_the_larger_maximum(block_q: int) -> None:
+    shape = (2, 1, 1, 1, 40, 2600, 16, 16, block_q, 64)
     q, k, v = draw(shape)
     with torch.no_grad():
         k *= torch.linspace(0.1, 2.0, 2600)[:, None]
-    close(attend(q, k, v, implementation="kernel"), attend(q.double(), k.double(), v.double()), 1e-6)
+    everything = select(shape, keep=1.0)
+    ours = attend(q, k, v, everything, implementation="kernel")
+    close(ours, attend(q.double(), k.double(), v.double()), 1e-6)
 
 
 @needs_kernel
@@ -158,12 +163,12 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(dtype: torch.dtype) ->
     q, k, v = (x.detach() for x in draw(shape, dtype))
     listed = torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3).clone()
     listed[:, :, 2, 0] = True  # the third block of queries sees the first block of keys, the second does not
-    selection = of_lists(listed, 64, 64)
     k[0, :, 40] = float("nan")
-    found = attend(q, k, v, selection).isnan().any(-1)[:, 0]
     expected = torch.zeros(2, 192, dtype=torch.bool)
     expected[0, 40:64] = expected[0, 128:] = True
-    assert torch.equal(found, expected)
+    for selection in (of_lists(listed, 64, 64), of_lists(listed.repeat_interleave(64, dim=2), 1, 64)):
+        found = attend(q, k, v, selection).isnan().any(-1)[:, 0]
+        assert torch.equal(found, expected)
 
 
 @needs_kernel
@@ -244,11 +249,11 @@ def test_there_is_no_second_derivative() -> None:
 
 def test_the_kernel_is_chosen_for_whole_blocks_alone() -> None:
     q = torch.zeros(1, 2, 100, 8)
-    whole = select((1, 2, 2, 2, 100, 100, 8, 8, 64, SHORTEST))
-    assert implementation(q, whole) == ("kernel" if REASON is None else "plain")
-    short = select((1, 2, 2, 2, 100, 100, 8, 8, 64, SHORTEST - 1))
-    others = (None, short, window(1, 100, 100, size=5), per_head(torch.zeros(1, 2, 100), 100, k=5))
-    assert [implementation(q, selection) for selection in others] == ["plain"] * 4
+    for block_q, block_k in ((64, 16), (64, 3), (1, 1)):
+        whole = select((1, 2, 2, 2, 100, 100, 8, 8, block_q, block_k))
+        assert implementation(q, whole) == ("kernel" if REASON is None else "plain")
+    others = (None, window(1, 100, 100, size=5), per_head(torch.zeros(1, 2, 100), 100, k=5))
+    assert [implementation(q, selection) for selection in others] == ["plain"] * 3
     assert implementation(q.double(), whole) == "plain"
     assert implementation(q.to("meta"), whole) == "plain"
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ablations import attention_choosing, attention_language, attention_quality, attention_sparsity
 from ablations.attention_hierarchical import STUDY
@@ -15,8 +16,19 @@ from bench.measurement import Measurement, Point, failure, record
 from bench.record import Record
 from dsv3.attention import implementation, why_not_kernel, why_plain
 from dsv3.attention.select import blocks
-from dsv3.config import Blocks
-from reports.implementations import BLOCKS, INDEXER, LANGUAGE, OURS, QUALITY, RULED, SHORT, SPARSITY, implementations
+from dsv3.config import Blocks, Indexer
+from reports.implementations import (
+    BLOCKS,
+    INDEXER,
+    KERNELS,
+    LANGUAGE,
+    OURS,
+    QUALITY,
+    RULED,
+    SHORT,
+    SPARSITY,
+    implementations,
+)
 from reports.pages import study_page
 
 WHERE = provenance("full")
@@ -66,13 +78,21 @@ def test_the_tables_say_what_attention_chooses() -> None:
         reason = why_plain(given.q, attention.choose(arm, given))
         assert SPARSITY[arm] == RULED == f"plain PyTorch, as {reason}"
     assert {arm for arm, words in BLOCKS.items() if words == OURS} == set(block_attention.KERNEL)
-    short = why_plain(given.q, blocks(given.q, given.k, Blocks(k=3, block_q=1, block_k=4)))
-    assert f"plain PyTorch, as {short}" == SHORT
-    for select in attention_quality.selects(attention_quality.LENGTH).values():
-        if isinstance(select, Blocks):
-            assert select.block_k < 16
-    for arm, select in attention_language.SELECTS.items():
-        assert (LANGUAGE[arm] == OURS) == (isinstance(select, Blocks) and select.block_k >= 16)
+    for table, selects in (
+        (QUALITY, attention_quality.selects(attention_quality.LENGTH)),
+        (LANGUAGE, attention_language.SELECTS),
+    ):
+        for arm, select in selects.items():
+            assert (table[arm] in KERNELS) == isinstance(select, Blocks | Indexer)
+
+
+def test_short_blocks_are_left_to_plain_pytorch_on_a_gpu_alone() -> None:
+    given = attention.inputs(600)
+    chosen = blocks(given.q, given.k, Blocks(k=3, block_q=1, block_k=4))
+    assert why_plain(given.q, chosen) == why_not_kernel(given.q)
+    with FakeTensorMode():
+        on_gpu = torch.zeros(1, 2, 600, 8, device="cuda")
+    assert KERNELS[SHORT]["cuda"] == f"plain PyTorch, as {why_plain(on_gpu, chosen)}"
 
 
 @pytest.mark.parametrize("block_k", [8, 16])

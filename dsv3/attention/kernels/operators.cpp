@@ -180,6 +180,19 @@ struct Tiles {
   }
 };
 
+// Whether tiles would be mostly empty: each query has a list of its own, or few share one of short blocks.
+bool one_by_one(const Problem& p) { return p.listed && (p.block_q == 1 || (p.block_q <= 4 && p.block_k < 16)); }
+
+// Rows of every head, some of them at a time, the last first: those see the most.
+template <class Work>
+void each_row(int64_t heads, int64_t length, const Work& work) {
+  int64_t count = pieces(length, TILE);
+  shared_out(heads * count, 0, [&](int64_t i, char*) {
+    int64_t first = (count - 1 - i % count) * TILE;
+    for (int64_t row = first; row < std::min(first + TILE, length); ++row) work(i / count, row);
+  });
+}
+
 // A single query in every sequence and head, as in decoding: span by span, so that threads outnumber heads.
 void forward_of_one(const Problem& p, const Kernels& kernels) {
   int64_t size = p.listed ? p.block_k : TILE, blocks = p.listed ? p.most : pieces(p.keys, size);
@@ -206,6 +219,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
   if (p.queries == 1 && !p.rank) {
     forward_of_one(p, kernels);
+    return {out, lse};
+  }
+  if (one_by_one(p)) {
+    each_row(p.batch * p.heads, p.queries,
+             [&](int64_t head, int64_t t) { kernels.forward_one(p, head / p.heads, head % p.heads, t); });
     return {out, lse};
   }
   Tiles tiles(p.queries, p.block_q);
@@ -282,6 +300,32 @@ void backward_by_tile(const Problem& p, const Kernels& kernels) {
   });
 }
 
+// One by one, heads apart: a thread takes all queries of a key-value head and adds up grad_k and grad_v on the way.
+void singly_by_head(const Problem& p, const Kernels& kernels) {
+  int64_t group = p.heads / p.groups, width = (p.width + 15) / 16 * 16, value = (p.value + 15) / 16 * 16;
+  bool direct = !p.half && p.width == width && p.value == value;  // grad_k and grad_v themselves hold the sums
+  shared_out(p.batch * p.groups, direct ? 0 : p.keys * (width + value) * sizeof(float), [&](int64_t i, char* scratch) {
+    int64_t b = i / p.groups, g = i % p.groups;
+    float* grad_k = direct ? (float*)p.grad_k.data + i * p.keys * width : (float*)scratch;
+    float* grad_v = direct ? (float*)p.grad_v.data + i * p.keys * value : grad_k + p.keys * width;
+    std::fill(grad_k, grad_k + p.keys * width, 0.0f);
+    std::fill(grad_v, grad_v + p.keys * value, 0.0f);
+    for (int64_t h = g * group; h < (g + 1) * group; ++h)
+      for (int64_t t = 0; t < p.queries; ++t) kernels.backward_one(p, b, h, t, grad_k, grad_v);
+    kernels.store(p, grad_k, width, p.grad_k, b, g, 0, p.keys, p.width, p.scale);
+    kernels.store(p, grad_v, value, p.grad_v, b, g, 0, p.keys, p.value, 1.0f);
+  });
+}
+
+// One by one, rows apart: first grad_q query by query, then grad_k and grad_v key by key.
+void singly_by_row(const Problem& p, const Kernels& kernels) {
+  each_row(p.batch * p.heads, p.queries, [&](int64_t head, int64_t t) {
+    kernels.backward_one(p, head / p.heads, head % p.heads, t, nullptr, nullptr);
+  });
+  each_row(p.batch * p.groups, p.keys,
+           [&](int64_t head, int64_t j) { kernels.key_one(p, head / p.groups, head % p.groups, j); });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Optional& indices, const Optional& counts, int64_t block_q, int64_t block_k, double scale,
@@ -306,10 +350,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   });
   // both ways give the same bits; the cheaper one by its number of products
   int64_t threads = at::get_num_threads(), heads = p.batch * p.groups;
-  if (5 * pieces(heads, threads) * threads <= 7 * heads)
-    backward_by_head(p, kernels);
+  bool by_head = 5 * pieces(heads, threads) * threads <= 7 * heads;
+  if (one_by_one(p))
+    by_head ? singly_by_head(p, kernels) : singly_by_row(p, kernels);
   else
-    backward_by_tile(p, kernels);
+    by_head ? backward_by_head(p, kernels) : backward_by_tile(p, kernels);
   return {grad_q, grad_k, grad_v, grad_w};
 }
 

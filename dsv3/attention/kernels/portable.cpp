@@ -7,6 +7,7 @@ constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
 
 #include "passes.h"
 #include "row.h"
+#include "singly.h"
 }  // namespace
-const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores};
+const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores, forward_one, backward_one, key_one};
 }  // namespace dsv3

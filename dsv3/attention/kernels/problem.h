@@ -62,6 +62,12 @@ struct Kernels {
   void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
   void (*scores)(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count, float* to);
+  // out and lse of one query among many
+  void (*forward_one)(const Problem&, int64_t b, int64_t h, int64_t t);
+  // grad_q of one query; where sums are given, its part of grad_k and grad_v is added to those rows of whole vectors
+  void (*backward_one)(const Problem&, int64_t b, int64_t h, int64_t t, float* grad_k, float* grad_v);
+  // grad_k and grad_v of one key
+  void (*key_one)(const Problem&, int64_t b, int64_t g, int64_t j);
 };
 
 extern const Kernels portable, avx2, avx512, avx512_bf16;

@@ -24,6 +24,14 @@ INLINE Vector rest(const char* row, int64_t column, int64_t width) {
   return x;
 }
 
+// A row as fp32, zeros up to whole vectors.
+template <bool HALF>
+INLINE void as_floats(const char* row, int64_t width, float* to) {
+  int64_t c = 0;
+  for (; c + LANES <= width; c += LANES) store(to + c, part<HALF>(row, c));
+  if (c < width) store(to + c, rest<HALF>(row, c, width));
+}
+
 // Lane i: the sum over all lanes of x[i]; neighbours are added, then neighbours of those.
 INLINE Vector sums_of(const Vector (&x)[LANES]) {
 #ifdef HAS_AVX512
@@ -172,9 +180,7 @@ static void span_of(const Problem& p, int64_t b, int64_t h, int64_t span, float*
   Pieces tiles{};
   for (int64_t &n = tiles.number; n < SPAN && walk.next(&tiles.first[n], &tiles.count[n]); ++n) total += tiles.count[n];
   float query[padded(p.width)], score[SPAN * TILE + LANES];
-  for (int64_t c = 0; c < padded(p.width); c += LANES)
-    store(query + c, c + LANES <= p.width ? part<HALF>(at<HALF>(p.q, b, h, 0), c)
-                                          : rest<HALF>(at<HALF>(p.q, b, h, 0), c, p.width));
+  as_floats<HALF>(at<HALF>(p.q, b, h, 0), p.width, query);
   float top = span_scores<HALF>(p, b, h, tiles, query, score), sum = 0.0f;
   store(score + total, spread(UNSEEN));
   Vector sums = {};
