@@ -12,8 +12,8 @@ DSA so, since there a gathered row of the cache serves 128 heads, and computes s
 there are two crossings of a prefill, and both are shown. Decoding is absorbed on either side.
 
 Counts are of DeepSeek's own sizes, closed forms of `dsv3.model.cost`. Times are those of a layer of a seventh of the
-width (`bench.indexed_attention`), of this project's code: torch's fused kernel where attention is dense, gathered rows
-where it is not, and plain products for the scores. DeepSeek's kernels are for GPUs and score in fp8.
+width (`bench.indexed_attention`), of this project's code: torch's fused kernel where attention is dense, ours where it
+is not, and plain products for the scores. DeepSeek's kernels are for GPUs and score in fp8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -243,7 +243,7 @@ STUDY = Study(
     answer=answer,
     limits=(
         "FLOPs of scores in fp8 count as those of attention in bf16; where fp8 is twice as fast, lines cross earlier.",
-        "Times are those of gathered rows in plain PyTorch on a CPU, not of DeepSeek's kernels.",
+        "Times are those of this project's kernel on a CPU, query by query, not of DeepSeek's kernels.",
         "Weights and inputs are random, and so are the selected keys; what selecting costs in quality is not asked.",
         "An indexer's training is not in these figures: its loss scores every pair that attention keeps.",
     ),

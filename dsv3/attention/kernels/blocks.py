@@ -6,9 +6,10 @@ Scores of a tile of 64 queries against up to 512 listed keys stay in the L2 cach
 them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only); backward computes them again from lse.
 Gradients of k and v go over the inverse of the selection, which blocks of queries list a block of keys, so that nobody
 adds to what another thread writes (the inverse index of MoBA's and NSA's kernels, arXiv 2502.13189 and 2502.11089): the
-number of threads changes no bit. A single query, as in decoding, takes dot products instead, span by span of its list
-(Flash-Decoding). Nothing beyond inputs, results and gradients grows with the sequence but the lists, and in bf16 the
-fp32 sums of grad_q of the heads at work.
+number of threads changes no bit. Where most lanes of a tile would be empty, dot products take its place: for a single
+query, as in decoding, span by span of its list (Flash-Decoding), and for queries with a list each, one by one. Nothing
+beyond inputs, results and gradients grows with the sequence but the lists, and in bf16 the fp32 sums of the gradients
+of the heads at work.
 """
 
 import functools

@@ -181,7 +181,10 @@ struct Tiles {
 };
 
 // Whether tiles would be mostly empty: each query has a list of its own, or few share one of short blocks.
-bool one_by_one(const Problem& p) { return p.listed && (p.block_q == 1 || (p.block_q <= 4 && p.block_k < 16)); }
+bool one_by_one(const Problem& p) {
+  int64_t together = std::min(p.block_q, p.queries);
+  return p.listed && (together == 1 || (together <= 4 && p.block_k < 16));
+}
 
 // Rows of every head, some of them at a time, the last first: those see the most.
 template <class Work>
@@ -217,7 +220,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = at::empty({p.batch, p.heads, p.queries, p.value}, q.options());
   Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
-  if (p.queries == 1 && !p.rank) {
+  if (p.queries == 1 && !p.rank && (!p.listed || p.block_k >= 16)) {
     forward_of_one(p, kernels);
     return {out, lse};
   }

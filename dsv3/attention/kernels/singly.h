@@ -1,5 +1,5 @@
-// Passes over many queries, one by one, where each has a list of its own or blocks of keys are shorter than a vector: a
-// tile would multiply lanes in vain.
+// Passes over queries one by one, where each has a list of its own or few share one of short blocks: most lanes of a tile
+// would multiply in vain.
 //
 //     forward_one     out and lse of a query: dot products with the keys that its list names, 16 of them at a time
 //     backward_one    its grad_q, and its part of grad_k and grad_v where one thread has all queries of the keys
