@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bench.cases import Figures
 from bench.expert_layers import PEER, TRUTH, Arm, Shape, build, check
 from bench.measurement import Measurement
 from bench.meters.flops import flops
-from bench.meters.memory import peak_bytes
+from bench.meters.memory import peak_bytes, taken_bytes
 from bench.meters.saved import saved_bytes
 from bench.record import Profile
 
@@ -49,7 +50,12 @@ def bench_experts(
 
 
 def costs(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> list[Measurement]:
-    """FLOPs, bytes kept for backward, and peak bytes and allocations of one arm."""
-    arm = build(shape, dtype, device, names=(name,))[name]
-    memory = peak_bytes(lambda: build(shape, dtype, device, names=(name,), lend=False)[name], Arm.step, device=device)
+    """FLOPs, bytes kept for backward, and what a step takes of memory, of one arm."""
+    arm = _alone(shape, dtype, device, name)
+    anew = partial(_alone, shape, dtype, device, name)
+    memory = (*peak_bytes(anew, Arm.step, device=device), taken_bytes(anew, Arm.step, device=device))
     return [flops(arm.step), saved_bytes(arm.output, arm.parameters), *memory]
+
+
+def _alone(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> Arm:
+    return build(shape, dtype, device, names=(name,), lend=False)[name]
