@@ -112,7 +112,7 @@ DISPATCHES: Mapping[str, Dispatch] = {
     "padded_128": padded,
     TRUTH: reference,
 }
-LENT = ("kernel", "looped")  # those that are lent memory for gradients
+LENDING: Mapping[str, Callable[..., Tensor]] = {"kernel": kernel, "looped": looped}  # memory, to their gradients
 
 
 def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
@@ -171,8 +171,8 @@ def check(arms: Mapping[str, Arm], dtype: torch.dtype) -> None:
 def _ours(name: str, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor, lend: bool) -> Arm:
     stacked = nn.Parameter(gate_up.clone()), nn.Parameter(down.clone())
     dispatch = DISPATCHES[name]
-    if name in LENT and lend:
-        dispatch = partial(dispatch, memory=(ReusedMemory(), ReusedMemory()))
+    if name in LENDING and lend:
+        dispatch = partial(LENDING[name], memory=(ReusedMemory(), ReusedMemory()))
     return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x)
 
 

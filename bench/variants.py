@@ -150,6 +150,9 @@ def expert_layers() -> dict[str, Callable[[], dict[str, Any]]]:
         "softmax_router": lambda: {"model.moe.scoring_func": "softmax"},
         "quadratic_loss": lambda: {"model.moe.balance": (choices.QuadraticLoss(),)},
         "switch_loss": lambda: {"model.moe.balance": (choices.SwitchLoss(),)},
+        "proportional_bias": lambda: {"model.moe.balance": (choices.ProportionalBias(),)},
+        "quantile_bias": lambda: {"model.moe.balance": (choices.QuantileBias(bins=64),)},
+        "z_loss": lambda: {"model.moe.balance": (choices.SignBias(), choices.ZLoss())},
         "capacity_by_probability": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2)},
         "capacity_by_position": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2, policy="position")},
         "deepseek_v3": lambda: {

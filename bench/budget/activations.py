@@ -44,10 +44,13 @@ from dsv3.config import (
     Latent,
     Model,
     PerHead,
+    ProportionalBias,
     QuadraticLoss,
+    QuantileBias,
     SequenceLoss,
     SignBias,
     SwitchLoss,
+    ZLoss,
 )
 from dsv3.model.cost import forward_flops, mtp_depths
 
@@ -294,7 +297,9 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
                 each += 4 * batch.tokens + 4 * batch.sequences * experts
             case SwitchLoss() | QuadraticLoss():
                 each += 4 * batch.tokens + 4 * experts
-            case SignBias():
+            case ZLoss():
+                each += 4 * batch.tokens * (experts + 1)  # logits and the logarithms of their sums
+            case SignBias() | ProportionalBias() | QuantileBias():
                 pass
             case _:
                 assert_never(method)

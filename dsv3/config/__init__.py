@@ -21,13 +21,31 @@ from dsv3.config.attention import (
 from dsv3.config.change import vary
 from dsv3.config.layers import Rope, Yarn
 from dsv3.config.model import MTP, Model
-from dsv3.config.moe import Balance, Capacity, Dropless, Fixed, MoE, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
+from dsv3.config.moe import (
+    Balance,
+    Bias,
+    Capacity,
+    Dropless,
+    Fixed,
+    MoE,
+    ProportionalBias,
+    QuadraticLoss,
+    QuantileBias,
+    SequenceLoss,
+    SignBias,
+    SwitchLoss,
+    ZLoss,
+)
 from dsv3.config.precision import BFloat16, Float8Block, Float16, Float32, Precision
 from dsv3.config.store import digest, from_json, to_json
 from dsv3.config.train import SGD, AdamW, Data, Optimizer, Schedule, Train
 from dsv3.config.whole import Config
 
 __all__ = [
+    "ZLoss",
+    "QuantileBias",
+    "ProportionalBias",
+    "Bias",
     "MTP",
     "SGD",
     "AdamW",

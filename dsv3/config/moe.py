@@ -6,6 +6,8 @@ Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together)
     SequenceLoss    alpha * sum_i f_i P_i within each sequence                     arXiv 2412.19437 eq. 17-20
     SwitchLoss      alpha * E * sum_i f_i P_i over the batch                       arXiv 2101.03961 eq. 4-6
     QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                     the article, section 1.2
+    ProportionalBias, QuantileBias   the bias moved by how far a load is off, or put where loads would be equal
+    ZLoss           alpha * mean (log sum exp logits)^2, beside a method           arXiv 2202.08906
 
 Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in
 training only. The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is
@@ -13,7 +15,7 @@ training only. The article calls 1.2 x mean load "dynamic"; the mean load is N K
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3.config.rules import require, require_kind, require_number, require_one_of, require_positive
 
@@ -58,7 +60,45 @@ class QuadraticLoss:
         require_number(self, "alpha", low=0.0)
 
 
-Balance = SignBias | SequenceLoss | SwitchLoss | QuadraticLoss
+@dataclass(frozen=True, kw_only=True)
+class ProportionalBias:
+    """As `SignBias`, moved by `rate` times the load error as a share of the mean load."""
+
+    rate: float = 0.01
+
+    def __post_init__(self) -> None:
+        require_number(self, "rate", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantileBias:
+    """Bias on the scores, for selection only, put where each expert would have had its share of the step's tokens.
+
+    bins      of the histogram that the share is read from, for each expert
+    momentum  how much of the old bias stays: 0 follows every step
+    """
+
+    bins: int = 1000
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "bins")
+        require_number(self, "momentum", low=0.0)
+        require(self.momentum < 1, "momentum", self.momentum, "must be below 1", "lower it: at 1 the bias never moves")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZLoss:
+    """ST-MoE's loss on the size of the router's logits."""
+
+    alpha: float = 0.001
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+Bias = SignBias | ProportionalBias | QuantileBias
+Balance = Bias | SequenceLoss | SwitchLoss | QuadraticLoss | ZLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,12 +149,17 @@ class MoE:
         self._check_groups()
 
     def _check_balance(self) -> None:
-        known = (SignBias, SequenceLoss, SwitchLoss, QuadraticLoss)
+        known = get_args(Balance)
         tuple_of_known = isinstance(self.balance, tuple) and all(isinstance(method, known) for method in self.balance)
         rule = f"must be a tuple of {', '.join(kind.__name__ for kind in known)}"
         require(tuple_of_known, "balance", self.balance, rule, "write e.g. balance=(SignBias(),)")
         kinds = {type(method) for method in self.balance}
         require(len(kinds) == len(self.balance), "balance", self.balance, "names a method twice", "give each one once")
+        moving = [method for method in self.balance if isinstance(method, Bias)]
+        require(len(moving) < 2, "balance", self.balance, "moves one bias in several ways", "keep one of them")
+        grouped = self.n_group > 1 and any(isinstance(method, QuantileBias) for method in moving)
+        rule = "must be 1 with a QuantileBias, whose share is of all experts"
+        require(not grouped, "n_group", self.n_group, rule, "leave it out, or take another bias")
 
     def _check_groups(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok

@@ -3,7 +3,8 @@
 A layer returns its output and a `Routing`; losses, bias updates and statistics are functions of that value.
 """
 
-from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, sign_bias, switch_loss
+from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, switch_loss, z_loss
+from dsv3.moe.bias import histogram_bias, proportional_bias, quantile_bias, sign_bias
 from dsv3.moe.capacity import expert_capacity
 from dsv3.moe.layer import MoELayer
 from dsv3.moe.load import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio_floor
@@ -18,11 +19,15 @@ __all__ = [
     "drop_floor",
     "dropped_share",
     "expert_capacity",
+    "histogram_bias",
     "load_statistics",
     "max_vio_floor",
+    "proportional_bias",
     "quadratic_loss",
+    "quantile_bias",
     "route",
     "sequence_loss",
     "sign_bias",
     "switch_loss",
+    "z_loss",
 ]

@@ -1,4 +1,4 @@
-"""Keeping the experts equally busy: three losses and one update without gradient.
+"""Keeping the experts equally busy by losses; what moves the selection bias is in `dsv3.moe.bias`.
 
 With p_ni = s_ni / sum_j s_nj, the normalised score of expert i for token n, and loads counted before any drop:
 
@@ -6,7 +6,7 @@ With p_ni = s_ni / sum_j s_nj, the normalised score of expert i for token n, and
                      P_i = mean_t p_ti,   f_i = E / (K T) * number of t with i in the top-K of s_t
     SwitchLoss       alpha * E * sum_i f_i P_i over the batch,   P_i = mean_n p_ni,   f_i = load_i / (N K)
     QuadraticLoss    alpha * sum_i (P_i - 1/E)^2 over the batch
-    SignBias         b_i += rate * sign(mean load - load_i), after the optimizer's step
+    ZLoss            alpha * mean_n (log sum_i exp logit_ni)^2, which balances nothing: it keeps logits small
 
 The first two equal alpha when every expert has the same load and probability. The top-K of the sequence loss is of the
 scores alone, without bias and groups (arXiv 2412.19437 equations 17 to 20). Switch (arXiv 2101.03961 equations 4 to 6)
@@ -18,12 +18,22 @@ group.
 """
 
 from collections.abc import Callable
+from typing import assert_never
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.config import MoE, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
+from dsv3.config import (
+    MoE,
+    ProportionalBias,
+    QuadraticLoss,
+    QuantileBias,
+    SequenceLoss,
+    SignBias,
+    SwitchLoss,
+    ZLoss,
+)
 from dsv3.moe.routing import Routing
 
 Mean = Callable[[Tensor], Tensor]
@@ -49,8 +59,12 @@ def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -
                 losses["switch"] = alpha * switch_loss(routing, mean)
             case QuadraticLoss(alpha=alpha):
                 losses["quadratic"] = alpha * quadratic_loss(routing, mean)
-            case SignBias():
+            case ZLoss(alpha=alpha):
+                losses["z"] = alpha * z_loss(routing)
+            case SignBias() | ProportionalBias() | QuantileBias():
                 pass
+            case _:
+                assert_never(method)
     return losses
 
 
@@ -85,12 +99,7 @@ def quadratic_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
     return (p_E - 1 / len(p_E)).square().sum()
 
 
-@torch.no_grad()
-def sign_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate: float) -> Float[Tensor, " E"]:
-    """The bias after one step: overloaded experts lose `rate`, underloaded ones gain it, an expert at the mean stays.
-
-    Any unit of load gives the same update, so counts may be sums over micro-batches and processes.
-    """
-    # E * count against the total, in whole numbers: against a rounded mean an average expert would look off balance.
-    error_E = counts.sum() - counts * len(counts)
-    return bias + rate * error_E.sign().to(bias.dtype)
+def z_loss(routing: Routing) -> Float[Tensor, ""]:
+    """ST-MoE's loss (arXiv 2202.08906 equation 5): the mean squared logarithm of the softmax's denominator."""
+    assert routing.logits is not None, "a router keeps its logits where the config has a ZLoss"
+    return routing.logits.logsumexp(dim=-1).square().mean()

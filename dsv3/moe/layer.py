@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv3.config import Fixed, Model, MoE, SignBias
+from dsv3.config import Fixed, Model, MoE
 from dsv3.layers import SwiGLU
-from dsv3.moe.balance import sign_bias
+from dsv3.moe.bias import demand, moved
 from dsv3.moe.capacity import drop
 from dsv3.moe.experts import Experts
 from dsv3.moe.router import route
@@ -69,9 +69,11 @@ class MoELayer(nn.Module):
             y = y + self.shared_experts(x)
         return y, routing
 
-    def update_bias(self, counts: Int[Tensor, " E"]) -> None:
-        """Move the selection bias by the loads of a whole step, after the optimizer's; without `SignBias` it stays."""
-        for method in self.moe.balance:
-            if isinstance(method, SignBias):
-                bias = self.gate.e_score_correction_bias
-                bias.copy_(sign_bias(bias, counts.to(bias.device), method.rate))
+    def demand(self, routing: Routing) -> Int[Tensor, "E bins"] | None:
+        """What `update_bias` has to know of a microbatch, to be summed over all of a step; None: its loads."""
+        return demand(routing, self.gate.e_score_correction_bias, self.moe)
+
+    def update_bias(self, asked: Int[Tensor, "E ..."]) -> None:
+        """Move the selection bias by the demand of a whole step, after the optimizer's; it stays without a method."""
+        bias = self.gate.e_score_correction_bias
+        bias.copy_(moved(bias, asked.to(bias.device), self.moe))

@@ -23,6 +23,7 @@ class Routing:
         scores: every expert's score without bias, in float32 or better; the router's gradient flows through these.
         counts: tokens per expert before anything is dropped, which is what balance is judged on.
         kept: which pairs an expert really takes; None when nothing is dropped.
+        logits: what the scores are made of, where a loss wants it.
     """
 
     indices: Int[Tensor, "N K"]
@@ -30,6 +31,7 @@ class Routing:
     scores: Float[Tensor, "N E"]
     counts: Int[Tensor, " E"]
     kept: Bool[Tensor, "N K"] | None = None
+    logits: Float[Tensor, "N E"] | None = None
 
 
 def count(indices: Int[Tensor, "..."], experts: int) -> Int[Tensor, " E"]:

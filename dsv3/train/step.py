@@ -67,11 +67,14 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _Tally:
-    """Sums over microbatches: losses by name, pairs kept per layer, and loads per layer and expert."""
+    """Sums over microbatches: losses by name, pairs kept per layer, loads per layer and expert, and of routers whose
+    biases are moved by more than loads, by what.
+    """
 
     losses: dict[str, Tensor]
     kept: Tensor
     counts: Tensor
+    demand: tuple[Tensor, ...]
 
 
 def train_step(
@@ -86,7 +89,7 @@ def train_step(
         group["lr"] = rate
     state.model.train()
     tally = _over_ranks(_accumulate(state, rows, ranks), ranks)
-    norm, health = _update(state, tally.counts, ranks)
+    norm, health = _update(state, tally.demand or tuple(tally.counts), ranks)
     routed = tally.counts.sum().item()
     loads = tally.counts.double()
     return StepReport(
@@ -114,22 +117,26 @@ def _accumulate(state: TrainState, rows: Tensor, ranks: Ranks) -> _Tally:
             output = state.model(microbatch[:, :-1], mtp=train.mtp_loss_weight > 0)
         losses = loss_parts(output, microbatch, state.config, ranks.mean)
         (losses["total"] * (scale / len(microbatches))).backward()
-        tallies.append(_tally(losses, output))
+        tallies.append(_tally(losses, output, state))
     return _Tally(
         losses={name: torch.stack([tally.losses[name] for tally in tallies]).mean() for name in tallies[0].losses},
         kept=torch.stack([tally.kept for tally in tallies]).sum(dim=0),
         counts=torch.stack([tally.counts for tally in tallies]).sum(dim=0),
+        demand=tuple(torch.stack(layer).sum(dim=0) for layer in zip(*(tally.demand for tally in tallies), strict=True)),
     )
 
 
-def _tally(losses: dict[str, Tensor], output: ModelOutput) -> _Tally:
+def _tally(losses: dict[str, Tensor], output: ModelOutput, state: TrainState) -> _Tally:
     counts = [routing.counts for routing in output.routing]
     kept = [routing.counts.sum() if routing.kept is None else routing.kept.sum() for routing in output.routing]
+    # depths left out of a step have no routing
+    demanded = [layer.demand(routing) for layer, routing in zip(state.expert_layers, output.routing, strict=False)]
     none = torch.zeros(0, 1, dtype=torch.int64, device=losses["total"].device)
     return _Tally(
         losses={name: value.detach().double() for name, value in losses.items()},
         kept=torch.stack(kept) if kept else none[:, 0],
         counts=torch.stack(counts) if counts else none,
+        demand=tuple(asked for asked in demanded if asked is not None),
     )
 
 
@@ -139,10 +146,11 @@ def _over_ranks(tally: _Tally, ranks: Ranks) -> _Tally:
         losses=dict(zip(tally.losses, means, strict=True)),
         kept=ranks.sum(tally.kept),
         counts=ranks.sum(tally.counts),
+        demand=tuple(map(ranks.sum, tally.demand)),
     )
 
 
-def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str]:
+def _update(state: TrainState, demand: tuple[Tensor, ...], ranks: Ranks) -> tuple[float, str]:
     ranks.average_gradients(state.model.parameters())
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -155,9 +163,9 @@ def _update(state: TrainState, counts: Tensor, ranks: Ranks) -> tuple[float, str
         reason = "gradient that is not finite"
     if reason is None:
         state.optimizer.step()
-        for layer, loads in zip(state.expert_layers, counts, strict=False):  # depths left out of a step have no loads
+        for layer, asked in zip(state.expert_layers, demand, strict=False):
             if any(weight.requires_grad for weight in layer.parameters()):  # a frozen router keeps its bias too
-                layer.update_bias(loads)
+                layer.update_bias(asked)
     state.optimizer.zero_grad(set_to_none=True)
     return norm, "ok" if reason is None else f"skipped: {reason}"
 

@@ -1,0 +1,114 @@
+"""Moving the selection bias, without gradient, by what a whole step asked of the experts, after the optimizer's step.
+
+    SignBias           b_i += rate * sign(mean load - load_i)
+    ProportionalBias   b_i += rate * (mean load - load_i) / mean load
+    QuantileBias       b_i  = the value that a share K / E of the tokens has a_n - s_ni below, then minus the mean of b;
+                              a_n is the (K + 1)-th largest s + b of token n
+
+A token chooses expert i where s_ni + b_i passes a_n, so that b_i as the quantile gives expert i its fair share, were
+the a_n to stay; since they move as all biases do, a few steps are needed. It has no rate to tune. Centring changes no
+choice: only differences of biases are compared.
+
+A step's demand is a sum over microbatches and processes: the loads, or for quantiles how often a_n - s_ni falls into
+each of some bins for each expert. Scores lie in [0, 1], which bounds the bins by the bias that all processes have. The
+bias is moved between steps, so that no token's experts depend on a later token.
+
+Sources: sign, arXiv 2408.15664; quantiles, J. Su 2026 and Megatron-LM, whose histograms have 1000 bins.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsv3.config import MoE, ProportionalBias, QuantileBias, SignBias
+from dsv3.moe.routing import Routing
+
+
+@torch.no_grad()
+def demand(routing: Routing, bias: Float[Tensor, " E"], moe: MoE) -> Int[Tensor, "E bins"] | None:
+    """What `moved` has to know of a microbatch, to be summed over all of a step; None: its loads."""
+    for method in moe.balance:
+        if isinstance(method, QuantileBias):
+            return histogram(routing.scores, bias, moe.num_experts_per_tok, method.bins)
+    return None
+
+
+@torch.no_grad()
+def moved(bias: Float[Tensor, " E"], asked: Int[Tensor, "E ..."], moe: MoE) -> Float[Tensor, " E"]:
+    """The bias after a step whose demand was `asked`; as it was without a method that moves it."""
+    for method in moe.balance:
+        match method:
+            case SignBias(rate=rate):
+                return sign_bias(bias, asked, rate)
+            case ProportionalBias(rate=rate):
+                return proportional_bias(bias, asked, rate)
+            case QuantileBias(momentum=momentum):
+                found = histogram_bias(bias, asked, moe.num_experts_per_tok)
+                return torch.lerp(found, bias, momentum)
+    return bias
+
+
+def sign_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate: float) -> Float[Tensor, " E"]:
+    """The bias after one step: overloaded experts lose `rate`, underloaded ones gain it, an expert at the mean stays.
+
+    Any unit of load gives the same update, so counts may be sums over micro-batches and processes.
+    """
+    return bias + rate * _error(counts).sign().to(bias.dtype)
+
+
+def proportional_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate: float) -> Float[Tensor, " E"]:
+    """The same, by how far an expert is from the mean, as a share of it."""
+    return bias + rate * (_error(counts).double() / counts.sum().clamp(min=1)).to(bias.dtype)
+
+
+def quantile_bias(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, " E"]:
+    """The exact quantiles of one batch, centred: what histograms come near to."""
+    experts = len(bias)
+    if k == experts:
+        return bias - bias.mean()
+    below = max(1, round(len(scores) * k / experts))
+    found = _margins(scores, bias, k).kthvalue(below, dim=0).values.to(bias.dtype)
+    return found - found.mean()
+
+
+def histogram(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int, bins: int) -> Int[Tensor, "E bins"]:
+    """How many tokens have a_n - s_ni in each bin of [least bias - 1, largest bias + 1], for each expert i."""
+    experts = len(bias)
+    counts = torch.zeros(experts, bins, dtype=torch.int64, device=bias.device)
+    if k == experts:
+        return counts
+    low, width = _bins(bias, bins)
+    place = ((_margins(scores, bias, k) - low) / width).long().clamp(0, bins - 1)
+    return counts.scatter_add_(1, place.t(), torch.ones_like(place.t()))
+
+
+def histogram_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, "E bins"], k: int) -> Float[Tensor, " E"]:
+    """The quantiles of a histogram, each between the edges of its bin by how many of its tokens are wanted, centred."""
+    experts, bins = counts.shape
+    tokens = counts.sum(dim=1, keepdim=True)
+    if k == experts or not bool((tokens > 0).all()):
+        return bias - bias.mean()
+    low, width = _bins(bias, bins)
+    wanted = tokens.double() * k / experts
+    up_to = counts.cumsum(dim=1).double()
+    at = (up_to < wanted).sum(dim=1, keepdim=True).clamp(max=bins - 1)
+    inside = counts.gather(1, at).double()
+    share = (wanted - (up_to.gather(1, at) - inside)) / inside.clamp(min=1)
+    found = (low + width * (at + share)).squeeze(1).to(bias.dtype)
+    return found - found.mean()
+
+
+def _error(counts: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
+    # E * count against the total, in whole numbers: against a rounded mean an average expert would look off balance.
+    return counts.sum() - counts * len(counts)
+
+
+def _margins(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, "N E"]:
+    """a_n - s_ni: how large the bias of i must be for token n to choose it."""
+    threshold = (scores + bias).topk(k + 1, dim=-1).values[:, k:]
+    return threshold - scores
+
+
+def _bins(bias: Float[Tensor, " E"], bins: int) -> tuple[Tensor, Tensor]:
+    low, high = bias.aminmax()
+    return low - 1, (high - low + 2) / bins
