@@ -26,6 +26,7 @@ STUDIES: tuple[str, ...] = (
     "attention_hierarchical",
     "attention_choosing",
     "attention_indexer",
+    "moe_speed",
     "moe_capacity",
     "precision_modes",
     "pipeline_bubble",

@@ -28,13 +28,19 @@ def peak_bytes(
 
     `build` must make all state anew, model, optimizer and inputs; what the call returns is dropped.
     """
-    measure = _on_gpu if torch.device(device).type == "cuda" else _on_cpu
-    peak, live, blocks = measure(build, call)
+    peak, live, blocks, _ = _measured(build, call, device)
     return (
         Measurement(metric="peak_bytes", value=peak),
         Measurement(metric="live_bytes", value=live + peak),
         Measurement(metric="allocations", value=blocks),
     )
+
+
+def taken_bytes(
+    build: Callable[[], State], call: Callable[[State], object], *, device: torch.device | str = "cpu"
+) -> Measurement:
+    """Bytes of all blocks that `call(build())` takes, given back or not, after one warm-up call."""
+    return Measurement(metric="taken_bytes", value=_measured(build, call, device)[3])
 
 
 def peak_of(changes: Iterable[int]) -> int:
@@ -46,7 +52,14 @@ def peak_of(changes: Iterable[int]) -> int:
     return peak
 
 
-def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int]:
+def _measured(
+    build: Callable[[], State], call: Callable[[State], object], device: torch.device | str
+) -> tuple[int, int, int, int]:
+    """Peak, live before, blocks taken, and their bytes."""
+    return (_on_gpu if torch.device(device).type == "cuda" else _on_cpu)(build, call)
+
+
+def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int, int]:
     gc.collect()  # what earlier work left must not be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         state = build()
@@ -66,10 +79,11 @@ def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tupl
     # A stable sort by time alone: events of the same nanosecond keep the order in which they were reported.
     changes = [size for at, size in sorted(memory, key=lambda event: event[0]) if start <= at <= end]
     live = sum(size for at, size in memory if at < start)
-    return peak_of(changes), live, sum(change > 0 for change in changes)
+    taken = [change for change in changes if change > 0]
+    return peak_of(changes), live, len(taken), sum(taken)
 
 
-def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int]:
+def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int, int]:
     before = torch.cuda.memory_allocated()
     state = build()
     call(state)
@@ -77,11 +91,11 @@ def _on_gpu(build: Callable[[], State], call: Callable[[State], object]) -> tupl
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     live = torch.cuda.memory_allocated()
-    blocks = torch.cuda.memory_stats()["allocation.all.allocated"]
+    counted = torch.cuda.memory_stats()
     call(state)
     torch.cuda.synchronize()
-    return (
-        torch.cuda.max_memory_allocated() - live,
-        live - before,
-        torch.cuda.memory_stats()["allocation.all.allocated"] - blocks,
+    blocks, size = (
+        torch.cuda.memory_stats()[name] - counted[name]
+        for name in ("allocation.all.allocated", "allocated_bytes.all.allocated")
     )
+    return torch.cuda.max_memory_allocated() - live, live - before, blocks, size

@@ -8,6 +8,7 @@ transposes. Every implementation has the signature `Dispatch`, computes in x's t
     reference    one expert after the other in the plainest form; any floating type
     grouped      torch's grouped matrix product over sorted rows; float32, bfloat16 and float16
     looped       a loop of matrix products over sorted rows with a backward that keeps less; any floating type
+    kernel       the same in C++, where a compiler is at hand; on a CPU, float32 and bfloat16
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.layers.swiglu import swiglu
+from dsv3.moe.kernels.experts import fits, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing, count
@@ -96,18 +98,33 @@ def looped(
     return looped_experts(x, weight.to(x.dtype), gate_up, down, token, counts, memory).to(x.dtype)
 
 
+def kernel(
+    x: Float[Tensor, "N D"],
+    routing: Routing,
+    gate_up: Float[Tensor, "E D twoF"],
+    down: Float[Tensor, "E F D"],
+    memory: tuple[ReusedMemory, ReusedMemory] | None = None,
+) -> Float[Tensor, "N D"]:
+    """`dsv3.moe.kernels` on sorted rows; `memory` is lent to the gradients of the weights."""
+    token, weight, counts = sort_rows(routing, cut=not torch.compiler.is_compiling())
+    return kernel_experts(x, weight, gate_up, down, token, counts, memory).to(x.dtype)
+
+
 def choose(
     x: Float[Tensor, "N D"],
     routing: Routing,
     down: Float[Tensor, "E F D"],
     memory: tuple[ReusedMemory, ReusedMemory] | None = None,
 ) -> Dispatch:
-    """The implementation for these tensors; `memory` is for `looped`.
+    """The implementation for these tensors; `memory` is for those that lend it to gradients.
 
-    On a GPU the grouped product is one kernel. On a CPU it is itself a loop, and ours keeps half as much and copies
-    less; only for half-precision products of few rows, which end sooner than Python calls the next, it is the faster.
-    It needs widths that are whole multiples of 16 bytes, and has no float64.
+    On a GPU the grouped product is one kernel. On a CPU our C++ is the fastest by far; where it cannot be, the grouped
+    product is itself a loop, and ours keeps half as much and copies less; only for half-precision products of few rows,
+    which end sooner than Python calls the next, it is the faster. It needs widths that are whole multiples of 16 bytes,
+    and has no float64.
     """
+    if fits(x, down) and why_not() is None:
+        return partial(kernel, memory=memory)
     half = x.dtype in (torch.bfloat16, torch.float16)
     aligned = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
     rows = routing.indices.numel() / len(down)

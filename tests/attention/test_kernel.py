@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.attention import Selection, attend, implementation, why_not_kernel
-from dsv3.attention.kernels import blocks, build
+from dsv3.attention.kernels import blocks
 from dsv3.attention.select import per_head, window
+from dsv3.native import build
 from tests.attention.lists import REASON, SHAPES, close, draw, grads, needs_kernel, of_lists, right, select
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 FORMATS = [torch.float32, torch.bfloat16]
+KERNEL = (blocks.NAME, Path(blocks.__file__).parent, "attention")
 
 
 @needs_kernel
@@ -272,7 +274,7 @@ def test_a_machine_without_a_compiler_says_so_once_and_computes_all_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    missing = build.why_not.__wrapped__()
+    missing = build.why_not.__wrapped__(*KERNEL)
     assert missing is not None
     assert missing.startswith("there is no C++ compiler; install g++")
     assert capsys.readouterr().err == f"dsv3: attention without the C++ kernel: {missing}\n"
@@ -291,17 +293,17 @@ def test_a_compiler_that_goes_through_another_is_used_with_a_ninja_beside_python
 ) -> None:
     """Up to compiling itself: CXX="ccache g++" is common, and an environment's folder need not be on PATH."""
     monkeypatch.setenv("CXX", "env c++")
-    assert build._digest(["env", "c++"]) == build._digest(["c++"])
+    assert build._digest(["env", "c++"], *KERNEL[:2]) == build._digest(["c++"], *KERNEL[:2])
     tools, beside = tmp_path / "tools", tmp_path / "bin"
     for folder, program in ((tools, "env"), (beside, "ninja")):
         folder.mkdir()
         (folder / program).symlink_to(sys.executable)
     monkeypatch.setenv("PATH", str(tools))
-    monkeypatch.setattr(build, "_digest", lambda compiler: "-".join(compiler).replace("/", "-"))
+    monkeypatch.setattr(build, "_digest", lambda compiler, *_: "-".join(compiler).replace("/", "-"))
     monkeypatch.setattr(build, "_root", lambda: tmp_path / "cache")
     found: list[str | None] = []
 
-    def compiled(folder: Path) -> None:
+    def compiled(folder: Path, *_: object) -> None:
         folder.mkdir()
         found.extend((folder.name, shutil.which("ninja")))
 
@@ -309,9 +311,9 @@ def test_a_compiler_that_goes_through_another_is_used_with_a_ninja_beside_python
     monkeypatch.setattr(torch.ops, "load_library", lambda library: None)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(RuntimeError, match="ninja is missing"):
-        build._load()
+        build._load(*KERNEL)
     monkeypatch.setattr(sys, "executable", str(beside / "python"))
-    build._load()
+    build._load(*KERNEL)
     assert found == ["env-c++", str(beside / "ninja")]
     assert os.environ["PATH"] == str(tools)
 
@@ -320,5 +322,5 @@ def test_a_compiler_that_fails_is_no_error_of_the_user(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
 ) -> None:
     monkeypatch.setenv("CXX", "false")
-    assert build.why_not.__wrapped__() is not None
+    assert build.why_not.__wrapped__(*KERNEL) is not None
     assert "without the C++ kernel" in capsys.readouterr().err

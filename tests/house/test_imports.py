@@ -13,7 +13,7 @@ HOUSES = ("dsv3", "bench", "ablations", "reports")
 COLUMNS = (
     ("config",),
     ("precision", "pipeline", "resilience", "data"),
-    ("layers", "augment"),
+    ("layers", "augment", "native"),
     ("attention", "moe"),
     ("model",),
     ("parallel",),

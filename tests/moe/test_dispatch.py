@@ -2,16 +2,15 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3.moe import Routing
-from dsv3.moe.dispatch import Dispatch, choose, grouped, looped, reference
+from dsv3.moe.dispatch import Dispatch, choose, grouped, kernel, looped, reference
+from dsv3.moe.kernels.experts import fits, why_not
 from dsv3.moe.looped import blocks
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import count
@@ -111,16 +110,7 @@ def test_bfloat16_contributions_are_summed_in_float32() -> None:
         assert dispatch(x, routing, gate_up.bfloat16(), down.bfloat16())[0, 0].item() == 260.0
 
 
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Without the checks of annotations, which the compiler cannot trace."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
-
-
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("annotations_unchecked")
 def test_compiled_dispatch_is_one_graph_and_gives_the_same_bits() -> None:
     routing = random_routing(13, 5, 2, torch.float32, kept=0.7)
 
@@ -161,10 +151,14 @@ def test_blocks_cover_every_expert_and_row_once_in_order(counts: list[int]) -> N
     ],
 )
 def test_choice_on_a_cpu_follows_type_rows_and_alignment(
-    dtype: torch.dtype, tokens: int, width: int, chosen: Dispatch
+    dtype: torch.dtype, tokens: int, width: int, chosen: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     routing = random_routing(tokens, 8, 2, dtype)
-    found = choose(torch.zeros(tokens, width, dtype=dtype), routing, torch.zeros(8, 8, width, dtype=dtype))
+    x, down = torch.zeros(tokens, width, dtype=dtype), torch.zeros(8, 16, width, dtype=dtype)
+    if fits(x, down) and why_not() is None:
+        assert getattr(choose(x, routing, down), "func", None) is kernel
+    monkeypatch.setattr("dsv3.moe.dispatch.why_not", lambda: "no compiler")
+    found = choose(x, routing, down)
     assert getattr(found, "func", found) is chosen
 
 

@@ -13,13 +13,17 @@ of the heads at work.
 """
 
 import functools
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.attention.kernels import build, flops, registration
+from dsv3.attention.kernels import flops, registration
 from dsv3.attention.selection import Selection
+from dsv3.native import build
+
+NAME = "dsv3_kernels"
 
 
 @torch.compiler.assume_constant_result  # the compiler runs it and keeps the answer
@@ -30,9 +34,9 @@ def why_not() -> str | None:
 
 @functools.cache
 def _prepared() -> str | None:
-    reason = build.why_not()
+    reason = build.why_not(NAME, Path(__file__).parent, "attention")
     if reason is None:
-        registration.register(build.NAME, lambda q, k, weights: q.shape[1])
+        registration.register(NAME, lambda q, k, weights: q.shape[1])
         flops.register_choice(torch.ops.dsv3_kernels.choose)
     return reason
 

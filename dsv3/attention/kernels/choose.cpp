@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +20,9 @@
 #include "work.h"
 
 namespace dsv3 {
+
+const Kernels& chosen(const std::string& instructions);  // of operators.cpp
+
 namespace {
 
 using at::Tensor;

@@ -23,34 +23,22 @@ namespace {
 using at::Tensor;
 using Optional = std::optional<Tensor>;
 
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found;
+std::initializer_list<const Kernels*> every() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  bool long_vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (long_vectors && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16);
-  if (long_vectors) found.push_back(&avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2);
+  static const std::initializer_list<const Kernels*> all = {&avx512_bf16, &avx512, &avx2, &portable};
+#else
+  static const std::initializer_list<const Kernels*> all = {&portable};
 #endif
-  found.push_back(&portable);
-  return found;
+  return all;
 }
 
 }  // namespace
 
-const Kernels& chosen(const std::string& instructions) {
-  for (const Kernels* kernels : available())
-    if (instructions.empty() || instructions == kernels->name) return *kernels;
-  TORCH_CHECK_VALUE(false, "instructions='", instructions, "': this processor lacks them; leave it empty for the best");
-}
+const Kernels& chosen(const std::string& instructions) { return among(every(), instructions); }
 
 namespace {
 
-std::string names() {
-  std::string all;
-  for (const Kernels* kernels : available()) all += (all.empty() ? "" : " ") + std::string(kernels->name);
-  return all;
-}
+std::string names() { return names_of(every()); }
 
 Rows rows_of(const Tensor& x) { return {(char*)x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 

@@ -116,8 +116,12 @@ INLINE Vector multiplied(Vector sum, Word a, Bits b) {
 #endif
 }
 
+constexpr int64_t STEPS_AHEAD = 24;
+
 // One panel: M x (16 N) sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column by column.
-template <int M, int N, bool HALF, bool ROWS, class Finish>
+// What comes from memory is asked for on the way: of A the rows of the next panel, of B the lines some steps ahead.
+enum class Far { none, a, b };
+template <int M, int N, bool HALF, bool ROWS, Far FAR, class Finish>
 INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count, const Finish& finish,
                   int64_t row, int64_t column) {
   Vector sum[M][N];
@@ -126,6 +130,12 @@ INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, in
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[m][n] = finish.start(row + m, column + LANES * n);
   for (int64_t k = 0; k < count; ++k) {
+    if (FAR == Far::a && k % LANES == 0)
+#pragma GCC unroll 8
+      for (int m = M; m < 2 * M; ++m) __builtin_prefetch(a + m * lead + k, 0, 2);
+    if (FAR == Far::b)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) __builtin_prefetch(b + (k + STEPS_AHEAD) * lead_b + LANES * n, 0, 2);
     Bits line[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) line[n] = *(const LooseBits*)(b + k * lead_b + LANES * n);
@@ -142,29 +152,34 @@ INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, in
     for (int n = 0; n < N; ++n) finish.end(row + m, column + LANES * n, sum[m][n]);
 }
 
-template <int N, bool HALF, bool ROWS, class Finish>
+template <int N, bool HALF, bool ROWS, Far FAR, class Finish>
 static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count,
                   const Finish& finish, int64_t column) {
+  constexpr Far LATER = FAR == Far::b ? Far::none : FAR;  // the first panel has B come
   int64_t row = 0, step = ROWS ? lead : 1;
+  if (FAR == Far::b && rows >= PANEL) {
+    panel<PANEL, N, HALF, ROWS, FAR>(a, lead, b, lead_b, count, finish, 0, column);
+    row = PANEL;
+  }
   for (; row + PANEL <= rows; row += PANEL)
-    panel<PANEL, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
+    panel<PANEL, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
   for (; row + 2 <= rows; row += 2)
-    panel<2, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
-  if (row < rows) panel<1, N, HALF, ROWS>(a + row * step, lead, b, lead_b, count, finish, row, column);
+    panel<2, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
+  if (row < rows) panel<1, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
 }
 
 // `columns` is a multiple of 16.
-template <bool HALF, bool ROWS, class Finish>
+template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                     int64_t lead_b, const Finish& finish) {
   int64_t column = 0;
   for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
-    strip<WIDE, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+    strip<WIDE, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
   if (WIDE > 2)
     for (; column + 2 * LANES <= columns; column += 2 * LANES)
-      strip<WIDE < 2 ? WIDE : 2, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+      strip<WIDE < 2 ? WIDE : 2, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
   for (; column < columns; column += LANES)
-    strip<1, HALF, ROWS>(rows, a, lead, b + column, lead_b, count, finish, column);
+    strip<1, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
 }
 
 // Add to what is there, or begin with zero.

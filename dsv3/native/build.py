@@ -1,6 +1,6 @@
-"""Compile the C++ of this folder once per machine, keep it in the user's cache, and say why where that is impossible.
+"""Compile the C++ of a folder once per machine, keep it in the user's cache, and say why where that is impossible.
 
-The library's folder is named by a digest of all it depends on: the sources, the flags, torch and the compiler. It is
+A library's folder is named by a digest of all it depends on: the sources, the flags, torch and the compiler. It is
 built under another name and renamed when complete, and a lock keeps a second process waiting instead of building too.
 Which instructions are used is decided when it runs, so that the cache may be shared by machines of one kind of
 processor.
@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-NAME = "dsv3_kernels"
-FOLDER = Path(__file__).parent
+SHARED = Path(__file__).parent  # headers for all
 FLAGS = (
     "-O3",
     "-fopenmp",  # torch's threads; its libgomp is the one that is loaded already
@@ -33,32 +32,34 @@ FLAGS = (
 
 
 @functools.cache
-def why_not() -> str | None:
-    """None once the kernel is compiled and loaded; otherwise why it cannot be. The first call may take a minute.
+def why_not(name: str, folder: Path, what: str) -> str | None:
+    """None once the operators `name` of a folder's C++ are compiled and loaded; otherwise why they cannot be. The first
+    call may take a minute.
 
-    A failure is said once on stderr and then remembered until the process ends.
+    A failure is said once on stderr, as the lack of a kernel for `what`, and remembered until the process ends.
     """
     try:
-        _load()
+        _load(name, folder, what)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        print(f"dsv3: attention without the C++ kernel: {reason}", file=sys.stderr, flush=True)
+        print(f"dsv3: {what} without the C++ kernel: {reason}", file=sys.stderr, flush=True)
         return reason
     return None
 
 
-def _load() -> None:
+def _load(name: str, source: Path, what: str) -> None:
     if sys.platform != "linux":
         raise RuntimeError(f"it is built on Linux only, not on {sys.platform}")
     compiler = shlex.split(os.environ.get("CXX", "c++"))  # one that goes through another: "ccache g++"
     if not compiler or shutil.which(compiler[0]) is None:
         raise RuntimeError("there is no C++ compiler; install g++, or name one in the environment variable CXX")
-    folder = _root() / _digest(compiler)
-    library = folder / f"{NAME}.so"
+    folder = _root() / _digest(compiler, name, source)
+    library = folder / f"{name}.so"
     if not library.exists():
         with _locked(folder.with_suffix(".lock")), _ninja_at_hand():
             if not library.exists():
-                _compile(folder)
+                print(f"dsv3: compiling the kernel of {what}, once on this machine (about a minute)", file=sys.stderr)
+                _compile(folder, name, source)
     torch.ops.load_library(library)
 
 
@@ -68,14 +69,16 @@ def _root() -> Path:
     return cache_folder() / "kernels"
 
 
-def _sources() -> list[Path]:
-    return sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+def _sources(source: Path) -> list[Path]:
+    paths = (path for folder in (SHARED, source) for path in folder.iterdir())
+    return sorted(path for path in paths if path.suffix in (".cpp", ".h"))
 
 
-def _digest(compiler: list[str]) -> str:
+def _digest(compiler: list[str], name: str, source: Path) -> str:
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    parts = [torch.__version__, platform.machine(), *FLAGS, *(path.name for path in _sources())]
-    content = b"".join(path.read_bytes() for path in _sources())
+    sources = _sources(source)
+    parts = [name, torch.__version__, platform.machine(), *FLAGS, *(path.name for path in sources)]
+    content = b"".join(path.read_bytes() for path in sources)
     return sha256(repr(parts).encode() + version + content).hexdigest()[:16]
 
 
@@ -103,18 +106,18 @@ def _ninja_at_hand() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _compile(folder: Path) -> None:
+def _compile(folder: Path, name: str, source: Path) -> None:
     from torch.utils import cpp_extension  # slow to import, and wanted here only
 
-    print("dsv3: compiling the attention kernel, once on this machine (about a minute)", file=sys.stderr)
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's about compilers that it does not know
             cpp_extension.load(
-                NAME,
-                [str(path) for path in _sources() if path.suffix == ".cpp"],
+                name,
+                [str(path) for path in _sources(source) if path.suffix == ".cpp"],
                 extra_cflags=list(FLAGS),
+                extra_include_paths=[str(SHARED)],
                 build_directory=str(temporary),
                 is_python_module=False,
             )

@@ -1,4 +1,4 @@
-"""What tests of attention share besides their inputs."""
+"""What tests of several rooms share."""
 
 import pytest
 from jaxtyping import config as jaxtyping_config

@@ -1,0 +1,192 @@
+"""How near does a layer of experts come to a dense one? Forward and backward over a grid of shapes, against its peers.
+
+A dense layer of the same FLOPs reads its weights once for all tokens; experts read E of them for a few rows each, sort
+their rows and add up what comes back. What is left of the dense speed is the figure here, at its best: the dense layer
+is torch's own and this project's kernel with a single expert, whichever is faster. `bench.expert_layers` says what the
+arms are.
+
+The grid: 8, 64 and 128 experts, 2 or 8 of them a token, 8 to 512 rows for each, widths of 256 and 1024 with experts
+half and a quarter as wide, both number formats, routing drawn at random or balanced. Figures of the grid are geometric
+means over its shapes, taken in each process, so that their intervals are over processes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
+
+from ablations.evidence import Estimate, NoEvidence, mean
+from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
+from ablations.traced import note_read
+from bench.record import Profile, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
+ROWS = (8, 32, 256, 512)
+FEW, MANY = 32, 256  # rows of which products are short, and from which they are long
+INNER = {256: 128, 1024: 256}  # width of an expert, by the model's
+FLOPS = 2_000_000_000  # of an arm in a block, at least
+METRIC = "forward_backward_cpu_ratio"
+PEER = "transformers"
+DENSE = ("dense", "dense_kernel")
+CHANGES: Mapping[str, str] = {
+    "transformers": "DeepSeek-V3's experts there, on torch's grouped product",
+    "kernel": "this project's C++ kernel",
+    "looped": "this project's loop of torch's products, where there is no compiler",
+    "padded_128": "rows filled up to multiples of 128 for the grouped product, as MegaBlocks does",
+    "dense": "no experts: a SwiGLU of as many FLOPs, torch's products",
+    "dense_kernel": "the same by this project's kernel, as one expert",
+}
+
+
+def cells(profile: Profile) -> tuple[Cell, ...]:
+    """Per process a cell for each width, number of experts and format, which goes over rows, k and routing."""
+    if profile == "quick":
+        return grid(seconds=4, seeds=(0,), width=(256,), experts=(8,), dtype=("fp32",), least=(FEW,), threads=(1,))
+    return grid(
+        seconds=300,
+        seeds=range(SEEDS[profile]),
+        width=tuple(INNER),
+        experts=(8, 64, 128),
+        dtype=("fp32", "bf16"),
+        least=ROWS[:1],
+        threads=(1,),
+    )
+
+
+def measure(cell: Cell) -> list[Reading]:
+    """Times of all arms against the peer's at every point of the cell, interleaved."""
+    import torch
+
+    torch.set_num_threads(int(cell.axes["threads"]))
+    whole = cell.axes["least"] == ROWS[0]
+    points = [
+        (rows, k, routed)
+        for rows in (ROWS if whole else (FEW, MANY))
+        for k, routed in (((2, "uniform"), (8, "uniform"), (2, "balanced")) if whole else ((2, "uniform"),))
+    ]
+    return [reading for point in points for reading in _timed(cell, *point, blocks=3 if whole else 2)]
+
+
+def _timed(cell: Cell, rows: int, k: int, routed: str, *, blocks: int) -> list[Reading]:
+    import torch
+
+    from bench import expert_layers
+    from bench.meters.paired import process_clock, ratio, time_block
+
+    width, experts, seed = int(cell.axes["width"]), int(cell.axes["experts"]), cell.seed or 0
+    shape = expert_layers.Shape(rows * experts // k, width, INNER[width], experts, k)
+    dtype = torch.float32 if cell.axes["dtype"] == "fp32" else torch.bfloat16
+    build = partial(expert_layers.build, shape, dtype, torch.device("cpu"), routed=routed, seed=seed)
+    arms = build(names=CHANGES)
+    expert_layers.check(arms | build(names=(expert_layers.TRUTH,)), dtype)
+    steps = {name: arm.step for name, arm in arms.items()}
+    calls = max(1, FLOPS // shape.flops)
+    taken = [time_block(steps, 2 * seed + block, calls, process_clock) for block in range(blocks + 1)][1:]
+    axes: dict[str, Value] = {"rows": rows, "k": k, "routing": routed}
+    found = [
+        Reading(arm=arm, measurement=ratio(taken, arm, PEER, "forward_backward", "cpu"), axes=axes)
+        for arm in arms
+        if arm != PEER
+    ]
+    lacking = "the C++ kernel cannot be built here"
+    return found + [Reading(arm=arm, metric=METRIC, pending=lacking, axes=axes) for arm in CHANGES if arm not in arms]
+
+
+Point = Mapping[str, float]  # the arms' times at one point of the grid, as shares of the peer's
+
+
+def answer(records: Sequence[Record]) -> str:
+    """What is left of the dense speed at many and at few rows, and how much faster than the peer that is."""
+    said = []
+    for dtype in ("fp32", "bf16"):
+        with suppress(NoEvidence):
+            many = over_grid(records, dtype, _of_dense, lambda rows: rows >= MANY)
+            few = over_grid(records, dtype, _of_dense, lambda rows: rows == FEW)
+            peer = over_grid(records, dtype, lambda point: 1 / point["kernel"], lambda rows: True)
+            said.append(
+                f"In {dtype} the kernel reaches {many} of the faster dense layer's speed from {MANY} rows an expert "
+                f"on and {few} at {FEW} rows, and {peer} times the speed of transformers over all shapes."
+            )
+    if not said:
+        raise NoEvidence("the kernel has not been timed beside a dense layer")
+    return " ".join(said)
+
+
+def _of_dense(point: Point) -> float:
+    return min(point[arm] for arm in DENSE) / point["kernel"]
+
+
+def over_grid(
+    records: Sequence[Record], dtype: str, value: Callable[[Point], float], which: Callable[[int], bool]
+) -> Estimate:
+    """The geometric mean over the grid's points with such rows, in each process, and then over processes.
+
+    Raises:
+        NoEvidence: no such point has all arms.
+    """
+    seeds: dict[int | None, dict[object, dict[str, float]]] = {}
+    rows = [row for row in records if row.metric == METRIC and row.error is None and row.axes["dtype"] == dtype]
+    rows = [row for row in rows if which(int(row.axes["rows"]))]
+    for row in rows:
+        point = seeds.setdefault(row.seed, {}).setdefault(tuple(sorted(row.axes.items(), key=str)), {})
+        point[row.arm] = float(row.value or 0.0)
+    needed = set(CHANGES) - {PEER}
+    each = [[value(point) for point in points.values() if point.keys() >= needed] for points in seeds.values()]
+    if not any(each):
+        raise NoEvidence(f"no point in {dtype} has all arms")
+    note_read(rows)
+    return mean([geometric_mean(values) for values in each if values], geometric=True)
+
+
+def speeds(table: Any) -> "Picture":
+    """Share of the faster dense layer's speed against rows per expert, by format; a mean over all other axes."""
+    import numpy as np
+    from matplotlib.figure import Figure as Picture
+
+    rows = table[table["metric"] == METRIC]
+    if rows.empty:
+        raise NoEvidence("nothing has been timed")
+    formats = [dtype for dtype in ("fp32", "bf16") if dtype in set(rows["dtype"])]
+    picture = Picture(figsize=(6.4, 3.6), layout="constrained")
+    panels = picture.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, formats, strict=True):
+        points = rows[rows["dtype"] == dtype].pivot_table(
+            index=["rows", "width", "experts", "k", "routing"], columns="arm", values="value"
+        )
+        points[PEER] = 1.0
+        best = points[list(DENSE)].min(axis=1)
+        for arm in ("kernel", "looped", PEER, "padded_128"):
+            share = np.exp(np.log(best / points[arm]).groupby("rows").mean())
+            axes.plot(share.index, share, marker="o", label=arm if axes is panels[0] else None)
+        axes.axhline(1.0, color="#7f7f7f", linestyle=":", label="dense" if axes is panels[0] else None)
+        axes.set(xscale="log", xlabel="rows per expert", title=dtype, ylim=(0, None))
+        axes.set_xticks(sorted(set(points.index.get_level_values("rows"))), labels=None)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.minorticks_off()
+        axes.grid(visible=True)
+    panels[0].set_ylabel("share of the faster dense layer's speed")
+    picture.legend(loc="outside lower center", ncols=5)
+    return picture
+
+
+STUDY = Study(
+    name="moe_speed",
+    question="How near does a layer of experts come to a dense one?",
+    arms=tuple(Arm(name, changes) for name, changes in CHANGES.items()),
+    baseline=PEER,
+    metrics=(METRIC,),
+    seeds=SEEDS,
+    cells=cells,
+    measure=measure,
+    figures=(Figure("speed", "Speed of the experts against rows per expert, with the dense limit", draw=speeds),),
+    answer=answer,
+    limits=(
+        "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
+        "One thread by CPU time; all arms in one process, and nothing is compiled by torch.",
+        "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
+    ),
+)

@@ -1,0 +1,209 @@
+"""A layer of routed experts by itself: every dispatch, the peers of it, and dense layers of as many FLOPs.
+
+All arms get the same tokens, the same routing and the same weights, each in the layout it likes. The routing is given,
+so the router's own cost is left out; sorting and combining are in. `uniform` routing draws K distinct experts for each
+token, `balanced` gives every expert as many rows.
+
+    transformers     the experts of DeepSeek-V3 there, on torch's grouped product: the peer
+    padded_128       each expert's rows filled up to a multiple of 128, as MegaBlocks does, then the grouped product
+    dense            a SwiGLU of K times the width on all tokens, torch's own products
+    dense_kernel     the same by our kernel, as a layer of one expert: what is lost to experts alone
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3.layers import SwiGLU
+from dsv3.layers.swiglu import swiglu
+from dsv3.moe import Routing
+from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, reference, sort_rows
+from dsv3.moe.kernels.experts import fits, why_not
+from dsv3.moe.memory import ReusedMemory
+from dsv3.moe.routing import count
+
+PEER = "transformers"
+DENSE = ("dense", "dense_kernel")
+TRUTH = "reference"
+KERNEL = ("kernel", "dense_kernel")
+PADDED = 128  # rows to a multiple of which an expert's are filled up
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens of width D to K of E experts of width F."""
+
+    tokens: int
+    hidden: int
+    inner: int
+    experts: int
+    k: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of an average expert."""
+        return self.tokens * self.k // self.experts
+
+    @property
+    def flops(self) -> int:
+        """Of forward and backward: three products of each row, each thrice."""
+        return 18 * self.tokens * self.k * self.hidden * self.inner
+
+
+class Arm:
+    """Something with parameters that turns tokens into tokens; `transposed` says that it stores outputs first."""
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        parameters: Iterable[nn.Parameter],
+        x: Tensor,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self.forward = forward
+        self.parameters = tuple(parameters)
+        self.x = x.clone().requires_grad_()
+        self.toward = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+        self.transposed = transposed
+
+    def output(self) -> Tensor:
+        """Forward alone."""
+        return self.forward(self.x)
+
+    def step(self) -> Tensor:
+        """Forward and backward, without gradients of an earlier call."""
+        self.x.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
+        y = self.output()
+        y.backward(self.toward)
+        return y
+
+    def results(self) -> list[Tensor]:
+        """Output and gradients, those of the experts' weights inputs first."""
+        y = self.step()
+        gradients = [tensor.grad for tensor in (self.x, *self.parameters) if tensor.grad is not None]
+        turned = [gradient.transpose(1, 2) if self.transposed else gradient for gradient in gradients[1:]]
+        return [y, gradients[0], *turned]
+
+
+def padded(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """The grouped product over rows filled up to whole blocks with zeros."""
+    token, weight, counts = sort_rows(routing)
+    whole = -(-counts // PADDED) * PADDED
+    ends, filled = whole.cumsum(0), counts.cumsum(0)
+    place = torch.arange(len(token), device=x.device) + (ends - whole - filled + counts).repeat_interleave(counts)
+    rows = x.new_zeros(int(ends[-1]), x.shape[1]).index_copy(0, place, x[token])
+    offsets = ends.to(torch.int32)
+    gate, up = F.grouped_mm(rows, gate_up, offs=offsets).chunk(2, dim=-1)
+    out = F.grouped_mm(swiglu(gate, up), down, offs=offsets)[place] * weight.to(x.dtype)[:, None]
+    return torch.zeros_like(x, dtype=torch.float32).index_add(0, token, out.float()).to(x.dtype)
+
+
+DISPATCHES: Mapping[str, Dispatch] = {
+    "kernel": kernel,
+    "looped": looped,
+    "grouped": grouped,
+    "padded_128": padded,
+    TRUTH: reference,
+}
+LENT = ("kernel", "looped")  # those that are lent memory for gradients
+
+
+def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
+    """Which experts the tokens go to, with random gate weights."""
+    random = torch.Generator().manual_seed(seed)
+    if routed == "balanced":
+        first = torch.arange(shape.tokens)[:, None] * shape.k + torch.arange(shape.k)
+        indices = torch.randperm(shape.experts, generator=random)[first % shape.experts]
+    else:
+        indices = torch.rand(shape.tokens, shape.experts, generator=random).topk(shape.k).indices
+    weights = torch.rand(shape.tokens, shape.k, generator=random)
+    return Routing(indices, weights, weights.new_ones(shape.tokens, shape.experts), count(indices, shape.experts))
+
+
+def build(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    names: Iterable[str] | None = None,
+    routed: str = "uniform",
+    seed: int = 0,
+    lend: bool = True,
+) -> dict[str, Arm]:
+    """The named arms, or all that this machine has, the peer first. `lend`: gradients get their memory back in the next
+    call, as in training.
+
+    For counting bytes it must not, since memory that is kept is not seen to be taken.
+    """
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape.tokens, shape.hidden, generator=random).to(device, dtype)
+    given = routing_of(shape, routed, seed)
+    routing = Routing(*(part.to(device) for part in (given.indices, given.weights, given.scores, given.counts)))
+    gate_up = torch.randn(shape.experts, shape.hidden, 2 * shape.inner, generator=random) / shape.hidden**0.5
+    down = torch.randn(shape.experts, shape.inner, shape.hidden, generator=random) / shape.inner**0.5
+    gate_up, down = gate_up.to(device, dtype), down.to(device, dtype)
+    made: dict[str, Callable[[], Arm]] = {PEER: partial(_peer, shape, routing, gate_up, down, x)}
+    made |= {name: partial(_ours, name, routing, gate_up, down, x, lend) for name in DISPATCHES}
+    made |= {name: partial(_dense, name, shape, x, lend) for name in DENSE}
+    missing = KERNEL if why_not() is not None or not fits(x, down) else ()
+    return {name: made[name]() for name in names or made if name not in missing}
+
+
+def check(arms: Mapping[str, Arm], dtype: torch.dtype) -> None:
+    """Outputs and gradients of every routed arm equal the reference's; the dense layers are another function."""
+    truth = arms[TRUTH].results()
+    for name, arm in arms.items():
+        if name in (TRUTH, *DENSE):
+            continue
+        for found, right in zip(arm.results(), truth, strict=True):
+            # Sums of a few hundred products in other orders, and a handful of roundings to the type on the way.
+            bound = 8 * torch.finfo(dtype).eps * arm.x.shape[1] ** 0.5 * right.abs().max().item()
+            torch.testing.assert_close(found, right, rtol=0.0, atol=bound, msg=partial("{}: {}".format, name))
+
+
+def _ours(name: str, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor, lend: bool) -> Arm:
+    stacked = nn.Parameter(gate_up.clone()), nn.Parameter(down.clone())
+    dispatch = DISPATCHES[name]
+    if name in LENT and lend:
+        dispatch = partial(dispatch, memory=(ReusedMemory(), ReusedMemory()))
+    return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x)
+
+
+def _dense(name: str, shape: Shape, x: Tensor, lend: bool) -> Arm:
+    wide = shape.k * shape.inner
+    if name == "dense":
+        layer = SwiGLU(shape.hidden, wide).to(x)
+        return Arm(layer, layer.parameters(), x)
+    one = Shape(shape.tokens, shape.hidden, wide, 1, 1)
+    random = torch.Generator().manual_seed(0)
+    gate_up = torch.randn(1, shape.hidden, 2 * wide, generator=random) / shape.hidden**0.5
+    down = torch.randn(1, wide, shape.hidden, generator=random) / wide**0.5
+    routing = routing_of(one, "balanced")
+    routing = Routing(routing.indices, torch.ones_like(routing.weights), routing.scores, routing.counts)
+    return _ours("kernel", routing, gate_up.to(x), down.to(x), x, lend)
+
+
+def _peer(shape: Shape, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor) -> Arm:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    config = DeepseekV3Config(
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.inner,
+        n_routed_experts=shape.experts,
+        num_experts_per_tok=shape.k,
+    )
+    config._experts_implementation = "grouped_mm"
+    experts = DeepseekV3Experts(config).to(x)
+    with torch.no_grad():
+        experts.gate_up_proj.copy_(gate_up.transpose(1, 2))
+        experts.down_proj.copy_(down.transpose(1, 2))
+    weights = routing.weights.to(x)
+    return Arm(lambda rows: experts(rows, routing.indices, weights), experts.parameters(), x, transposed=True)

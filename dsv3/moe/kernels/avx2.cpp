@@ -1,0 +1,16 @@
+// AVX2 and FMA: 4 x 16 sums in 8 of 16 registers.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx2,fma")
+#include <immintrin.h>
+
+#include "problem.h"
+namespace dsv3::experts {
+namespace {
+constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
+#include "tiles.h"
+
+#include "passes.h"
+}  // namespace
+const Kernels avx2{"avx2", room, hidden, out, weights, inputs};
+}  // namespace dsv3::experts
+#endif

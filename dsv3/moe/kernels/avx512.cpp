@@ -1,0 +1,18 @@
+// AVX-512 without bf16: pairs are widened and multiplied in fp32.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+// said by hand: g++ before 13 reads the whole file before it heeds the pragma, and sets no macro of its own
+#define HAS_AVX512
+#include <immintrin.h>
+
+#include "problem.h"
+namespace dsv3::experts {
+namespace {
+constexpr int PANEL = 6, WIDE = 4;  // rows and vectors of a panel of sums
+#include "tiles.h"
+
+#include "passes.h"
+}  // namespace
+const Kernels avx512{"avx512", room, hidden, out, weights, inputs};
+}  // namespace dsv3::experts
+#endif

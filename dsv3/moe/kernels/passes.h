@@ -1,0 +1,324 @@
+// Passes of a layer of SwiGLU experts over rows sorted by expert.
+//
+//     hidden     h = x W_gate_up;   a = w silu(h_gate) h_up            expert by expert
+//     out        y[token] += a W_down                                  columns apart, experts in order
+//     weights    g = dy[token] W_down^T;   dw = <g, a / w>;   dh = w g (h_up silu'(h_gate), silu(h_gate))
+//                dW_down = a^T dy[token];   dW_gate_up = x[token]^T dh
+//     inputs     dx[token] += dh W_gate_up^T
+//
+// Weights are read as they lie wherever a product allows: with inputs before outputs they are factor B of the forward
+// products, and row by row factor A of the backward ones, whose B is the few rows of an expert, turned. Only bf16's
+// forward pass has to copy them, in pairs of rows. So few rows an expert cost little more each than many.
+
+constexpr int64_t TALL = 96;       // rows that a forward product takes at a time, whole panels: with B they stay in L2
+constexpr int64_t STRIP = 64;      // columns of its B: 64 x 256 fp32 fill an L1 cache, 64 x 1024 a quarter of L2
+constexpr int64_t ROWS_AHEAD = 16;
+constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
+constexpr int64_t TILE = 64;  // rows that a backward product has in its lanes
+
+template <bool HALF>
+constexpr int64_t size_of() {
+  return HALF ? 2 : 4;
+}
+template <bool HALF>
+INLINE int64_t words(int64_t count) {
+  return HALF ? (count + 1) / 2 : count;
+}
+
+struct Scratch {
+  char* next;
+  template <class T>
+  INLINE_MEMBER T* take(int64_t count) {
+    T* x = (T*)next;
+    next += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return x;
+  }
+};
+
+template <bool HALF>
+INLINE Vector read(const char* x, int64_t i) {
+  return HALF ? widened(*(const LooseHalves*)(x + i * 2)) : load((const float*)x + i);
+}
+template <bool HALF>
+INLINE void write(char* x, int64_t i, Vector y) {
+  if (HALF)
+    *(LooseHalves*)(x + i * 2) = halves(y);
+  else
+    store((float*)x + i, y);
+}
+
+// ---- where products end
+
+template <bool HALF>
+struct Put {
+  char* to;
+  int64_t lead;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const { write<HALF>(to, row * lead + column, sum); }
+};
+
+template <bool HALF>
+struct PutAway {  // past the caches where they cannot hold it: what is written is read when much else has been
+  char* to;
+  int64_t lead;
+  bool past;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
+#ifdef HAS_AVX512
+    if (past && HALF) return _mm256_stream_si256((__m256i*)(to + (row * lead + column) * 2), (__m256i)halves(sum));
+    if (past) return _mm512_stream_ps((float*)to + row * lead + column, (__m512)sum);
+#endif
+    write<HALF>(to, row * lead + column, sum);
+  }
+};
+
+struct Scatter {  // each row is added to that of its token
+  float* to;
+  int64_t lead;
+  const int64_t* token;
+  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
+    float* y = to + token[row] * lead + column;
+    store(y, load(y) + sum);
+  }
+};
+
+// ---- what is copied for them
+
+static void gather(const char* x, int64_t bytes, const int64_t* token, int64_t count, char* to) {
+  constexpr int64_t AHEAD = 8;
+  for (int64_t i = 0; i < count; ++i) {
+    const char* later = x + token[least(i + AHEAD, count - 1)] * bytes;
+    for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(later + c, 0, 2);
+    __builtin_memcpy(to + i * bytes, x + token[i] * bytes, bytes);
+  }
+}
+
+// bf16 rows, `lead` apart, in pairs: each word has neighbours of a column; an odd row is paired with zeros.
+static void paired(const char* x, int64_t rows, int64_t columns, int64_t lead, Word* to) {
+  const uint16_t* low = (const uint16_t*)x;
+  for (int64_t i = 0; i < rows; i += 2, low += 2 * lead, to += columns) {
+    const uint16_t* high = low + lead;
+    for (int64_t c = 0; c < columns; c += 2 * LANES) {
+      __builtin_prefetch(low + ROWS_AHEAD * lead + c, 0, 2);
+      __builtin_prefetch(high + ROWS_AHEAD * lead + c, 0, 2);
+    }
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Bits a = __builtin_convertvector(*(const LooseHalves*)(low + c), Bits);
+      Bits b = i + 1 < rows ? __builtin_convertvector(*(const LooseHalves*)(high + c), Bits) : Bits{};
+      *(LooseBits*)(to + c) = a | (b << 16);
+    }
+  }
+}
+
+struct Factor {
+  const Word* data;
+  int64_t lead;
+};
+template <bool HALF>
+INLINE Factor as_right(const char* x, int64_t rows, int64_t columns, int64_t lead, Word* room) {
+  if (!HALF) return {(const Word*)x, lead};
+  paired(x, rows, columns, lead, room);
+  return {room, columns};
+}
+
+// 16 x 16 words turned, by halves, quarters, eighths and sixteenths.
+INLINE void turn(Bits (&x)[LANES]) {
+#ifdef HAS_AVX512
+  const Bits lane = (Bits)lanes();
+#pragma GCC unroll 4
+  for (uint32_t d = LANES / 2; d; d /= 2) {
+    const Bits lower = (lane & d) == 0 ? lane : lane - d + 16, upper = (lane & d) == 0 ? lane + d : lane + 16;
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < LANES; ++i) {
+      if (i & d) continue;
+      Bits a = x[i], b = x[i + d];
+      x[i] = __builtin_shuffle(a, b, lower);
+      x[i + d] = __builtin_shuffle(a, b, upper);
+    }
+  }
+#else
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < i; ++j) {
+      uint32_t one = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = one;
+    }
+#endif
+}
+
+// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and rows up to whole vectors are zeros.
+static void turned(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
+  for (int64_t r = 0; r < rows; r += LANES)
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Bits x[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) x[i] = r + i < rows ? *(const LooseBits*)(from + (r + i) * lead + c) : Bits{};
+      turn(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) *(LooseBits*)(to + (c + i) * lead_to + r) = x[i];
+    }
+}
+
+// ---- SwiGLU
+
+INLINE Vector sigmoid(Vector x) {
+  Vector e = power_of_two<false>(choose(x < 0.0f, x, -x) * LOG2E);  // e^-|x|
+  return choose(x < 0.0f, e, spread(1.0f)) / (e + 1.0f);
+}
+
+template <bool HALF>
+static void activate(const char* h, int64_t inner, float weight, char* a) {
+  for (int64_t c = 0; c < inner; c += LANES) {
+    Vector gate = read<HALF>(h, c), up = read<HALF>(h, inner + c);
+    write<HALF>(a, c, gate * sigmoid(gate) * up * weight);
+  }
+}
+
+// From g, the gradient of silu(gate) up: dh, the weighted activation, and the gradient of the weight.
+template <bool HALF>
+static float backward_row(const float* g, const char* h, int64_t inner, float weight, char* dh, char* a) {
+  Vector sums = {};
+  float sum = 0.0f;
+  for (int64_t c = 0; c < inner; c += LANES) {
+    Vector gate = read<HALF>(h, c), up = read<HALF>(h, inner + c), pull = load(g + c);
+    Vector s = sigmoid(gate), silu = gate * s, active = silu * up;
+    sums = fused(pull, active, sums);
+    write<HALF>(a, c, active * weight);
+    pull = pull * weight;
+    write<HALF>(dh, c, pull * up * (s + silu * (1.0f - s)));
+    write<HALF>(dh, inner + c, pull * silu);
+  }
+  for (int n = 0; n < LANES; ++n) sum += sums[n];
+  return sum;
+}
+
+// ---- passes
+
+template <bool HALF>
+static void hidden_of(const Problem& p, int64_t e, char* scratch) {
+  Scratch room{scratch};
+  constexpr int64_t size = size_of<HALF>();
+  int64_t first = p.start[e], stop = p.start[e + 1], d = p.hidden, f = p.inner, deep = words<HALF>(d);
+  if (first == stop) return;
+  Word* rows = room.take<Word>(p.longest * deep);
+  Word* strip = room.take<Word>(HALF ? deep * STRIP : 0);
+  gather(p.x, d * size, p.token + first, stop - first, (char*)rows);
+  for (int64_t c = 0; c < 2 * f; c += STRIP) {
+    Factor weights = as_right<HALF>(p.gate_up + (e * d * 2 * f + c) * size, d, least(STRIP, 2 * f - c), 2 * f, strip);
+    for (int64_t i = first; i < stop; i += TALL)
+      product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, stop - i), least(STRIP, 2 * f - c), deep,
+                                                     rows + (i - first) * deep, deep, weights.data, weights.lead,
+                                                     Put<HALF>{p.h + (i * 2 * f + c) * size, 2 * f});
+  }
+  for (int64_t i = first; i < stop; ++i)
+    activate<HALF>(p.h + i * 2 * f * size, f, p.weight[i], p.a + i * f * size);
+}
+
+template <bool HALF>
+static void out_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  constexpr int64_t size = size_of<HALF>();
+  int64_t d = p.hidden, f = p.inner, deep = words<HALF>(f);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    if (p.start[e] == p.start[e + 1]) continue;
+    for (int64_t c = column; c < column + columns; c += STRIP) {
+      int64_t wide = least(STRIP, column + columns - c);
+      Factor weights = as_right<HALF>(p.down + (e * f * d + c) * size, f, wide, d, (Word*)scratch);
+      for (int64_t i = p.start[e]; i < p.start[e + 1]; i += TALL)
+        product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, p.start[e + 1] - i), wide, deep,
+                                                       (const Word*)(p.a + i * f * size), deep, weights.data,
+                                                       weights.lead, Scatter{p.y + c, d, p.token + i});
+    }
+  }
+}
+
+template <bool HALF>
+static void weights_of(const Problem& p, int64_t e, char* scratch) {
+  Scratch room{scratch};
+  constexpr int64_t size = size_of<HALF>();
+  int64_t first = p.start[e], count = p.start[e + 1] - first, d = p.hidden, f = p.inner, deep = words<HALF>(d);
+  int64_t all = words<HALF>(p.longest);
+  Word* x = room.take<Word>(all * d);
+  Word* dy = room.take<Word>(all * d);
+  Word* a = room.take<Word>(all * f);
+  Word* dh = room.take<Word>(HALF ? all * 2 * f : 0);
+  char* rows = room.take<char>(TILE * (d > f ? d : f) * size);
+  Word* turned_dy = room.take<Word>(deep * TILE);
+  float* turned_g = room.take<float>(f * TILE);
+  float* g = room.take<float>(TILE * f);
+  const Word* down = (const Word*)(p.down + e * f * d * size);
+  for (int64_t i = 0; i < count; i += TILE) {
+    int64_t n = least(TILE, count - i), lead = padded(n), row = first + i;
+    char* own_dy = HALF ? rows : (char*)(dy + i * d);
+    gather(p.dy, d * size, p.token + row, n, own_dy);
+    if (HALF) paired(rows, n, d, d, dy + i / 2 * d);
+    turned((const Word*)own_dy, deep, n, deep, turned_dy, lead);
+    product<HALF, true, Far::a>(f, lead, deep, down, deep, turned_dy, lead, Put<false>{(char*)turned_g, lead});
+    turned((const Word*)turned_g, lead, f, lead, (Word*)g, f);
+    char* own_a = HALF ? rows : (char*)(a + i * f);
+    for (int64_t j = 0; j < n; ++j)
+      p.dweight[row + j] = backward_row<HALF>(g + j * f, p.h + (row + j) * 2 * f * size, f, p.weight[row + j],
+                                              p.dh + (row + j) * 2 * f * size, own_a + j * f * size);
+    if (HALF) {
+      paired(rows, n, f, f, a + i / 2 * f);
+      paired(p.dh + row * 2 * f * size, n, 2 * f, 2 * f, dh + i / 2 * 2 * f);
+      gather(p.x, d * size, p.token + row, n, rows);
+      paired(rows, n, d, d, x + i / 2 * d);
+    } else {
+      gather(p.x, d * size, p.token + row, n, (char*)(x + i * d));
+    }
+  }
+  const Word* slope = HALF ? dh : (const Word*)(p.dh + first * 2 * f * size);
+  bool past = p.experts * 3 * f * d * size > CACHED;
+  product<HALF, false>(f, d, words<HALF>(count), a, f, dy, d, PutAway<HALF>{p.ddown + e * f * d * size, d, past});
+  product<HALF, false>(d, 2 * f, words<HALF>(count), x, d, slope, 2 * f,
+                       PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
+#ifdef HAS_AVX512
+  _mm_sfence();
+#endif
+}
+
+template <bool HALF>
+static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  Scratch room{scratch};
+  int64_t d = p.hidden, f = p.inner, deep = words<HALF>(2 * f);
+  Word* turned_dh = room.take<Word>(deep * TILE);
+  float* turned_dx = room.take<float>(columns * TILE);
+  float* dx = room.take<float>(TILE * columns);
+  for (int64_t e = 0; e < p.experts; ++e) {
+    const Word* weights = (const Word*)(p.gate_up + (e * d + column) * 2 * f * size_of<HALF>());
+    for (int64_t first = p.start[e]; first < p.start[e + 1]; first += TILE) {
+      int64_t n = least(TILE, p.start[e + 1] - first), lead = padded(n);
+      turned((const Word*)(p.dh + first * 2 * f * size_of<HALF>()), deep, n, deep, turned_dh, lead);
+      product<HALF, true, Far::a>(columns, lead, deep, weights, deep, turned_dh, lead, Put<false>{(char*)turned_dx, lead});
+      turned((const Word*)turned_dx, lead, columns, lead, (Word*)dx, columns);
+      for (int64_t i = 0; i < n; ++i) {
+        float* to = p.dx + p.token[first + i] * d + column;
+        for (int64_t c = 0; c < columns; c += LANES) store(to + c, load(to + c) + load(dx + i * columns + c));
+      }
+    }
+  }
+}
+
+static int64_t room(const Problem& p) {
+  int64_t d = p.hidden, f = p.inner, rows = (p.longest + TILE - 1) / TILE * TILE;
+  int64_t hidden = (rows + STRIP) * d, out = f * STRIP;
+  int64_t weights = rows * (2 * d + 3 * f) + TILE * (2 * d + 4 * f), inputs = TILE * (2 * f + 2 * d);
+  int64_t most = hidden > out ? hidden : out;
+  most = weights > most ? weights : most;
+  most = inputs > most ? inputs : most;
+  return most * 4 + 16 * 64;
+}
+
+static void hidden(const Problem& p, int64_t e, char* scratch) {
+  p.half ? hidden_of<true>(p, e, scratch) : hidden_of<false>(p, e, scratch);
+}
+static void out(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  p.half ? out_of<true>(p, column, columns, scratch) : out_of<false>(p, column, columns, scratch);
+}
+static void weights(const Problem& p, int64_t e, char* scratch) {
+  p.half ? weights_of<true>(p, e, scratch) : weights_of<false>(p, e, scratch);
+}
+static void inputs(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  p.half ? inputs_of<true>(p, column, columns, scratch) : inputs_of<false>(p, column, columns, scratch);
+}

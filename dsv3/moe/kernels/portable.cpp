@@ -1,0 +1,11 @@
+// Any processor: vectors as the compiler lowers them.
+#include "problem.h"
+namespace dsv3::experts {
+namespace {
+constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
+#include "tiles.h"
+
+#include "passes.h"
+}  // namespace
+const Kernels portable{"portable", room, hidden, out, weights, inputs};
+}  // namespace dsv3::experts

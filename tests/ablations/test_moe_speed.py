@@ -1,0 +1,82 @@
+"""The study of the experts' speed: its means over a grid, what its quick cell measures, and its picture."""
+
+from statistics import geometric_mean
+
+import pytest
+
+from ablations import moe_speed
+from ablations.evidence import NoEvidence
+from ablations.moe_speed import CHANGES, PEER, ROWS, over_grid
+from ablations.traced import Prose
+from bench.fingerprint import provenance
+from bench.measurement import Measurement, Point, record
+from bench.record import Record
+from dsv3.moe.kernels.experts import why_not
+from reports.frame import summary
+
+TIMES = {"kernel": 0.4, "looped": 0.9, "padded_128": 1.5, "dense": 0.5, "dense_kernel": 0.3}
+
+
+def kept(arm: str, value: float, seed: int, **axes: str | int) -> Record:
+    point = Point(study=moe_speed.STUDY.name, arm=arm, baseline=PEER, seed=seed, axes={"device": "cpu"} | axes)
+    return record(point, provenance("full"), Measurement(metric=moe_speed.METRIC, value=value))
+
+
+def records(dtype: str = "fp32", seeds: int = 6) -> list[Record]:
+    """Processes that agree; at more than 32 rows the kernel takes half the time, and the dense layers are as before."""
+    where = {"width": 256, "experts": 8, "k": 2, "routing": "uniform", "dtype": dtype}
+    return [
+        kept(arm, time / 2 if arm == "kernel" and rows > 32 else time, seed, rows=rows, **where)
+        for seed in range(seeds)
+        for rows in ROWS
+        for arm, time in TIMES.items()
+    ]
+
+
+def test_the_answer_is_of_the_faster_dense_layer_and_over_the_whole_grid() -> None:
+    said = Prose.of(moe_speed.answer(records()))
+    assert "In fp32 the kernel reaches 1.5 of the faster dense layer's speed from 256 rows" in said
+    assert "and 0.75 at 32 rows" in said
+    whole = geometric_mean([2.5, 2.5, 5.0, 5.0])
+    assert over_grid(records(), "fp32", lambda point: 1 / point["kernel"], lambda _: True).value == pytest.approx(whole)
+    assert "bf16" not in said
+    assert "In bf16" in moe_speed.answer(records() + records("bf16"))
+
+
+def test_a_point_that_lacks_an_arm_counts_for_nothing() -> None:
+    rows = [row for row in records() if (row.arm, row.axes["rows"]) != ("dense", 512)]
+    many = over_grid(rows, "fp32", lambda point: point["kernel"], lambda number: number >= 256)
+    assert many.value == pytest.approx(0.2)
+    with pytest.raises(NoEvidence, match="no point in fp32 has all arms"):
+        moe_speed.over_grid(rows, "fp32", lambda point: 1.0, lambda number: number == 512)
+    with pytest.raises(NoEvidence, match="has not been timed"):
+        moe_speed.answer([])
+
+
+def test_the_quick_cell_times_every_arm_against_the_peer() -> None:
+    (cell,) = moe_speed.cells("quick")
+    rows = moe_speed.measure(cell)
+    assert {(row.arm, row.axes["rows"]) for row in rows} == {
+        (arm, number) for arm in CHANGES if arm != PEER for number in (32, 256)
+    }
+    assert all((row.pending is None) == (row.measurement is not None) for row in rows)
+    if why_not() is None:
+        assert all(row.measurement is not None and row.measurement.value > 0 for row in rows)
+
+
+def test_a_process_goes_over_the_whole_grid() -> None:
+    cells = [cell for cell in moe_speed.cells("full") if cell.seed == 0]
+    assert {(cell.axes["width"], cell.axes["experts"], cell.axes["dtype"]) for cell in cells} == {
+        (width, experts, dtype) for width in (256, 1024) for experts in (8, 64, 128) for dtype in ("fp32", "bf16")
+    }
+
+
+def test_the_picture_has_a_panel_for_each_format_and_the_dense_limit() -> None:
+    picture = moe_speed.speeds(summary(records() + records("bf16")))
+    assert [axes.get_title() for axes in picture.axes] == ["fp32", "bf16"]
+    lines = {line.get_label(): line for line in picture.axes[0].get_lines()}
+    assert list(lines["kernel"].get_ydata()) == pytest.approx([0.75, 0.75, 1.5, 1.5])
+    assert list(lines[PEER].get_ydata()) == pytest.approx([0.3] * 4)
+    assert list(lines["dense"].get_ydata()) == [1.0, 1.0]
+    with pytest.raises(NoEvidence):
+        moe_speed.speeds(summary(records()).iloc[:0])

@@ -1,0 +1,70 @@
+"""Layers of experts by themselves: every arm computes what it should, and what the kernel keeps and takes of memory."""
+
+import pytest
+import torch
+
+from bench.bench_moe import costs
+from bench.expert_layers import DENSE, KERNEL, PEER, TRUTH, Arm, Shape, build, check, routing_of
+from bench.meters.memory import peak_bytes
+from bench.meters.saved import saved_bytes
+from dsv3.moe.kernels.experts import why_not
+
+CPU = torch.device("cpu")
+SMALL = Shape(tokens=96, hidden=64, inner=32, experts=8, k=2)
+needs_kernel = pytest.mark.skipif(why_not() is not None, reason=f"no kernel here: {why_not()}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("routed", ["uniform", "balanced"])
+def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None:
+    arms = build(SMALL, dtype, CPU, routed=routed)
+    assert set(arms) >= {PEER, "looped", "grouped", "padded_128", "dense", TRUTH}
+    check(arms, dtype)
+    with torch.no_grad():
+        arms["padded_128"].parameters[0][3] += 1.0
+    with pytest.raises(AssertionError, match="padded_128"):
+        check(arms, dtype)
+
+
+@needs_kernel
+def test_dense_layers_do_as_many_flops() -> None:
+    found = {name: costs(SMALL, torch.float32, CPU, name)[0].value for name in (*DENSE, *KERNEL, PEER)}
+    assert set(found.values()) == {SMALL.flops}
+
+
+def test_balanced_routing_gives_every_expert_as_many_rows() -> None:
+    assert routing_of(SMALL, "balanced").counts.tolist() == [SMALL.rows] * SMALL.experts
+    routing = routing_of(Shape(40, 64, 32, 8, 8), "balanced")
+    assert all(row.unique().numel() == 8 for row in routing.indices)
+
+
+@needs_kernel
+def test_what_the_kernel_keeps_is_flat_in_granularity() -> None:
+    """Twice the experts a token, half as wide: x, h, and a few bytes for each row. h does not grow."""
+    coarse, fine = Shape(1024, 256, 256, 16, 2), Shape(1024, 256, 128, 32, 4)
+    kept = []
+    for shape in (coarse, fine):
+        arm = build(shape, torch.float32, CPU, names=("kernel",))["kernel"]
+        bytes_kept = saved_bytes(arm.output, arm.parameters).value
+        rows = shape.tokens * shape.k
+        least = 4 * (shape.tokens * shape.hidden + rows * 2 * shape.inner)
+        assert least < bytes_kept <= least + 24 * rows + 8 * shape.experts
+        kept.append(bytes_kept)
+    assert kept[1] == pytest.approx(kept[0], rel=0.02)
+
+
+@needs_kernel
+def test_a_step_takes_less_than_the_peers_and_gives_everything_back() -> None:
+    shape = Shape(512, 128, 64, 16, 4)
+    taken = {name: costs(shape, torch.float32, CPU, name)[-1] for name in ("kernel", PEER)}
+    assert {one.metric for one in taken.values()} == {"taken_bytes"}
+    assert taken["kernel"].value <= 0.6 * taken[PEER].value
+
+    def steps(number: int) -> float:
+        def call(arm: Arm) -> None:
+            for _ in range(number):
+                arm.step()
+
+        return peak_bytes(lambda: build(shape, torch.float32, CPU, names=("kernel",))["kernel"], call)[0].value
+
+    assert steps(100) == steps(1)
