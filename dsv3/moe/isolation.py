@@ -14,8 +14,8 @@ p-norm of everything is that of the ranks' norms, of their experts alone, and of
 
     |g|_p = | (|g_experts of rank 1|_p, ..., |g_experts of rank R|_p, |g_replicated|_p) |_p       also for p = infinity
 
-The mean over ranks of each rank's own norm is something else, and so is a sum that counts replicated parameters R
-times: both change with the layout, and the first, left unaveraged, lets ranks clip one replicated gradient differently.
+A rank's norm of what it holds is not that: unaveraged it has ranks clip the gradient that all hold by different
+factors, and its mean over ranks, like a sum that counts replicated parameters R times, changes with the layout.
 """
 
 from collections.abc import Callable, Sequence

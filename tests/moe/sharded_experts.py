@@ -126,10 +126,17 @@ def sharded(x: Tensor, layer: MoELayer, owned: range | None, ranks: Ranks) -> Te
     return y[rows_of(ranks, len(x))]
 
 
-if __name__ == "__main__":
+def write(out: str) -> None:
+    """Measure every layout and case."""
     with joined(os.environ, torch.device("cpu")) as here:
         found = {
             layout: {case: measure(layout, starved, here) for case, starved in STARVED.items()} for layout in LAYOUTS
         }
         if here.first:
-            torch.save(found, sys.argv[1])
+            torch.save(found, out)
+
+
+if __name__ == "__main__":
+    # In a function, so that the process group goes with its last name and waits for its threads. One that were still
+    # letting go of the last tensor as Python ends would abort the process.
+    write(sys.argv[1])
