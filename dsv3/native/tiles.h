@@ -38,6 +38,22 @@ INLINE Vector choose(Ints which, Vector yes, Vector no) {
   return (Vector)(((Ints)yes & which) | ((Ints)no & ~which));
 }
 
+// 32-bit words that a row of numbers fills.
+template <bool HALF>
+INLINE int64_t words(int64_t width) {
+  return HALF ? (width + 1) / 2 : width;
+}
+
+struct Scratch {  // memory handed out piece by piece, in whole cache lines
+  char* next;
+  template <class T>
+  INLINE_MEMBER T* take(int64_t count) {
+    T* x = (T*)next;
+    next += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return x;
+  }
+};
+
 #ifdef HAS_AVX512
 INLINE Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 // where one of the two is NaN the processor returns the second

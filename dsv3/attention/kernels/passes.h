@@ -16,20 +16,6 @@ template <bool HALF>
 INLINE const char* at(const Rows& x, int64_t b, int64_t h, int64_t row) {
   return x.data + (b * x.batch + h * x.head + row * x.row) * (HALF ? 2 : 4);
 }
-template <bool HALF>
-INLINE int64_t words(int64_t width) {
-  return HALF ? (width + 1) / 2 : width;
-}
-
-struct Scratch {
-  char* next;
-  template <class T>
-  INLINE_MEMBER T* take(int64_t count) {
-    T* x = (T*)next;
-    next += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    return x;
-  }
-};
 
 struct Matrix {
   const Word* data;

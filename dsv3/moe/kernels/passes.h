@@ -21,21 +21,6 @@ constexpr int64_t size_of() {
   return HALF ? 2 : 4;
 }
 template <bool HALF>
-INLINE int64_t words(int64_t count) {
-  return HALF ? (count + 1) / 2 : count;
-}
-
-struct Scratch {
-  char* next;
-  template <class T>
-  INLINE_MEMBER T* take(int64_t count) {
-    T* x = (T*)next;
-    next += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    return x;
-  }
-};
-
-template <bool HALF>
 INLINE Vector read(const char* x, int64_t i) {
   return HALF ? widened(*(const LooseHalves*)(x + i * 2)) : load((const float*)x + i);
 }
