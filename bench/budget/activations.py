@@ -39,6 +39,7 @@ from typing import Literal, assert_never
 from bench.budget.selections import chooses, listed
 from dsv3.config import (
     Attention,
+    CentredSignBias,
     Grouped,
     Indexer,
     Latent,
@@ -49,6 +50,7 @@ from dsv3.config import (
     QuantileBias,
     SequenceLoss,
     SignBias,
+    SimilarityLoss,
     SwitchLoss,
     ZLoss,
 )
@@ -290,7 +292,7 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
     """Denominators and loads of the balance losses of `layers` layers; scores, where their block let them go."""
     if model.moe is None:
         return
-    experts, each = model.moe.n_routed_experts, 0
+    experts, each, weight = model.moe.n_routed_experts, 0, 0
     for method in model.moe.balance:
         match method:
             case SequenceLoss():
@@ -299,12 +301,15 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
                 each += 4 * batch.tokens + 4 * experts
             case ZLoss():
                 each += 4 * batch.tokens * (experts + 1)  # logits and the logarithms of their sums
-            case SignBias() | ProportionalBias() | QuantileBias():
+            case SimilarityLoss():
+                copied = policy != "none" and batch.element < 4  # the weight in fp32, which a block run again lets go
+                weight += 4 * experts * (experts + (model.hidden_size if copied else 0))  # and the gram matrix
+            case SignBias() | CentredSignBias() | ProportionalBias() | QuantileBias():
                 pass
             case _:
                 assert_never(method)
     scores = 4 * batch.tokens * experts if each and policy != "none" else 0
-    yield Kept(module="router", bytes=layers * (each + scores), axis="tokens")
+    yield Kept(module="router", bytes=layers * (each + weight + scores), axis="tokens")
 
 
 def recomputed_flops(model: Model, batch: Batch, policy: Policy) -> int:

@@ -7,6 +7,8 @@ Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together)
     SwitchLoss      alpha * E * sum_i f_i P_i over the batch                       arXiv 2101.03961 eq. 4-6
     QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                     the article, section 1.2
     ProportionalBias, QuantileBias   the bias moved by how far a load is off, or put where loads would be equal
+    CentredSignBias                  SignBias, then minus the mean of b, which changes no choice
+    SimilarityLoss  alpha * sum |W W^T - I| of the router's weight                 arXiv 2506.14038
     ZLoss           alpha * mean (log sum exp logits)^2, beside a method           arXiv 2202.08906
 
 Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in
@@ -88,6 +90,26 @@ class QuantileBias:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CentredSignBias:
+    """As `SignBias`, with biases that add up to zero."""
+
+    rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        require_number(self, "rate", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityLoss:
+    """SimBal's loss on a router that is not orthogonal; it sees neither tokens nor loads."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZLoss:
     """ST-MoE's loss on the size of the router's logits."""
 
@@ -97,8 +119,8 @@ class ZLoss:
         require_number(self, "alpha", low=0.0)
 
 
-Bias = SignBias | ProportionalBias | QuantileBias
-Balance = Bias | SequenceLoss | SwitchLoss | QuadraticLoss | ZLoss
+Bias = SignBias | CentredSignBias | ProportionalBias | QuantileBias
+Balance = Bias | SequenceLoss | SwitchLoss | QuadraticLoss | SimilarityLoss | ZLoss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ class Routing:
         counts: tokens per expert before anything is dropped, which is what balance is judged on.
         kept: which pairs an expert really takes; None when nothing is dropped.
         logits: what the scores are made of, where a loss wants it.
+        router: the weight that made the logits, in their type, where a loss wants it.
     """
 
     indices: Int[Tensor, "N K"]
@@ -32,6 +33,7 @@ class Routing:
     counts: Int[Tensor, " E"]
     kept: Bool[Tensor, "N K"] | None = None
     logits: Float[Tensor, "N E"] | None = None
+    router: Float[Tensor, "E D"] | None = None
 
 
 def count(indices: Int[Tensor, "..."], experts: int) -> Int[Tensor, " E"]:
