@@ -154,6 +154,7 @@ def expert_layers() -> dict[str, Callable[[], dict[str, Any]]]:
         "centred_sign_bias": lambda: {"model.moe.balance": (choices.CentredSignBias(),)},
         "quantile_bias": lambda: {"model.moe.balance": (choices.QuantileBias(bins=64),)},
         "similarity_loss": lambda: {"model.moe.balance": (choices.SimilarityLoss(),)},
+        "expert_choice": lambda: {"model.moe.balance": (choices.ExpertChoice(),)},
         "z_loss": lambda: {"model.moe.balance": (choices.SignBias(), choices.ZLoss())},
         "capacity_by_probability": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2)},
         "capacity_by_position": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2, policy="position")},

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dsv3.config import (
     CentredSignBias,
+    ExpertChoice,
     MoE,
     ProportionalBias,
     QuadraticLoss,
@@ -68,7 +69,7 @@ def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -
                 losses["similarity"] = alpha * similarity_loss(routing)
             case ZLoss(alpha=alpha):
                 losses["z"] = alpha * z_loss(routing)
-            case SignBias() | CentredSignBias() | ProportionalBias() | QuantileBias():
+            case SignBias() | CentredSignBias() | ProportionalBias() | QuantileBias() | ExpertChoice():
                 pass
             case _:
                 assert_never(method)

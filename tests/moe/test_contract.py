@@ -9,6 +9,7 @@ from dsv3.config import (
     Bias,
     CentredSignBias,
     Dropless,
+    ExpertChoice,
     Fixed,
     MoE,
     ProportionalBias,
@@ -34,6 +35,7 @@ BALANCES = {
     "proportional bias": (ProportionalBias(rate=0.01),),
     "quantile bias": (QuantileBias(bins=64),),
     "similarity": (SimilarityLoss(),),
+    "expert choice": (ExpertChoice(), ZLoss(), SimilarityLoss()),
 }
 CAPACITIES = {
     "dropless": Dropless(),
@@ -53,16 +55,19 @@ VARIANTS = {
         capacity=CAPACITIES[capacity],
     )
     for scoring, groups, balance, capacity in product(SCORINGS, GROUPS, BALANCES, CAPACITIES)
-    if balance != "quantile bias" or groups == "one group"
+    if groups == "one group" or balance not in ("quantile bias", "expert choice")
+    if capacity == "dropless" or balance != "expert choice"
 }
+TOKENS_CHOOSE = {name: moe for name, moe in VARIANTS.items() if ExpertChoice() not in moe.balance}
 every_variant = pytest.mark.parametrize("moe", VARIANTS.values(), ids=VARIANTS.keys())
+every_choice_of_tokens = pytest.mark.parametrize("moe", TOKENS_CHOOSE.values(), ids=TOKENS_CHOOSE.keys())
 
 
 def batch(tokens: int = 21) -> torch.Tensor:
     return torch.randn(3, tokens // 3, 16, generator=torch.Generator().manual_seed(5))
 
 
-@every_variant
+@every_choice_of_tokens
 def test_routing_is_valid_and_counted_before_dropping(moe: MoE) -> None:
     layer = layer_of(moe, bias=0.3)
     y, routing = layer(batch())
@@ -100,7 +105,8 @@ def test_losses_are_those_that_the_config_names(moe: MoE) -> None:
         SimilarityLoss: "similarity",
         ZLoss: "z",
     }
-    assert set(losses) == {named[type(method)] for method in moe.balance if not isinstance(method, Bias)}
+    others = (Bias, ExpertChoice)
+    assert set(losses) == {named[type(method)] for method in moe.balance if not isinstance(method, others)}
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
 
 

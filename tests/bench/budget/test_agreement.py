@@ -25,6 +25,7 @@ from dsv3.config import (
     Blocks,
     Config,
     Dropless,
+    ExpertChoice,
     Fixed,
     Grouped,
     Hierarchical,
@@ -131,6 +132,12 @@ def test_similarity_loss_keeps_what_is_said_and_multiplies_what_no_token_asks_fo
     # W W^T and its gradient of the layer and of the MTP module's: the price list is of products with tokens
     experts, layers = config.model.moe.n_routed_experts, 2
     assert found["flops"] - said["flops"] == layers * 6 * experts**2 * config.model.hidden_size
+
+
+def test_a_budget_of_experts_that_choose_is_refused() -> None:
+    config = tiny(**{"model.moe.balance": (ExpertChoice(),), "model.moe.n_group": 1, "model.moe.topk_group": 1})
+    with pytest.raises(ValueError, match=r"balance=ExpertChoice\(\): the budget counts experts that tokens choose"):
+        figures(Asked(name="expert_choice", config=config, recipe=recipe("bfloat16")))
 
 
 @pytest.mark.slow
