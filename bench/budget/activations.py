@@ -27,9 +27,9 @@ Policies:
                 backward, as DeepSeek-V3 does (arXiv 2412.19437 sections 3.2.3 and 3.3.3)
     full        within a block its input alone; the block's forward runs again
 
-A capacity is counted as dropping nothing: how much it drops hangs on the routing. An indexer that learns keeps under a
-policy what the policy says; torch's own checkpointing runs its block at once, since the loss is differentiated while it
-is computed, and keeps the whole of it.
+A capacity is counted as dropping nothing: how much it drops hangs on the routing. Experts that choose are refused. An
+indexer that learns keeps under a policy what the policy says; torch's own checkpointing runs its block at once, since
+the loss is differentiated while it is computed, and keeps the whole of it.
 """
 
 from collections.abc import Iterator
@@ -39,6 +39,8 @@ from typing import Literal, assert_never
 from bench.budget.selections import chooses, listed
 from dsv3.config import (
     Attention,
+    CentredSignBias,
+    ExpertChoice,
     Grouped,
     Indexer,
     Latent,
@@ -49,6 +51,7 @@ from dsv3.config import (
     QuantileBias,
     SequenceLoss,
     SignBias,
+    SimilarityLoss,
     SwitchLoss,
     ZLoss,
 )
@@ -290,7 +293,7 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
     """Denominators and loads of the balance losses of `layers` layers; scores, where their block let them go."""
     if model.moe is None:
         return
-    experts, each = model.moe.n_routed_experts, 0
+    experts, each, weight = model.moe.n_routed_experts, 0, 0
     for method in model.moe.balance:
         match method:
             case SequenceLoss():
@@ -299,12 +302,18 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
                 each += 4 * batch.tokens + 4 * experts
             case ZLoss():
                 each += 4 * batch.tokens * (experts + 1)  # logits and the logarithms of their sums
-            case SignBias() | ProportionalBias() | QuantileBias():
+            case ExpertChoice():
+                rule = "counts experts that tokens choose: a trace of shapes cannot tell which pairs experts choose"
+                raise ValueError(f"balance={method!r}: the budget {rule}; leave it out, which keeps as many rows")
+            case SimilarityLoss():
+                copied = policy != "none" and batch.element < 4  # the weight in fp32, which a block run again lets go
+                weight += 4 * experts * (experts + (model.hidden_size if copied else 0))  # and the gram matrix
+            case SignBias() | CentredSignBias() | ProportionalBias() | QuantileBias():
                 pass
             case _:
                 assert_never(method)
     scores = 4 * batch.tokens * experts if each and policy != "none" else 0
-    yield Kept(module="router", bytes=layers * (each + scores), axis="tokens")
+    yield Kept(module="router", bytes=layers * (each + weight + scores), axis="tokens")
 
 
 def recomputed_flops(model: Model, batch: Batch, policy: Policy) -> int:

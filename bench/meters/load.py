@@ -19,8 +19,9 @@ def load(routing: Routing, moe: MoE) -> tuple[Measurement, ...]:
     Raises:
         ValueError: counts that are no sum over tokens times experts per token.
     """
-    tokens, k = routing.indices.shape
-    found = load_statistics(routing.counts, k, routing.kept)
+    tokens, k = len(routing.indices), moe.num_experts_per_tok
+    chosen = routing.indices.shape[1] > k  # experts choose among all pairs, and what they leave is not dropped
+    found = load_statistics(routing.counts, k, None if chosen else routing.kept)
     figures = {
         "max_vio": found.max_vio,
         "excess_max_vio": found.excess_max_vio,

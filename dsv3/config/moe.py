@@ -7,6 +7,9 @@ Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together)
     SwitchLoss      alpha * E * sum_i f_i P_i over the batch                       arXiv 2101.03961 eq. 4-6
     QuadraticLoss   alpha * sum_i (p_i - 1/E)^2 over the batch                     the article, section 1.2
     ProportionalBias, QuantileBias   the bias moved by how far a load is off, or put where loads would be equal
+    CentredSignBias                  SignBias, then minus the mean of b, which changes no choice
+    SimilarityLoss  alpha * sum |W W^T - I| of the router's weight                 arXiv 2506.14038
+    ExpertChoice    experts choose tokens in training, which is not causal         arXiv 2202.09368
     ZLoss           alpha * mean (log sum exp logits)^2, beside a method           arXiv 2202.08906
 
 Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in
@@ -88,6 +91,33 @@ class QuantileBias:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CentredSignBias:
+    """As `SignBias`, with biases that add up to zero."""
+
+    rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        require_number(self, "rate", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimilarityLoss:
+    """SimBal's loss on a router that is not orthogonal; it sees neither tokens nor loads."""
+
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number(self, "alpha", low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoice:
+    """Each expert takes the N K / E tokens that score it highest, in training only; a later token changes an earlier
+    one's experts.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class ZLoss:
     """ST-MoE's loss on the size of the router's logits."""
 
@@ -97,8 +127,8 @@ class ZLoss:
         require_number(self, "alpha", low=0.0)
 
 
-Bias = SignBias | ProportionalBias | QuantileBias
-Balance = Bias | SequenceLoss | SwitchLoss | QuadraticLoss | ZLoss
+Bias = SignBias | CentredSignBias | ProportionalBias | QuantileBias
+Balance = Bias | SequenceLoss | SwitchLoss | QuadraticLoss | SimilarityLoss | ZLoss | ExpertChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +176,7 @@ class MoE:
         require_number(self, "routed_scaling_factor", low=0.0, above=True)
         require_kind(self, "capacity", (Dropless, Fixed))
         self._check_balance()
+        self._check_expert_choice()
         self._check_groups()
 
     def _check_balance(self) -> None:
@@ -160,6 +191,17 @@ class MoE:
         grouped = self.n_group > 1 and any(isinstance(method, QuantileBias) for method in moving)
         rule = "must be 1 with a QuantileBias, whose share is of all experts"
         require(not grouped, "n_group", self.n_group, rule, "leave it out, or take another bias")
+
+    def _check_expert_choice(self) -> None:
+        if not any(isinstance(method, ExpertChoice) for method in self.balance):
+            return
+        alone = all(isinstance(method, (ExpertChoice, SimilarityLoss, ZLoss)) for method in self.balance)
+        rule = "has no load for another method to balance where experts choose"
+        require(alone, "balance", self.balance, rule, "keep ExpertChoice() alone, or with a SimilarityLoss or ZLoss")
+        rule = "must be 1 with ExpertChoice, whose experts choose among all tokens"
+        require(self.n_group == 1, "n_group", self.n_group, rule, "leave it out")
+        rule = "must be Dropless with ExpertChoice, whose experts are never overfull"
+        require(isinstance(self.capacity, Dropless), "capacity", self.capacity, rule, "leave it out")
 
     def _check_groups(self) -> None:
         experts, groups, k = self.n_routed_experts, self.n_group, self.num_experts_per_tok

@@ -5,7 +5,7 @@
 A layer returns its output and a `Routing`; losses, bias updates and statistics are functions of that value.
 """
 
-from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, switch_loss, z_loss
+from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, similarity_loss, switch_loss, z_loss
 from dsv3.moe.bias import histogram_bias, proportional_bias, quantile_bias, sign_bias
 from dsv3.moe.capacity import expert_capacity
 from dsv3.moe.layer import MoELayer
@@ -30,6 +30,7 @@ __all__ = [
     "route",
     "sequence_loss",
     "sign_bias",
+    "similarity_loss",
     "switch_loss",
     "z_loss",
 ]

@@ -6,15 +6,18 @@ With p_ni = s_ni / sum_j s_nj, the normalised score of expert i for token n, and
                      P_i = mean_t p_ti,   f_i = E / (K T) * number of t with i in the top-K of s_t
     SwitchLoss       alpha * E * sum_i f_i P_i over the batch,   P_i = mean_n p_ni,   f_i = load_i / (N K)
     QuadraticLoss    alpha * sum_i (P_i - 1/E)^2 over the batch
+    SimilarityLoss   alpha * sum_ij |(W W^T - I)_ij| of the router's weight W [E, D], one row an expert
     ZLoss            alpha * mean_n (log sum_i exp logit_ni)^2, which balances nothing: it keeps logits small
 
 The first two equal alpha when every expert has the same load and probability. The top-K of the sequence loss is of the
 scores alone, without bias and groups (arXiv 2412.19437 equations 17 to 20). Switch (arXiv 2101.03961 equations 4 to 6)
 has K = 1; dividing by K keeps its scale. The article's quadratic loss has no f at all: it is zero for equal mean
-probabilities, however skewed the loads are.
+probabilities, however skewed the loads are. SimBal's (arXiv 2506.14038, here with R = W^T) sees neither: an orthogonal
+router keeps the angles between tokens, and spreads tokens that point everywhere. It needs E <= D to reach zero.
 
 When several processes share a batch, `mean` replaces a batch statistic by its mean over them: the room knows no process
-group.
+group. Switch's loss with it is the global-batch loss (arXiv 2501.11873): one sequence or process may be one-sided where
+all together are even. Its batch is what the processes hold at once, so accumulation makes it smaller.
 """
 
 from collections.abc import Callable
@@ -25,12 +28,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsv3.config import (
+    CentredSignBias,
+    ExpertChoice,
     MoE,
     ProportionalBias,
     QuadraticLoss,
     QuantileBias,
     SequenceLoss,
     SignBias,
+    SimilarityLoss,
     SwitchLoss,
     ZLoss,
 )
@@ -59,9 +65,11 @@ def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -
                 losses["switch"] = alpha * switch_loss(routing, mean)
             case QuadraticLoss(alpha=alpha):
                 losses["quadratic"] = alpha * quadratic_loss(routing, mean)
+            case SimilarityLoss(alpha=alpha):
+                losses["similarity"] = alpha * similarity_loss(routing)
             case ZLoss(alpha=alpha):
                 losses["z"] = alpha * z_loss(routing)
-            case SignBias() | ProportionalBias() | QuantileBias():
+            case SignBias() | CentredSignBias() | ProportionalBias() | QuantileBias() | ExpertChoice():
                 pass
             case _:
                 assert_never(method)
@@ -97,6 +105,13 @@ def quadratic_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
     """The article's loss over the batch; 0 when the mean probabilities are equal."""
     p_E = mean(probabilities(routing).mean(dim=0))
     return (p_E - 1 / len(p_E)).square().sum()
+
+
+def similarity_loss(routing: Routing) -> Float[Tensor, ""]:
+    """SimBal's loss; 0 where the experts' rows of the router are orthogonal and of length 1."""
+    assert routing.router is not None, "a router shows its weight where the config has a SimilarityLoss"
+    gram_EE = routing.router @ routing.router.t()
+    return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
 
 
 def z_loss(routing: Routing) -> Float[Tensor, ""]:

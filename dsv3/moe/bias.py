@@ -1,6 +1,7 @@
 """Moving the selection bias, without gradient, by what a whole step asked of the experts, after the optimizer's step.
 
     SignBias           b_i += rate * sign(mean load - load_i)
+    CentredSignBias    the same, then minus the mean of b
     ProportionalBias   b_i += rate * (mean load - load_i) / mean load
     QuantileBias       b_i  = the value that a share K / E of the tokens has a_n - s_ni below, then minus the mean of b;
                               a_n is the (K + 1)-th largest s + b of token n
@@ -10,8 +11,9 @@ the a_n to stay; since they move as all biases do, a few steps are needed. It ha
 choice: only differences of biases are compared.
 
 A step's demand is a sum over microbatches and processes: the loads, or for quantiles how often a_n - s_ni falls into
-each of some bins for each expert. Scores lie in [0, 1], which bounds the bins by the bias that all processes have. The
-bias is moved between steps, so that no token's experts depend on a later token.
+each of some bins for each expert. Scores lie in [0, 1], which bounds the bins by the bias that all processes have. An
+exact quantile needs every score of a step at once, which no sum holds: `quantile_bias` is for one batch. The bias is
+moved between steps, so that no token's experts depend on a later token.
 
 Sources: sign, arXiv 2408.15664; quantiles, J. Su 2026 and Megatron-LM, whose histograms have 1000 bins.
 """
@@ -20,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.config import MoE, ProportionalBias, QuantileBias, SignBias
+from dsv3.config import CentredSignBias, MoE, ProportionalBias, QuantileBias, SignBias
 from dsv3.moe.routing import Routing
 
 
@@ -40,6 +42,9 @@ def moved(bias: Float[Tensor, " E"], asked: Int[Tensor, "E ..."], moe: MoE) -> F
         match method:
             case SignBias(rate=rate):
                 return sign_bias(bias, asked, rate)
+            case CentredSignBias(rate=rate):
+                found = sign_bias(bias, asked, rate)
+                return found - found.mean()
             case ProportionalBias(rate=rate):
                 return proportional_bias(bias, asked, rate)
             case QuantileBias(momentum=momentum):

@@ -1,8 +1,8 @@
 """The DeepSeekMoE layer: y = sum of the chosen routed experts + the shared experts.
 
 Sources: arXiv 2401.06066, and 2412.19437 section 2.1.2. Shared experts see every token, unweighted; n of them are one
-SwiGLU of n times the width. Capacity acts in training only: at inference an output must not depend on which other
-tokens are in the batch.
+SwiGLU of n times the width. Capacity, and experts that choose tokens, are for training only: at inference an output
+must not depend on which other tokens are in the batch.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv3.config import Fixed, Model, MoE
+from dsv3.config import ExpertChoice, Fixed, Model, MoE
 from dsv3.layers import SwiGLU
 from dsv3.moe.bias import demand, moved
 from dsv3.moe.capacity import drop
+from dsv3.moe.expert_choice import choose_tokens
 from dsv3.moe.experts import Experts
 from dsv3.moe.router import route
 from dsv3.moe.routing import Routing
@@ -34,7 +35,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Float[Tensor, "N D"]) -> Routing:
         """Route every token, without capacity."""
-        return route(x, self.weight, self.e_score_correction_bias, self.moe)
+        routing = route(x, self.weight, self.e_score_correction_bias, self.moe)
+        if self.training and any(isinstance(method, ExpertChoice) for method in self.moe.balance):
+            return choose_tokens(routing, self.moe)
+        return routing
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
         before = self.e_score_correction_bias

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.config import MoE, ZLoss
+from dsv3.config import MoE, SimilarityLoss, ZLoss
 from dsv3.moe.routing import Routing, count
 
 EXPERTS_THAT_SCORE_A_GROUP = 2
@@ -29,14 +29,22 @@ def route(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"], bias: Float[Ten
             accelerator the check would empty its queue in every layer; there a NaN, which top-K always selects, reaches
             the loss, where a training step looks for it.
     """
+    kinds = {type(method) for method in moe.balance}
+    if SimilarityLoss in kinds:  # one copy for the logits and the loss
+        weight = weight.to(torch.promote_types(x.dtype, torch.float32))
     logits_NE = router_logits(x, weight)
     scores_NE = score(logits_NE, moe)
     _refuse_nan(scores_NE)
     indices_NK = select(scores_NE.detach() + bias, moe)
     weights_NK = gate_weights(scores_NE, indices_NK, moe)
-    wanted = any(isinstance(method, ZLoss) for method in moe.balance)
-    counts_E = count(indices_NK, moe.n_routed_experts)
-    return Routing(indices_NK, weights_NK, scores_NE, counts_E, logits=logits_NE if wanted else None)
+    return Routing(
+        indices_NK,
+        weights_NK,
+        scores_NE,
+        count(indices_NK, moe.n_routed_experts),
+        logits=logits_NE if ZLoss in kinds else None,
+        router=weight if SimilarityLoss in kinds else None,
+    )
 
 
 def router_logits(x: Float[Tensor, "N D"], weight: Float[Tensor, "E D"]) -> Float[Tensor, "N E"]:

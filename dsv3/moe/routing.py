@@ -22,8 +22,10 @@ class Routing:
             routed output.
         scores: every expert's score without bias, in float32 or better; the router's gradient flows through these.
         counts: tokens per expert before anything is dropped, which is what balance is judged on.
-        kept: which pairs an expert really takes; None when nothing is dropped.
+        kept: which pairs an expert really takes; None when it takes all. Where experts choose tokens all E are listed
+            for each token, and `kept` are the chosen.
         logits: what the scores are made of, where a loss wants it.
+        router: the weight that made the logits, in their type, where a loss wants it.
     """
 
     indices: Int[Tensor, "N K"]
@@ -32,6 +34,7 @@ class Routing:
     counts: Int[Tensor, " E"]
     kept: Bool[Tensor, "N K"] | None = None
     logits: Float[Tensor, "N E"] | None = None
+    router: Float[Tensor, "E D"] | None = None
 
 
 def count(indices: Int[Tensor, "..."], experts: int) -> Int[Tensor, " E"]:

@@ -8,7 +8,9 @@ from dsv3.config import (
     AdamW,
     Auto,
     BFloat16,
+    Bias,
     Blocks,
+    CentredSignBias,
     Config,
     Dropless,
     Everything,
@@ -24,14 +26,17 @@ from dsv3.config import (
     MoE,
     MultiHead,
     PerHead,
+    ProportionalBias,
     QuadraticLoss,
     Rope,
     SequenceLoss,
     SignBias,
+    SimilarityLoss,
     SwitchLoss,
     Train,
     Window,
     Yarn,
+    ZLoss,
     vary,
 )
 
@@ -89,13 +94,17 @@ latent = plain_latent | indexed
 attentions = st.one_of(multi_head, grouped, latent)
 balances = st.lists(
     st.one_of(
-        st.builds(SignBias, rate=share),
+        st.builds(SignBias, rate=share)
+        | st.builds(CentredSignBias, rate=share)
+        | st.builds(ProportionalBias, rate=share),
         st.builds(SequenceLoss, alpha=share),
         st.builds(SwitchLoss, alpha=share),
         st.builds(QuadraticLoss, alpha=share),
+        st.builds(SimilarityLoss, alpha=share),
+        st.builds(ZLoss, alpha=share),
     ),
-    max_size=4,
-    unique_by=type,
+    max_size=6,
+    unique_by=lambda method: Bias if isinstance(method, Bias) else type(method),
 ).map(tuple)
 capacities = st.one_of(
     st.builds(Dropless),

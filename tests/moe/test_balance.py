@@ -1,11 +1,22 @@
 """Balance losses and the bias update on numbers worked by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsv3.config import MoE, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
-from dsv3.moe import Routing, balance_losses, quadratic_loss, sequence_loss, sign_bias, switch_loss
+from dsv3.config import MoE, QuadraticLoss, SequenceLoss, SignBias, SimilarityLoss, SwitchLoss
+from dsv3.moe import (
+    Routing,
+    balance_losses,
+    quadratic_loss,
+    route,
+    sequence_loss,
+    sign_bias,
+    similarity_loss,
+    switch_loss,
+)
 from dsv3.moe.routing import count
 
 
@@ -95,6 +106,54 @@ def test_losses_come_by_name_with_their_alpha_and_the_bias_adds_none() -> None:
         "switch": 0.14,
         "quadratic": 0.24,
     }
+
+
+def test_the_global_batch_loss_forgives_processes_that_are_even_only_together() -> None:
+    """Two processes whose tokens all prefer one expert each. By themselves: 2 * 0.9. Together f = P = 1/2: 1."""
+    ones, others = routing([[0.9, 0.1]] * 2, [[0]] * 2), routing([[0.1, 0.9]] * 2, [[1]] * 2)
+    assert switch_loss(ones).item() == switch_loss(others).item() == pytest.approx(1.8)
+    both = routing([[0.9, 0.1]] * 2 + [[0.1, 0.9]] * 2, [[0]] * 2 + [[1]] * 2)
+    # over both processes a load or probability of one expert is what the other has of the other expert
+    together = switch_loss(ones, lambda value: (value + value.flip(0)) / 2)
+    assert together.item() == pytest.approx(switch_loss(both).item()) == pytest.approx(1.0)
+
+
+def test_similarity_loss_by_hand() -> None:
+    # W W^T = [[4, 2], [2, 2]] minus the identity: 3 + 2 + 2 + 1.
+    found = routing([[0.5, 0.5]], [[0]])
+    assert similarity_loss(replace(found, router=torch.tensor([[2.0, 0.0], [1.0, 1.0]]))).item() == 8.0
+    orthogonal = torch.linalg.qr(torch.randn(6, 2, generator=torch.Generator().manual_seed(0))).Q.t()
+    # 4 entries, each a sum of 6 products in float32
+    assert similarity_loss(replace(found, router=orthogonal)).item() == pytest.approx(0.0, abs=4 * 6 * 6e-8)
+
+
+def test_similarity_loss_makes_a_router_orthogonal_and_spreads_tokens_that_point_everywhere() -> None:
+    moe = MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, balance=(SimilarityLoss(alpha=1.0),))
+    generator = torch.Generator().manual_seed(0)
+    x, common = torch.randn(2048, 16, generator=generator), torch.randn(16, generator=generator)
+    # rows near to one direction, of different lengths: half of all tokens want the same two experts
+    weight = (torch.linspace(0.2, 2.0, 8)[:, None] * common + 0.1 * torch.randn(8, 16, generator=generator)) / 4
+    weight.requires_grad_()
+    losses, loads = [], []
+    for rate in torch.linspace(0.05, 0.0, 300).tolist():
+        found = route(x, weight, torch.zeros(8), moe)
+        (loss,) = balance_losses(found, moe, batch=1).values()
+        losses.append(loss.item())
+        loads.append(found.counts)
+        (gradient,) = torch.autograd.grad(loss, weight)
+        weight.data -= rate * gradient
+    assert losses[-1] < 0.05 * losses[0]
+    first, last = (float(load.max() / load.double().mean()) - 1 for load in (loads[0], loads[-1]))
+    assert last < 0.2 < 0.8 < first
+
+
+def test_a_router_shows_its_weight_only_to_the_loss_that_wants_it() -> None:
+    moe = MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8)
+    x, weight = torch.randn(3, 4), torch.randn(8, 4)
+    assert route(x, weight, torch.zeros(8), moe).router is None
+    shown = route(x, weight, torch.zeros(8), replace(moe, balance=(SimilarityLoss(),))).router
+    assert shown is not None
+    assert torch.equal(shown, weight)
 
 
 def test_a_mean_over_processes_replaces_the_statistics_of_the_batch() -> None:

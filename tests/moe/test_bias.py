@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dsv3.config import Balance, Fixed, MoE, ProportionalBias, QuantileBias, SequenceLoss, SignBias, ZLoss
+from dsv3.config import (
+    Balance,
+    CentredSignBias,
+    Fixed,
+    MoE,
+    ProportionalBias,
+    QuantileBias,
+    SequenceLoss,
+    SignBias,
+    ZLoss,
+)
 from dsv3.moe import Routing, histogram_bias, max_vio_floor, proportional_bias, quantile_bias, z_loss
 from dsv3.moe.bias import demand, histogram, moved
 from dsv3.moe.capacity import drop
@@ -16,6 +26,7 @@ from tests.moe.layers import layer_of
 
 BIASES: dict[str, Balance] = {
     "sign": SignBias(rate=0.01),
+    "centred sign": CentredSignBias(rate=0.01),
     "proportional": ProportionalBias(rate=0.01),
     "quantile": QuantileBias(bins=1000),
 }
@@ -91,6 +102,13 @@ def test_centring_changes_no_choice() -> None:
     bias = torch.randn(8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     one, other = (routed(scores, x, moe).indices.sort().values for x in (bias, bias - bias.mean()))
     assert torch.equal(one, other)
+
+
+def test_centred_signs_move_biases_as_signs_do_but_for_one_number_for_all() -> None:
+    bias, counts = torch.tensor([0.25, -0.25, 0.5, -0.5]), torch.tensor([9, 1, 1, 1])
+    plain, centred = (moved(bias, counts, moe_of(kind(rate=0.5), 4)) for kind in (SignBias, CentredSignBias))
+    assert plain.tolist() == [-0.25, 0.25, 1.0, 0.0]
+    assert centred.tolist() == [-0.5, 0.0, 0.75, -0.25]
 
 
 @every_bias

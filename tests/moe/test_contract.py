@@ -5,7 +5,22 @@ from itertools import product
 import pytest
 import torch
 
-from dsv3.config import Dropless, Fixed, MoE, QuadraticLoss, SequenceLoss, SignBias, SwitchLoss
+from dsv3.config import (
+    Bias,
+    CentredSignBias,
+    Dropless,
+    ExpertChoice,
+    Fixed,
+    MoE,
+    ProportionalBias,
+    QuadraticLoss,
+    QuantileBias,
+    SequenceLoss,
+    SignBias,
+    SimilarityLoss,
+    SwitchLoss,
+    ZLoss,
+)
 from dsv3.moe import balance_losses, load_statistics
 from tests.moe.layers import layer_of, model_of
 
@@ -16,6 +31,11 @@ BALANCES = {
     "bias and sequence": (SignBias(rate=0.01), SequenceLoss()),
     "switch": (SwitchLoss(),),
     "quadratic": (QuadraticLoss(),),
+    "centred bias and z": (CentredSignBias(rate=0.01), ZLoss()),
+    "proportional bias": (ProportionalBias(rate=0.01),),
+    "quantile bias": (QuantileBias(bins=64),),
+    "similarity": (SimilarityLoss(),),
+    "expert choice": (ExpertChoice(), ZLoss(), SimilarityLoss()),
 }
 CAPACITIES = {
     "dropless": Dropless(),
@@ -35,15 +55,19 @@ VARIANTS = {
         capacity=CAPACITIES[capacity],
     )
     for scoring, groups, balance, capacity in product(SCORINGS, GROUPS, BALANCES, CAPACITIES)
+    if groups == "one group" or balance not in ("quantile bias", "expert choice")
+    if capacity == "dropless" or balance != "expert choice"
 }
+TOKENS_CHOOSE = {name: moe for name, moe in VARIANTS.items() if ExpertChoice() not in moe.balance}
 every_variant = pytest.mark.parametrize("moe", VARIANTS.values(), ids=VARIANTS.keys())
+every_choice_of_tokens = pytest.mark.parametrize("moe", TOKENS_CHOOSE.values(), ids=TOKENS_CHOOSE.keys())
 
 
 def batch(tokens: int = 21) -> torch.Tensor:
     return torch.randn(3, tokens // 3, 16, generator=torch.Generator().manual_seed(5))
 
 
-@every_variant
+@every_choice_of_tokens
 def test_routing_is_valid_and_counted_before_dropping(moe: MoE) -> None:
     layer = layer_of(moe, bias=0.3)
     y, routing = layer(batch())
@@ -74,17 +98,31 @@ def test_gradients_are_finite_and_reach_every_parameter_but_no_bias(moe: MoE) ->
 @every_variant
 def test_losses_are_those_that_the_config_names(moe: MoE) -> None:
     losses = balance_losses(layer_of(moe)(batch())[1], moe, batch=3)
-    named = {SequenceLoss: "sequence", SwitchLoss: "switch", QuadraticLoss: "quadratic"}
-    assert set(losses) == {named[type(method)] for method in moe.balance if not isinstance(method, SignBias)}
+    named = {
+        SequenceLoss: "sequence",
+        SwitchLoss: "switch",
+        QuadraticLoss: "quadratic",
+        SimilarityLoss: "similarity",
+        ZLoss: "z",
+    }
+    others = (Bias, ExpertChoice)
+    assert set(losses) == {named[type(method)] for method in moe.balance if not isinstance(method, others)}
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
 
 
 @every_variant
-def test_bias_moves_only_under_sign_bias(moe: MoE) -> None:
+def test_bias_moves_only_under_a_method_that_moves_it_and_against_the_load(moe: MoE) -> None:
     layer = layer_of(moe)
-    layer.update_bias(layer(batch())[1].counts)
-    moved = layer.gate.e_score_correction_bias.abs().max().item()
-    assert moved == (pytest.approx(0.01) if SignBias(rate=0.01) in moe.balance else 0.0)
+    routing = layer(batch())[1]
+    asked = layer.demand(routing)
+    layer.update_bias(routing.counts if asked is None else asked)
+    bias = layer.gate.e_score_correction_bias
+    if not any(isinstance(method, Bias) for method in moe.balance):
+        assert not bias.any()
+    else:
+        assert bias[routing.counts.argmax()] < bias[routing.counts.argmin()]
+    if SignBias(rate=0.01) in moe.balance:
+        assert bias.abs().max().item() == pytest.approx(0.01)
 
 
 @every_variant

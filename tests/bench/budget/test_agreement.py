@@ -25,6 +25,7 @@ from dsv3.config import (
     Blocks,
     Config,
     Dropless,
+    ExpertChoice,
     Fixed,
     Grouped,
     Hierarchical,
@@ -33,8 +34,10 @@ from dsv3.config import (
     MultiHead,
     PerHead,
     QuadraticLoss,
+    SimilarityLoss,
     SwitchLoss,
     Window,
+    ZLoss,
     presets,
     vary,
 )
@@ -68,6 +71,7 @@ CONFIGS = {
     "no_shared_expert": tiny(**{"model.moe.n_shared_experts": 0}),
     "softmax_router": tiny(**{"model.moe.scoring_func": "softmax", "model.moe.norm_topk_prob": False}),
     "other_losses": tiny(**{"model.moe.balance": (SwitchLoss(), QuadraticLoss())}),
+    "z_loss": tiny(**{"model.moe.balance": (ZLoss(),)}),
     "capacity": tiny(**{"model.moe.capacity": Fixed(factor=1.2)}),
     "small": vary(presets.small(), **{"train.sequence_length": 100}),
     "article": vary(presets.article(), **{"model.num_hidden_layers": 2, "train.sequence_length": 512}),
@@ -116,6 +120,24 @@ def test_arithmetic_and_trace_agree_for_every_recipe_and_policy(name: str, polic
 @pytest.mark.parametrize("model", PEAKS)
 def test_arithmetic_finds_the_peak_wherever_it_is(model: str, name: str, policy: Policy) -> None:
     agree(Asked(name=model, config=PEAKS[model], recipe=recipe(name), policy=policy))
+
+
+@pytest.mark.parametrize("name, policy", [*(("bfloat16", policy) for policy in POLICIES), ("float32", "none")])
+def test_similarity_loss_keeps_what_is_said_and_multiplies_what_no_token_asks_for(name: str, policy: Policy) -> None:
+    config = tiny(**{"model.moe.balance": (SimilarityLoss(),)})
+    assert config.model.moe is not None
+    asked = Asked(name="similarity", config=config, recipe=recipe(name), policy=policy)
+    said, (found, _) = figures(asked), traced(asked)
+    assert abs(found["saved_bytes"] - said["saved_bytes"]) <= SCALARS
+    # W W^T and its gradient of the layer and of the MTP module's: the price list is of products with tokens
+    experts, layers = config.model.moe.n_routed_experts, 2
+    assert found["flops"] - said["flops"] == layers * 6 * experts**2 * config.model.hidden_size
+
+
+def test_a_budget_of_experts_that_choose_is_refused() -> None:
+    config = tiny(**{"model.moe.balance": (ExpertChoice(),), "model.moe.n_group": 1, "model.moe.topk_group": 1})
+    with pytest.raises(ValueError, match=r"balance=ExpertChoice\(\): the budget counts experts that tokens choose"):
+        figures(Asked(name="expert_choice", config=config, recipe=recipe("bfloat16")))
 
 
 @pytest.mark.slow
