@@ -96,10 +96,12 @@ def test_decoding_a_token_computes_what_is_counted(
 
 
 def test_queries_brought_into_the_latents_space_are_counted_by_torch() -> None:
-    """Where every block is seen nothing is scored, so that the rest is what choosing adds."""
-    x, found = torch.randn(1, LENGTH, 20), []
+    """Where every block is seen nothing is scored, so that the rest is what choosing adds. In float64, since our kernel
+    counts the pairs of attention, torch's own does not.
+    """
+    x, found = torch.randn(1, LENGTH, 20, dtype=torch.float64), []
     for choice in (Blocks(k=LENGTH, block_q=4, block_k=2), Everything()):
-        made = build(vary(BASE, attention=latent(select=choice)), 0)
+        made = build(vary(BASE, attention=latent(select=choice)), 0).double()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             made(x)
         found.append(counter.get_total_flops())
