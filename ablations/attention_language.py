@@ -257,7 +257,7 @@ def _mass(records: Sequence[Record], arm: str, tokens: int) -> Estimate:
 
 
 def learning(table: Any) -> "Picture":
-    """Trailing loss against tokens read and against CPU seconds, side by side."""
+    """Trailing loss against tokens read and against CPU seconds, side by side, at looks that all seeds of an arm had."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure as Picture
 
@@ -269,9 +269,10 @@ def learning(table: Any) -> "Picture":
     loss, spent = (looks[looks["metric"] == metric] for metric in ("trailing_loss", "cpu_seconds"))
     for arm in TRAINED:
         line = loss[loss["arm"] == arm].sort_values("steps")
+        line = line[line["n"] == line["n"].max()]  # a seed's last look comes when its time is over
         ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
         left.plot(line["steps"] * line["length"] / 1e6, line["value"], marker=".", label=arm, **ink)
-        time = spent[spent["arm"] == arm].sort_values("steps")
+        time = spent[(spent["arm"] == arm) & spent["steps"].isin(line["steps"])].sort_values("steps")
         right.plot(time["value"], line["value"], marker=".", **ink)
     bigram = table[(table["metric"] == "trailing_loss") & (table["arm"] == "bigram")]["value"]
     for axes, label in ((left, "million tokens read"), (right, "seconds of CPU time")):

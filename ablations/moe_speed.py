@@ -152,7 +152,7 @@ def speeds(table: Any) -> "Picture":
         raise NoEvidence("nothing has been timed")
     formats = [dtype for dtype in ("fp32", "bf16") if dtype in set(rows["dtype"])]
     picture = Picture(figsize=(6.4, 3.6), layout="constrained")
-    panels = picture.subplots(1, len(formats), sharey=True, squeeze=False)[0]
+    panels = picture.subplots(1, len(formats), squeeze=False)[0]
     for axes, dtype in zip(panels, formats, strict=True):
         points = rows[rows["dtype"] == dtype].pivot_table(
             index=["rows", "width", "experts", "k", "routing"], columns="arm", values="value"
@@ -163,11 +163,14 @@ def speeds(table: Any) -> "Picture":
             share = np.exp(np.log(best / points[arm]).groupby("rows").mean())
             axes.plot(share.index, share, marker="o", label=arm if axes is panels[0] else None)
         axes.axhline(1.0, color="#7f7f7f", linestyle=":", label="dense" if axes is panels[0] else None)
-        axes.set(xscale="log", xlabel="rows per expert", title=dtype, ylim=(0, None))
+        axes.set(xscale="log", xlabel="rows per expert", title=dtype)
         axes.set_xticks(sorted(set(points.index.get_level_values("rows"))), labels=None)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.minorticks_off()
         axes.grid(visible=True)
+    top = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top)
     panels[0].set_ylabel("share of the faster dense layer's speed")
     picture.legend(loc="outside lower center", ncols=5)
     return picture

@@ -158,6 +158,10 @@ def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> 
         for steps in (64, 128):
             rows.append(kept(arm, 3.0 - steps / 100, 0, at="a look", steps=steps))
             rows.append(kept(arm, 2.0 * steps, 0, "cpu_seconds", at="a look", steps=steps))
+    # a last look of one seed alone would bend the line of both
+    for seed, steps in ((1, 64), (1, 128), (1, 150)):
+        rows.append(kept("dense", 3.0 - steps / 100, seed, at="a look", steps=steps))
+        rows.append(kept("dense", 2.0 * steps, seed, "cpu_seconds", at="a look", steps=steps))
     picture = learning(summary(rows))
     left, right = picture.axes
     assert [line.get_label() for line in left.lines] == [*TRAINED, "bigram"]

@@ -12,6 +12,7 @@ from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record
 from dsv3.moe.kernels.experts import why_not
+from reports import twins
 from reports.frame import summary
 
 TIMES = {"kernel": 0.4, "looped": 0.9, "padded_128": 1.5, "dense": 0.5, "dense_kernel": 0.3}
@@ -78,5 +79,7 @@ def test_the_picture_has_a_panel_for_each_format_and_the_dense_limit() -> None:
     assert list(lines["kernel"].get_ydata()) == pytest.approx([0.75, 0.75, 1.5, 1.5])
     assert list(lines[PEER].get_ydata()) == pytest.approx([0.3] * 4)
     assert list(lines["dense"].get_ydata()) == [1.0, 1.0]
+    assert picture.axes[0].get_ylim() == picture.axes[1].get_ylim()
+    assert twins.of_picture(picture, "speed")
     with pytest.raises(NoEvidence):
         moe_speed.speeds(summary(records()).iloc[:0])
