@@ -257,7 +257,7 @@ def _mass(records: Sequence[Record], arm: str, tokens: int) -> Estimate:
 
 
 def learning(table: Any) -> "Picture":
-    """Trailing loss against tokens read and against CPU seconds, side by side, at looks that all seeds of an arm had."""
+    """Trailing loss against tokens read and against CPU seconds, side by side, at looks that all seeds had."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure as Picture
 

@@ -2,7 +2,8 @@
 
 The rooms, in the direction of imports (a room imports from columns to its left only, never sideways):
 
-    config | precision pipeline resilience data | layers augment native | attention moe | model | parallel | train | generate
+    config | precision pipeline resilience data | layers augment native | attention moe | model | parallel | train |
+    generate
 
 Shapes are said once: as jaxtyping on public functions (`Float[Tensor, "B T D"]`) and as suffixes inside them
 (`score_TE`). The letters:
