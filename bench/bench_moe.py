@@ -17,7 +17,7 @@ from bench.meters.memory import peak_bytes, taken_bytes
 from bench.meters.saved import saved_bytes
 from bench.record import Profile
 
-FEW_ROWS = {"quick": Shape(2048, 256, 128, 128, 2), "full": Shape(2048, 256, 128, 128, 2)}
+FEW_ROWS = {"quick": Shape(1024, 256, 128, 64, 2), "full": Shape(2048, 256, 128, 128, 2)}
 MANY_ROWS = {"quick": Shape(512, 256, 128, 16, 4), "full": Shape(2048, 256, 128, 64, 8)}
 
 
