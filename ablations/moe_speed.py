@@ -43,7 +43,9 @@ CHANGES: Mapping[str, str] = {
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
-    """Per process a cell for each width, number of experts and format, which goes over rows, k and routing."""
+    """Per process a cell for each width, number of experts and format, which goes over rows, k and routing: all of them
+    where `least`, the fewest rows, is that of the grid, or two points.
+    """
     if profile == "quick":
         return grid(seconds=4, seeds=(0,), width=(256,), experts=(8,), dtype=("fp32",), least=(FEW,), threads=(1,))
     return grid(

@@ -11,10 +11,13 @@ namespace {
 constexpr int PANEL = 6, WIDE = 4;  // rows and vectors of a panel of sums
 #include "tiles.h"
 
+#include "scores.h"
+
 #include "passes.h"
 #include "row.h"
 #include "singly.h"
 }  // namespace
-const Kernels avx512{"avx512", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores, forward_one, backward_one, key_one};
+const Kernels avx512{"avx512", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores,
+                        forward_one, backward_one, key_one};
 }  // namespace dsv3
 #endif

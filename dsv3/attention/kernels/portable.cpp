@@ -5,9 +5,12 @@ namespace {
 constexpr int PANEL = 4, WIDE = 1;  // rows and vectors of a panel of sums
 #include "tiles.h"
 
+#include "scores.h"
+
 #include "passes.h"
 #include "row.h"
 #include "singly.h"
 }  // namespace
-const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores, forward_one, backward_one, key_one};
+const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores,
+                        forward_one, backward_one, key_one};
 }  // namespace dsv3

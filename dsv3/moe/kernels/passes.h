@@ -10,11 +10,11 @@
 // products, and row by row factor A of the backward ones, whose B is the few rows of an expert, turned. Only bf16's
 // forward pass has to copy them, in pairs of rows. So few rows an expert cost little more each than many.
 
-constexpr int64_t TALL = 96;       // rows that a forward product takes at a time, whole panels: with B they stay in L2
-constexpr int64_t STRIP = 64;      // columns of its B: 64 x 256 fp32 fill an L1 cache, 64 x 1024 a quarter of L2
+constexpr int64_t TALL = 96;   // rows that a forward product takes at a time: whole panels, and with B in L2
+constexpr int64_t STRIP = 64;  // columns of its B: the widest panel; with 1024 rows of fp32 a quarter of a megabyte
+constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
-constexpr int64_t TILE = 64;  // rows that a backward product has in its lanes
 
 template <bool HALF>
 constexpr int64_t size_of() {
