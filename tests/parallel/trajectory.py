@@ -60,8 +60,15 @@ def margin(state: TrainState, rows: torch.Tensor) -> float:
     return min(gaps)
 
 
-if __name__ == "__main__":
+def write(out: str) -> None:
+    """Train with each number of microbatches, as one of several."""
     with joined(os.environ, torch.device("cpu")) as here:
         results = [trajectory(here, parts) for parts in MICROBATCHES]
         if here.first:
-            torch.save(results, sys.argv[1])
+            torch.save(results, out)
+
+
+if __name__ == "__main__":
+    # In a function, so that the process group goes with its last name and waits for its threads. One that were still
+    # letting go of the last tensor as Python ends would abort the process.
+    write(sys.argv[1])
