@@ -49,7 +49,7 @@ from dsv3.config import (
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 8}
 EXEMPT = ("counting",)
-STEPS: Mapping[str, int] = dict.fromkeys(TASKS, 600)
+STEPS: Mapping[str, int] = dict.fromkeys(TASKS, 600) | {"induction": 1000}
 LENGTH = 512
 BATCH = 4
 BLOCKS, SEEN, BRANCHING = 128, 16, 2  # blocks of a row, how many of them a query sees, children of a node
