@@ -27,6 +27,7 @@ STUDIES: tuple[str, ...] = (
     "attention_choosing",
     "attention_indexer",
     "moe_speed",
+    "moe_balance",
     "moe_capacity",
     "precision_modes",
     "pipeline_bubble",

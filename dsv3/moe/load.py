@@ -10,11 +10,13 @@ With c_i tokens at expert i, c = mean of the c_i, q_i = c_i / sum c:
 
 None of these is zero for a router that plays no favourites: N tokens that pick K distinct experts at random spread like
 a multinomial, and with 8 tokens per expert the busiest of 128 has about twice the mean. So statistics stand beside the
-floor that uniform random routing of the same E, K and N gives:
+floor that uniform random routing of the same E, K and N gives, and batches of text beside one of their own:
 
     excess MaxVio        MaxVio / floor                        floor by Monte Carlo, seeded
     excess squared CV    CV^2 - (E - K) / (N K)                its expectation, in closed form
     drop floor           the share that a capacity drops       floor by Monte Carlo, seeded
+    block floor          MaxVio of a router even over all      real blocks shuffled into batches, seeded
+                         text, as its tokens hang together
 
 Routing that looks at the whole batch can lie below the floor; routing token by token, with a bias fixed before the
 batch, does not in the mean.
@@ -27,6 +29,8 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from dsv3.config.rules import require
 
 DRAWS = 200
 
@@ -94,6 +98,37 @@ def drop_floor(experts: int, k: int, tokens: int, capacity: int) -> float:
     """The mean share of pairs that experts of this capacity drop under uniform random routing."""
     over = np.maximum(uniform_counts(experts, k, tokens) - capacity, 0)
     return float(over.sum(axis=1).mean() / (tokens * k))
+
+
+def block_floor(counts: Int[Tensor, "S E"], blocks: int, draws: int = DRAWS, seed: int = 0) -> float:
+    """The mean MaxVio of batches of so many of S real blocks of tokens, were each expert's load over all of them equal.
+
+    Tokens of a text want the same experts, so that batches of whole blocks differ more than batches of independent
+    tokens. An expert that no block chose counts as one at the mean.
+
+    Raises:
+        ValueError: fewer blocks than are to be drawn.
+    """
+    c = counts.detach().cpu().numpy().astype(np.float64)
+    rule = f"must be at most the S={len(c)} blocks that there are"
+    require(0 < blocks <= len(c), "blocks", blocks, rule, "count the loads of more text, or ask for smaller batches")
+    random = np.random.default_rng((seed, *c.shape, blocks))
+    mean = c.mean(axis=0)
+    even = np.divide(c, mean, out=np.ones_like(c), where=mean > 0)
+    batches = (even[random.choice(len(c), blocks, replace=False)].mean(axis=0) for _ in range(draws))
+    return float(np.mean([batch.max() / batch.mean() - 1 for batch in batches]))
+
+
+def rank_max_vio(counts: Int[Tensor, " E"], ranks: int) -> float:
+    """MaxVio of the ranks among which the experts are divided in order, equally many to each.
+
+    Raises:
+        ValueError: ranks that do not divide the experts.
+    """
+    divides = ranks > 0 and len(counts) % ranks == 0
+    require(divides, "ranks", ranks, f"must divide the {len(counts)} experts", "choose a divisor")
+    loads = counts.view(ranks, -1).sum(dim=1).double()
+    return float(loads.max() / loads.mean() - 1)
 
 
 @lru_cache(maxsize=32)

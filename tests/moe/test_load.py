@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dsv3.moe import LoadStatistics, drop_floor, load_statistics, max_vio_floor
-from dsv3.moe.load import distinct_experts, uniform_counts
+from dsv3.moe.load import block_floor, distinct_experts, rank_max_vio, uniform_counts
 
 
 def test_statistics_of_four_experts_by_hand() -> None:
@@ -90,3 +90,34 @@ def test_floors_repeat_exactly() -> None:
     first = uniform_counts(16, 2, 100).copy()
     uniform_counts.cache_clear()
     assert np.array_equal(first, uniform_counts(16, 2, 100))
+
+
+def test_blocks_of_independent_tokens_have_the_floor_of_uniform_routing() -> None:
+    one_token_each = torch.tensor(uniform_counts(32, 2, 1, draws=20_000, seed=3))
+    # A mean of 200 draws of a maximum, whose standard error is about 1.5%.
+    assert block_floor(one_token_each, 1024) == pytest.approx(max_vio_floor(32, 2, 1024), rel=0.06)
+
+
+def test_a_block_floor_does_not_see_what_the_router_prefers_everywhere() -> None:
+    always = torch.tensor([30, 1, 1, 0]).repeat(64, 1)
+    assert block_floor(always, 8) == pytest.approx(0.0)
+
+
+def test_a_block_that_has_its_expert_to_itself_is_as_far_as_its_batch_lets_it() -> None:
+    own = 10 * torch.eye(8, dtype=torch.int64)
+    assert block_floor(own, 1) == pytest.approx(7.0)
+    assert block_floor(own, 8) == pytest.approx(0.0)
+
+
+def test_more_blocks_than_there_are_cannot_be_drawn() -> None:
+    with pytest.raises(ValueError, match=r"blocks=9.*S=8"):
+        block_floor(torch.ones(8, 4, dtype=torch.int64), 9)
+
+
+def test_ranks_may_be_even_where_experts_are_not() -> None:
+    counts = torch.tensor([9, 1, 2, 8])
+    assert rank_max_vio(counts, 2) == 0.0
+    assert rank_max_vio(counts, 4) == pytest.approx(0.8)
+    assert rank_max_vio(counts, 1) == 0.0
+    with pytest.raises(ValueError, match="ranks=3"):
+        rank_max_vio(counts, 3)
