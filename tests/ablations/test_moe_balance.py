@@ -1,0 +1,170 @@
+"""The study of balance: what its quick cell measures, losses at equal evenness, its sentence and its pictures."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ablations import moe_balance
+from ablations.evidence import NoEvidence
+from ablations.moe_balance import (
+    BASELINE,
+    EXPERTS,
+    JUDGED,
+    LAYERS,
+    MATCHED,
+    STRENGTHS,
+    answer,
+    cells,
+    configured,
+    loss_at,
+    matched_losses,
+    measure,
+    most_even,
+)
+from ablations.moe_balance_pictures import heat, trade
+from ablations.study import Reading
+from ablations.traced import Prose
+from bench.fingerprint import provenance
+from bench.measurement import Measurement, Point, record
+from bench.record import Record
+from reports import twins
+from reports.frame import summary
+
+AXES: dict[str, Any] = {"steps": 300, "rows": 8}
+
+
+def kept(arm: str, strength: str, seed: int, *, excess: float, loss: float) -> list[Record]:
+    at = {"device": "cpu", "strength": strength, **AXES}
+    found = ((dict(JUDGED), "excess_max_vio", excess), ({}, "loss", loss))
+    return [
+        record(
+            Point(study="moe_balance", arm=arm, baseline=BASELINE, seed=seed, axes={**at, **axes}),
+            provenance("full"),
+            Measurement(metric=metric, value=value),
+        )
+        for axes, metric, value in found
+    ]
+
+
+def records(seeds: int = 6) -> list[Record]:
+    """The bias passes MATCHED between two strengths; the batch's loss is evener and 0.02 worse everywhere."""
+    found: list[Record] = []
+    for seed in range(seeds):
+        shift = 0.01 * seed
+        found += kept("none", "default", seed, excess=12.0 + seed, loss=4.6 + shift)
+        found += kept(BASELINE, "rate 0.0003", seed, excess=5.0, loss=4.60 + shift)
+        found += kept(BASELINE, "default", seed, excess=1.25, loss=4.64 + shift)
+        found += kept(BASELINE, "rate 0.003", seed, excess=3.0, loss=5.0 + shift)
+        found += kept("global_batch", "default", seed, excess=MATCHED, loss=4.64 + 0.001 * (seed % 2) + shift)
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured() -> list[Reading]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe_balance, "HELD_OUT", 4)
+        cell = next(cell for cell in cells("quick") if cell.arm == BASELINE)
+        return measure(replace(cell, axes={"strength": "default", "steps": 2, "rows": 2}))
+
+
+def test_every_method_is_trained_at_each_of_its_strengths_and_at_the_default() -> None:
+    full = cells("full")
+    assert {(cell.arm, cell.axes["strength"]) for cell in full} == {
+        (arm, strength) for arm, strengths in STRENGTHS.items() for strength in strengths
+    }
+    assert all("default" in strengths for strengths in STRENGTHS.values())
+    assert {cell.seed for cell in full} == set(range(6))
+    assert {arm for arm, strengths in STRENGTHS.items() if len(strengths) >= 4} == {
+        "quadratic", "switch", "global_batch", "sequence", "sign_bias", "proportional", "quantile", "similarity",
+    }  # fmt: skip
+
+
+def test_strengths_rise_and_defaults_are_the_configs() -> None:
+    for arm, strengths in STRENGTHS.items():
+        methods = [balance[-1] for balance in strengths.values() if balance]
+        values = [getattr(method, "alpha", getattr(method, "rate", 0.0)) for method in methods]
+        assert values == sorted(values), arm
+        for method in strengths["default"]:
+            assert method == type(method)()
+
+
+def test_a_cell_judges_both_texts_and_keeps_loads_of_the_last_layer(measured: list[Reading]) -> None:
+    metrics = {(one.measurement.metric, one.axes.get("text")) for one in measured if one.measurement}
+    both = set(moe_balance.STUDY.metrics) - {"loss", "load_to_mean", "excess_over_blocks"}
+    assert metrics == {(metric, text) for metric in both for text in ("train", "held_out")} | {
+        ("loss", None), ("load_to_mean", None), ("excess_over_blocks", "held_out"),
+    }  # fmt: skip
+    ratios = [one.measurement.value for one in measured if one.measurement and one.measurement.metric == "load_to_mean"]
+    assert len(ratios) == 2 * EXPERTS
+    assert math.fsum(ratios) == pytest.approx(2 * EXPERTS)
+
+
+def test_a_training_that_diverges_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(*_: Any) -> None:
+        raise FloatingPointError("step 1: loss is not finite")
+
+    monkeypatch.setattr("bench.routed_training.routed", diverges)
+    (reading,) = measure(cells("quick")[0])
+    assert reading.failed == "step 1: loss is not finite"
+
+
+def test_a_loss_is_read_between_the_two_strengths_around_it() -> None:
+    assert loss_at([(8.0, 1.0), (2.0, 3.0)], 4.0) == pytest.approx(2.0)
+    assert loss_at([(8.0, 1.0), (4.0, 3.0)], 4.0) == pytest.approx(3.0)
+
+
+def test_strengths_that_overshoot_do_not_count() -> None:
+    assert loss_at([(8.0, 1.0), (2.0, 3.0), (4.0, 9.0)], 4.0) == pytest.approx(2.0)
+
+
+def test_a_method_evener_at_every_strength_has_its_weakest_loss_and_one_never_as_even_none() -> None:
+    assert loss_at([(3.0, 1.0), (2.0, 5.0)], 4.0) == 1.0
+    assert loss_at([(9.0, 1.0), (5.0, 5.0)], 4.0) is None
+
+
+def test_the_most_even_strength_and_losses_at_equal_evenness() -> None:
+    found = records()
+    strength, excess = most_even(found, BASELINE, 300)
+    assert (strength, excess.value) == ("default", pytest.approx(1.25))
+    losses = matched_losses(found, BASELINE, 300)
+    assert losses[0] == pytest.approx(4.62)  # 2.5 lies halfway between 1.25 and 5 on a logarithmic scale
+    assert losses.keys() == set(range(6))
+    assert matched_losses(found, "none", 300) == {}
+
+
+def test_the_answer_names_the_most_even_and_the_gap_with_what_could_be_seen() -> None:
+    said = Prose.of(answer(records()))
+    assert "1.25 times" in said
+    assert f"{BASELINE} at default" in said
+    assert "global_batch 0.02" in said
+    assert "seen from" in said
+    with pytest.raises(NoEvidence):
+        answer([])
+
+
+def test_the_trade_is_a_line_for_each_method_through_its_strengths() -> None:
+    picture = trade(summary(records()))
+    (table,) = twins.of_picture(picture, "trade")
+    assert table.head[1:] == ("none", BASELINE, "global_batch")
+
+
+def test_the_map_has_a_panel_for_each_method(measured: list[Reading]) -> None:
+    found = [
+        record(
+            Point(study="moe_balance", arm=one.arm, baseline=BASELINE, seed=0, axes={**AXES, **one.axes}),
+            provenance("full"),
+            one.measurement,
+        )
+        for one in measured
+        if one.measurement and one.measurement.metric == "load_to_mean"
+    ]
+    picture = heat(summary(found))
+    assert [axes.get_title() for axes in picture.axes][:1] == [BASELINE]
+    with pytest.raises(NoEvidence):
+        heat(summary(records()))
+
+
+def test_the_model_has_as_many_expert_layers_as_are_declared() -> None:
+    assert configured("none", "default", steps=1, rows=1).model.num_hidden_layers == LAYERS
