@@ -347,6 +347,7 @@ STUDY = Study(
         "effective_experts",
         "load_to_mean",
     ),
+    untabled=("load_to_mean",),
     seeds=SEEDS,
     cells=cells,
     measure=measure,

@@ -212,6 +212,7 @@ class Study:
     compared  metrics on which every arm is tested against the baseline, with the margin that would not matter
     design    which of the arms combine which levels of which factors, where they do
     metrics   names in bench/metrics.py, in the order of the page; a reading of another metric is an error
+    untabled  those of them that a picture shows and that no table lists, having hundreds of points
     seeds     replicates per profile; "full" has at least what the rules ask
     answer    the sentence at the head of the page, with its numbers, from the records; without it, the rules' answers
     limits    what the answer does not say, one sentence each
@@ -231,6 +232,7 @@ class Study:
     limits: tuple[str, ...] = ()
     configs: Mapping[str, Config] = field(default_factory=dict)
     compared: tuple[Compared, ...] = ()
+    untabled: tuple[str, ...] = ()
     design: "Design | None" = None
 
     def __post_init__(self) -> None:
@@ -242,6 +244,8 @@ class Study:
         require(set(self.seeds) == {"quick", "full"}, "seeds", dict(self.seeds), "must have quick and full", "add it")
         for name in (*self.metrics, *(figure.metric for figure in self.figures if figure.draw is None)):
             metric(name)
+        strangers = sorted(set(self.untabled) - set(self.metrics))
+        require(not strangers, "untabled", strangers, f"must be of {', '.join(self.metrics)}", "declare them there")
         self._check_compared()
         for rule in self.rules:
             known = ledger()

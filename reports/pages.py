@@ -116,6 +116,7 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
     used = {record.metric for record in rows}
     again = f"python -m ablations run {typed(study)} --profile {_profile(rows)}"
     arms = [arm.name for arm in study.arms]
+    tabled = [name for name in study.metrics if name not in study.untabled]
     return Page(
         name=study.name,
         title=spelt(study.name),
@@ -127,7 +128,7 @@ def study_page(study: Study, records: Sequence[Record], found: Mapping[str, Verd
         # Of a study that has not run the answer says so once; as many sheets that say it again hide the rest.
         figures=tuple(_drawn(study, figure, rows) for figure in study.figures if rows),
         rulings=tuple(ruling(claims[rule.claim], found[rule.claim]) for rule in study.rules),
-        tables=(*against_baseline(study, rows), *chosen(rows), *results(rows, study.metrics, arms)),
+        tables=(*against_baseline(study, rows), *chosen(rows), *results(rows, tabled, arms)),
         failures=failures(rows),
         limits=study.limits,
         metrics=tuple(row for row in METRICS if row.name in used),

@@ -31,6 +31,7 @@ from bench.measurement import Measurement, Point, record
 from bench.record import Record
 from reports import twins
 from reports.frame import summary
+from reports.pages import study_page
 
 AXES: dict[str, Any] = {"steps": 300, "rows": 8}
 
@@ -150,7 +151,7 @@ def test_the_trade_is_a_line_for_each_method_through_its_strengths() -> None:
     assert table.head[1:] == ("none", BASELINE, "global_batch")
 
 
-def test_the_map_has_a_panel_for_each_method(measured: list[Reading]) -> None:
+def test_the_map_has_a_panel_for_each_method_and_no_table_its_loads(measured: list[Reading]) -> None:
     found = [
         record(
             Point(study="moe_balance", arm=one.arm, baseline=BASELINE, seed=0, axes={**AXES, **one.axes}),
@@ -158,8 +159,11 @@ def test_the_map_has_a_panel_for_each_method(measured: list[Reading]) -> None:
             one.measurement,
         )
         for one in measured
-        if one.measurement and one.measurement.metric == "load_to_mean"
+        if one.measurement and one.measurement.metric in ("load_to_mean", "gini")
     ]
+    tables = " ".join(table.caption for table in study_page(moe_balance.STUDY, found, {}).tables)
+    assert "gini" in tables.lower()
+    assert "load" not in tables
     picture = heat(summary(found))
     assert [axes.get_title() for axes in picture.axes][:1] == [BASELINE]
     with pytest.raises(NoEvidence):

@@ -54,6 +54,7 @@ def test_a_grid_has_no_cell_twice(seeds: list[int], arms: list[str], factors: li
         ({"arms": (Arm("fair", ""), Arm("fair", ""))}, "arms=.*must have distinct names"),
         ({"metrics": ("los",)}, "metric='los': is not in the table of metrics; did you mean loss"),
         ({"figures": (Figure("f", "c", metric="los", x="n"),)}, "metric='los'"),
+        ({"untabled": ("mfu",)}, r"untabled=\['mfu'\]: must be of "),
         ({"seeds": {"quick": 2}}, "seeds=.*must have quick and full"),
         ({"seeds": {"quick": 2, "full": 3}}, "seeds=6: must be at most the full profile's 3"),
         ({"rules": (Rule("A9", 0, lambda claim, records: None),)}, "claim='A9': must be one of A1, A2"),  # type: ignore[arg-type, return-value]
