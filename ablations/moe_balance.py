@@ -237,6 +237,8 @@ def answer(records: Sequence[Record]) -> str:
     """The most even method where no token sees a later one, then losses at equal evenness."""
     steps = _steps(records)
     even = {arm: most_even(records, arm, steps) for arm in STRENGTHS if _has(records, arm, steps)}
+    if not even:
+        raise NoEvidence("no training has been judged on held-out text")
     best = min(even, key=lambda arm: even[arm][1].value)
     unaided = estimate(records, arm="none", metric="excess_max_vio", strength="default", steps=steps, **JUDGED)
     said = [
