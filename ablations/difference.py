@@ -14,7 +14,7 @@ from typing import Any, assert_never
 
 from ablations.study import Study
 from bench.budget.states import recipe
-from dsv3.config import SGD, AdamW, Config, Fixed, Optimizer
+from dsv3.config import SGD, AdamW, Config, Dropless, Optimizer
 from dsv3.model.cost import active_parameters, flops_per_token, kv_bytes_per_token, parameters
 
 KEPT = recipe("float32")  # what dsv3.train keeps of every parameter, whatever the precision of its products
@@ -138,7 +138,7 @@ def _difference(arm: str, words: str, base: Config | None, config: Config | None
 
 
 def _drops(config: Config) -> bool:
-    return config.model.moe is not None and isinstance(config.model.moe.capacity, Fixed)
+    return config.model.moe is not None and not isinstance(config.model.moe.capacity, Dropless)
 
 
 def _quantities(config: Config) -> dict[tuple[str, str], float]:

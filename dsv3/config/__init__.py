@@ -22,6 +22,7 @@ from dsv3.config.change import vary
 from dsv3.config.layers import Rope, Yarn
 from dsv3.config.model import MTP, Model
 from dsv3.config.moe import (
+    Adaptive,
     Balance,
     Bias,
     Capacity,
@@ -52,6 +53,7 @@ __all__ = [
     "MTP",
     "SGD",
     "AdamW",
+    "Adaptive",
     "Attention",
     "Auto",
     "BFloat16",

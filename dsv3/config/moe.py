@@ -12,9 +12,15 @@ Balance methods add up (DeepSeek-V3 runs `SignBias` and `SequenceLoss` together)
     ExpertChoice    experts choose tokens in training, which is not causal         arXiv 2202.09368
     ZLoss           alpha * mean (log sum exp logits)^2, beside a method           arXiv 2202.08906
 
-Capacity is `Dropless` (DeepSeek-V3) or `Fixed(factor)`: an expert takes at most ceil(N K / E * factor) of N tokens, in
-training only. The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is
-`Fixed(factor=1.2)`.
+Capacity, in training only, is how many of N tokens an expert takes at most:
+
+    Dropless            all that come (DeepSeek-V3)
+    Fixed(factor)       ceil(N K / E * factor)
+    Adaptive(momentum)  ceil(N K / E * a), with a the moving average of past steps' largest load / mean load
+
+The article calls 1.2 x mean load "dynamic"; the mean load is N K / E by definition, so it is `Fixed(factor=1.2)`. What
+becomes of a token that finds its expert full is the policy: `dsv3.moe.capacity` has them. None counts a capacity and
+drops nothing: that is `Dropless`, and how much a capacity would have dropped is a function of the loads.
 """
 
 from dataclasses import dataclass, field
@@ -136,19 +142,41 @@ class Dropless:
     """Every token reaches all of its experts."""
 
 
+Policy = Literal["probability", "position", "reroute"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fixed:
-    """An expert takes at most ceil(N K / E * factor) tokens and drops the least probable, or the last in the batch."""
+    """An expert takes at most ceil(N K / E * factor) tokens. The least probable, or the last in the batch, are dropped,
+    or sent on to experts that have room.
+    """
 
     factor: float
-    policy: Literal["probability", "position"] = "probability"
+    policy: Policy = "probability"
 
     def __post_init__(self) -> None:
         require_number(self, "factor", low=0.0, above=True)
-        require_one_of(self, "policy", ("probability", "position"))
+        require_one_of(self, "policy", get_args(Policy))
 
 
-Capacity = Dropless | Fixed
+@dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """As `Fixed`, with a factor that is the moving average of past steps' largest loads, in mean loads.
+
+    momentum  how much of the old average stays: 0 takes the last step's. The first step has no past, and drops nothing
+    """
+
+    momentum: float = 0.9
+    policy: Policy = "probability"
+
+    def __post_init__(self) -> None:
+        require_number(self, "momentum", low=0.0)
+        rule, remedy = "must be below 1", "lower it: at 1 the first step's load would stay"
+        require(self.momentum < 1, "momentum", self.momentum, rule, remedy)
+        require_one_of(self, "policy", get_args(Policy))
+
+
+Capacity = Dropless | Fixed | Adaptive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +202,7 @@ class MoE:
         require_number(self, "n_shared_experts", low=0)
         require_one_of(self, "scoring_func", ("sigmoid", "softmax"))
         require_number(self, "routed_scaling_factor", low=0.0, above=True)
-        require_kind(self, "capacity", (Dropless, Fixed))
+        require_kind(self, "capacity", get_args(Capacity))
         self._check_balance()
         self._check_expert_choice()
         self._check_groups()

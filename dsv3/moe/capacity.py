@@ -1,15 +1,28 @@
-"""What an expert does when it is full: of its tokens it keeps min(ceil(N K / E * factor), N) and drops the rest.
+"""What becomes of a token that finds its expert full: an expert takes C = min(ceil(N K / E * factor), N) of its tokens.
 
-    probability    it keeps the tokens that want it most (largest gate weight)
-    position       it keeps the tokens that come first in the batch
+    probability    it keeps the tokens that want it most (largest gate weight), and drops the rest
+    position       it keeps the tokens that come first in the batch, and drops the rest
+    reroute        as probability; then, round by round, each token asks for every expert that refused it the next best
+                   (score + bias) that it does not have and that has room; of those who ask, an expert takes the ones
+                   that score it highest, and nobody loses a place. Dropped is what finds no room at all. A token's
+                   weights are those that the router would have given to the experts it ends with
 
-Sources: GShard and Switch Transformer, arXiv 2006.16668 and 2101.03961 section 2.2 (position); Megatron-LM has both.
-Loads are counted before dropping: after it every overloaded expert looks exactly full, and a balancing bias would see
-nothing to correct.
+An adaptive capacity has for factor the moving average of past steps' largest loads, as multiples of the mean:
 
-Dropping by probability is not causal: a later token with a larger weight takes the place of an earlier one, so training
-sees the future. The article's "dynamic capacity, 1.2 x the mean load" is a fixed one: the mean load is N K / E whatever
-the router does.
+    a <- momentum a + (1 - momentum) max_i c_i / mean_i c_i    once a step, c over its microbatches and processes
+
+It is infinite before the first step, which therefore drops nothing. A microbatch's loads are less even than the step's,
+so that accumulation drops more.
+
+Loads are counted before dropping: after it every overloaded expert looks exactly full, and neither a balancing bias nor
+an average would see anything to correct.
+
+Within a step only position is causal: otherwise a later token with a larger weight takes the place of an earlier one,
+or fills the expert that one would have been sent to, so training sees the future. An average is of the past alone. The
+article's "dynamic capacity, 1.2 x the mean load" is a fixed one: the mean load is N K / E whatever the router does.
+
+Sources: GShard and Switch Transformer, arXiv 2006.16668 and 2101.03961 section 2.2 (position); Megatron-LM has both
+ways of dropping.
 """
 
 import math
@@ -17,11 +30,14 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dsv3.config import Fixed, MoE
+from dsv3.config import Adaptive, Fixed, MoE
+from dsv3.moe.router import gate_weights, within_groups
 from dsv3.moe.routing import Routing
+
+Most = int | Int[Tensor, ""] | Float[Tensor, ""]
 
 
 def expert_capacity(tokens: int, moe: MoE, factor: float) -> int:
@@ -31,11 +47,79 @@ def expert_capacity(tokens: int, moe: MoE, factor: float) -> int:
     return min(math.ceil(mean_load * Fraction(repr(float(factor)))), tokens)
 
 
-def drop(routing: Routing, moe: MoE, fixed: Fixed) -> Routing:
-    """The same routing with `kept` set: at most the capacity per expert, chosen by the policy."""
-    capacity = expert_capacity(len(routing.indices), moe, fixed.factor)
-    priority = routing.weights.detach() if fixed.policy == "probability" else None
-    return replace(routing, kept=place_in_queue(routing.indices, priority) < capacity)
+def adaptive_capacity(tokens: int, moe: MoE, average: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The same with an average for a factor; it stays where it is, since asking a device for a number waits for it."""
+    mean_load = tokens * moe.num_experts_per_tok / moe.n_routed_experts
+    return (mean_load * average).ceil().clamp(max=tokens)
+
+
+@torch.no_grad()
+def averaged(average: Float[Tensor, ""], counts: Int[Tensor, " E"], momentum: float) -> Float[Tensor, ""]:
+    """The average after a step of these loads; as it was after one without tokens."""
+    total = counts.sum()
+    largest = (counts.amax() * len(counts) / total.clamp(min=1)).to(average.dtype)
+    found = torch.where(average.isinf(), largest, torch.lerp(largest, average, momentum))
+    return torch.where(total > 0, found, average)
+
+
+def drop(
+    routing: Routing,
+    moe: MoE,
+    capacity: Fixed | Adaptive,
+    *,
+    bias: Float[Tensor, " E"] | None = None,
+    average: Float[Tensor, ""] | None = None,
+) -> Routing:
+    """The same routing with `kept` set: at most the capacity per expert, by the policy.
+
+    `bias` is that of the selection, where the next best expert is wanted; `average`, of an adaptive capacity, the past.
+    """
+    tokens = len(routing.indices)
+    if isinstance(capacity, Fixed):
+        most: Most = expert_capacity(tokens, moe, capacity.factor)
+    else:
+        assert average is not None, "an adaptive capacity is a function of the past"
+        most = adaptive_capacity(tokens, moe, average)
+    priority = None if capacity.policy == "position" else routing.weights.detach()
+    dropped = replace(routing, kept=place_in_queue(routing.indices, priority) < most)
+    return reroute(dropped, moe, most, bias) if capacity.policy == "reroute" else dropped
+
+
+def reroute(routing: Routing, moe: MoE, most: Most, bias: Float[Tensor, " E"] | None = None) -> Routing:
+    """The same routing with the pairs that were refused sent on to experts with room, as far as there is any."""
+    indices_NK, kept_NK = _send_on(routing, moe, most, bias)
+    weights_NK = gate_weights(routing.scores, indices_NK, moe)
+    return replace(routing, indices=indices_NK, weights=weights_NK, kept=kept_NK)
+
+
+@torch.no_grad()
+def _send_on(
+    routing: Routing, moe: MoE, most: Most, bias: Float[Tensor, " E"] | None = None
+) -> tuple[Int[Tensor, "N K"], Bool[Tensor, "N K"]]:
+    """Experts and `kept` after the rounds; a pair that finds no room keeps the expert that was chosen for it.
+
+    A round that refuses somebody fills an expert, so that there are at most E + 1 rounds.
+    """
+    assert routing.kept is not None, "nothing is refused yet"
+    scores_NE = routing.scores.detach()
+    ranked_NE = within_groups(scores_NE if bias is None else scores_NE + bias, moe)
+    # The pairs of a token have no order of their own: the weightiest of those refused asks first.
+    order = routing.weights.argsort(dim=1, descending=True, stable=True)
+    indices_NK, kept_NK = routing.indices.gather(1, order), routing.kept.gather(1, order)
+    has_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, indices_NK, kept_NK)
+    while True:
+        room_E = most - has_NE.sum(dim=0)
+        best = ranked_NE.masked_fill(has_NE | (room_E <= 0), float("-inf")).topk(indices_NK.shape[1], dim=1)
+        nth_NK = ((~kept_NK).cumsum(dim=1) - 1).clamp(min=0)
+        asked_NK = best.indices.gather(1, nth_NK)
+        asks_NK = ~kept_NK & best.values.gather(1, nth_NK).isfinite()
+        if not asks_NK.any():
+            return indices_NK, kept_NK
+        queue = asked_NK.masked_fill(~asks_NK, scores_NE.shape[1])
+        taken_NK = asks_NK & (place_in_queue(queue, scores_NE.gather(1, asked_NK)) < room_E[asked_NK])
+        indices_NK = torch.where(taken_NK, asked_NK, indices_NK)
+        kept_NK = kept_NK | taken_NK
+        has_NE[taken_NK.nonzero()[:, 0], asked_NK[taken_NK]] = True
 
 
 def place_in_queue(indices: Int[Tensor, "N K"], priority: Float[Tensor, "N K"] | None) -> Int[Tensor, "N K"]:

@@ -5,24 +5,40 @@ SwiGLU of n times the width. Capacity, and experts that choose tokens, are for t
 must not depend on which other tokens are in the batch.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dsv3.config import ExpertChoice, Fixed, Model, MoE
+from dsv3.config import Adaptive, Dropless, ExpertChoice, Model, MoE
 from dsv3.layers import SwiGLU
 from dsv3.moe.bias import demand, moved
-from dsv3.moe.capacity import drop
+from dsv3.moe.capacity import averaged, drop
 from dsv3.moe.expert_choice import choose_tokens
 from dsv3.moe.experts import Experts
 from dsv3.moe.router import route
 from dsv3.moe.routing import Routing
 
 
-class Gate(nn.Module):
-    """The router's weight and its selection bias, which no optimizer sees and which stays float32 in a cast model."""
+class KeepsBuffers(nn.Module):
+    """A module whose own buffers stay float32 in a cast model: in bfloat16 a bias above 0.5 would swallow updates of
+    0.001.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsBuffers":
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = getattr(self, name)
+            if after.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(after.device))
+        return self
+
+
+class Gate(KeepsBuffers):
+    """The router's weight and its selection bias, which no optimizer sees."""
 
     e_score_correction_bias: Tensor
 
@@ -40,18 +56,11 @@ class Gate(nn.Module):
             return choose_tokens(routing, self.moe)
         return routing
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Gate":
-        before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
-        after = self.e_score_correction_bias
-        if after.dtype != torch.float32:
-            # In bfloat16 a bias above 0.5 would swallow updates of 0.001.
-            self.e_score_correction_bias = before.to(after.device)
-        return self
 
+class MoELayer(KeepsBuffers):
+    """Routed and shared experts of one block; an adaptive capacity has its average of past steps here."""
 
-class MoELayer(nn.Module):
-    """Routed and shared experts of one block."""
+    largest_load: Tensor | None
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -61,13 +70,16 @@ class MoELayer(nn.Module):
         self.experts = Experts(model)
         shared = model.moe.n_shared_experts * model.moe.moe_intermediate_size
         self.shared_experts = SwiGLU(model.hidden_size, shared) if shared else None
+        adaptive = isinstance(self.moe.capacity, Adaptive)
+        self.register_buffer("largest_load", torch.tensor(math.inf) if adaptive else None)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
         """The layer's output, and what its router decided."""
         x_ND = x.flatten(0, 1)
         routing = self.gate(x_ND)
-        if self.training and isinstance(self.moe.capacity, Fixed):
-            routing = drop(routing, self.moe, self.moe.capacity)
+        if self.training and not isinstance(self.moe.capacity, Dropless):
+            bias, average = self.gate.e_score_correction_bias, self.largest_load
+            routing = drop(routing, self.moe, self.moe.capacity, bias=bias, average=average)
         y = self.experts(x_ND, routing).view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
@@ -81,3 +93,9 @@ class MoELayer(nn.Module):
         """Move the selection bias by the demand of a whole step, after the optimizer's; it stays without a method."""
         bias = self.gate.e_score_correction_bias
         bias.copy_(moved(bias, asked.to(bias.device), self.moe))
+
+    def update_capacity(self, counts: Int[Tensor, " E"]) -> None:
+        """Move an adaptive capacity by the loads of a whole step, after the optimizer's."""
+        if isinstance(self.moe.capacity, Adaptive) and self.largest_load is not None:
+            average = self.largest_load
+            average.copy_(averaged(average, counts.to(average.device), self.moe.capacity.momentum))

@@ -61,9 +61,12 @@ def score(logits: Float[Tensor, "N E"], moe: MoE) -> Float[Tensor, "N E"]:
 
 def select(biased: Float[Tensor, "N E"], moe: MoE) -> Int[Tensor, "N K"]:
     """The `num_experts_per_tok` best experts by biased score, inside the best groups when experts are grouped."""
-    if moe.n_group > 1:
-        biased = _only_best_groups(biased, moe)
-    return biased.topk(moe.num_experts_per_tok, dim=-1, sorted=False).indices
+    return within_groups(biased, moe).topk(moe.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def within_groups(biased: Float[Tensor, "N E"], moe: MoE) -> Float[Tensor, "N E"]:
+    """The biased scores, -inf outside a token's best groups when experts are grouped."""
+    return _only_best_groups(biased, moe) if moe.n_group > 1 else biased
 
 
 def gate_weights(scores: Float[Tensor, "N E"], indices: Int[Tensor, "N K"], moe: MoE) -> Float[Tensor, "N K"]:

@@ -1,14 +1,14 @@
 """One training step: forward and backward of each microbatch, then one update.
 
     gradients    mean over microbatches, then over processes; divided by the loss scale; clipped to a norm
-    update       optimizer at the scheduled rate; then the routers' biases, by the loads of the whole global batch
-                 before any dropping
+    update       optimizer at the scheduled rate; then the routers' biases and adaptive capacities, by the loads of the
+                 whole global batch before any dropping
     indexers     clipped by themselves: neither their loss nor the main one shrinks the other's step
     a gradient that is not finite skips the update, and the report says so
 
 Accumulation changes nothing but rounding where every loss is a mean over tokens or sequences and no expert is full. It
 does change batch-wide balance losses (each microbatch has statistics of its own; for the quadratic loss the mean of
-squares exceeds the square of the mean) and a fixed capacity (each microbatch drops for itself).
+squares exceeds the square of the mean) and a capacity (each microbatch drops for itself).
 """
 
 import math
@@ -89,7 +89,7 @@ def train_step(
         group["lr"] = rate
     state.model.train()
     tally = _over_ranks(_accumulate(state, rows, ranks), ranks)
-    norm, health = _update(state, tally.demand or tuple(tally.counts), ranks)
+    norm, health = _update(state, tally, ranks)
     routed = tally.counts.sum().item()
     loads = tally.counts.double()
     return StepReport(
@@ -150,7 +150,7 @@ def _over_ranks(tally: _Tally, ranks: Ranks) -> _Tally:
     )
 
 
-def _update(state: TrainState, demand: tuple[Tensor, ...], ranks: Ranks) -> tuple[float, str]:
+def _update(state: TrainState, tally: _Tally, ranks: Ranks) -> tuple[float, str]:
     ranks.average_gradients(state.model.parameters())
     parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -163,9 +163,11 @@ def _update(state: TrainState, demand: tuple[Tensor, ...], ranks: Ranks) -> tupl
         reason = "gradient that is not finite"
     if reason is None:
         state.optimizer.step()
-        for layer, asked in zip(state.expert_layers, demand, strict=False):
+        loads = tuple(tally.counts)
+        for layer, asked, counts in zip(state.expert_layers, tally.demand or loads, loads, strict=False):
             if any(weight.requires_grad for weight in layer.parameters()):  # a frozen router keeps its bias too
                 layer.update_bias(asked)
+                layer.update_capacity(counts)
     state.optimizer.zero_grad(set_to_none=True)
     return norm, "ok" if reason is None else f"skipped: {reason}"
 

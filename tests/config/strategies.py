@@ -6,6 +6,7 @@ from dsv3.config import (
     MTP,
     SGD,
     AdamW,
+    Adaptive,
     Auto,
     BFloat16,
     Bias,
@@ -106,9 +107,11 @@ balances = st.lists(
     max_size=6,
     unique_by=lambda method: Bias if isinstance(method, Bias) else type(method),
 ).map(tuple)
+policies = st.sampled_from(["probability", "position", "reroute"])
 capacities = st.one_of(
     st.builds(Dropless),
-    st.builds(Fixed, factor=st.floats(0.1, 4.0), policy=st.sampled_from(["probability", "position"])),
+    st.builds(Fixed, factor=st.floats(0.1, 4.0), policy=policies),
+    st.builds(Adaptive, momentum=st.floats(0.0, 0.99), policy=policies),
 )
 
 

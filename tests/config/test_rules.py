@@ -49,7 +49,7 @@ REFUSED = [
     (lambda: MoE(**EXPERTS, scoring_func="relu"), r"scoring_func='relu'"),
     (lambda: MoE(**EXPERTS, balance=(SignBias(), SignBias())), r"names a method twice"),
     (lambda: MoE(**EXPERTS, balance=SignBias()), r"must be a tuple"),
-    (lambda: MoE(**EXPERTS, capacity=1.2), r"capacity=1.2: must be one of Dropless, Fixed"),
+    (lambda: MoE(**EXPERTS, capacity=1.2), r"capacity=1.2: must be one of Dropless, Fixed, Adaptive"),
     (lambda: SignBias(rate=float("nan")), r"rate=nan"),
     (lambda: PerHead(), r"exactly one of the two is set"),
     (lambda: PerHead(keep=0.3, k=4), r"exactly one of the two is set"),

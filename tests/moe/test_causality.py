@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3.config import (
+    Adaptive,
     Balance,
     Capacity,
     CentredSignBias,
@@ -54,15 +55,29 @@ ARMS = {
     "z": Arm((ZLoss(),)),
     "drop by position": Arm(capacity=Fixed(factor=0.75, policy="position")),
     "drop by probability": Arm(capacity=Fixed(factor=0.75, policy="probability")),
+    "reroute": Arm(capacity=Fixed(factor=0.75, policy="reroute")),
+    "past loads, by position": Arm(capacity=Adaptive(policy="position")),
+    "past loads, by probability": Arm(capacity=Adaptive(policy="probability")),
+    "past loads, reroute": Arm(capacity=Adaptive(policy="reroute")),
     "expert choice": Arm((ExpertChoice(),)),
     "quantile of the same batch": Arm((QuantileBias(),), same_batch=True),
 }
-LOOK_AHEAD = {"drop by probability", "expert choice", "quantile of the same batch"}
+LOOK_AHEAD = {
+    "drop by probability",
+    "reroute",
+    "past loads, by probability",
+    "past loads, reroute",
+    "expert choice",
+    "quantile of the same batch",
+}
 
 
 def layer_for(arm: Arm) -> MoELayer:
     moe = MoE(n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8)
-    return layer_of(replace(moe, balance=arm.balance, capacity=arm.capacity), bias=0.1)
+    layer = layer_of(replace(moe, balance=arm.balance, capacity=arm.capacity), bias=0.1)
+    if layer.largest_load is not None:
+        layer.largest_load.fill_(0.75)  # no past is as uneven as that: for something to drop
+    return layer
 
 
 def chosen(arm: Arm, x: torch.Tensor, *, training: bool = True) -> torch.Tensor:

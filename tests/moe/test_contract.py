@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dsv3.config import (
+    Adaptive,
     Bias,
     CentredSignBias,
     Dropless,
@@ -41,6 +42,8 @@ CAPACITIES = {
     "dropless": Dropless(),
     "by probability": Fixed(factor=0.8),
     "by position": Fixed(factor=0.8, policy="position"),
+    "reroute": Fixed(factor=0.8, policy="reroute"),
+    "adaptive": Adaptive(),
 }
 VARIANTS = {
     ", ".join((scoring, groups, balance, capacity)): MoE(
@@ -75,7 +78,7 @@ def test_routing_is_valid_and_counted_before_dropping(moe: MoE) -> None:
     assert routing.counts.sum() == 21 * 3
     assert all(len(set(row)) == 3 for row in routing.indices.tolist())
     torch.testing.assert_close(routing.weights.sum(dim=1), torch.full((21,), 2.5))
-    assert (routing.kept is not None) == isinstance(moe.capacity, Fixed)
+    assert (routing.kept is None) == isinstance(moe.capacity, Dropless)
     assert 0.0 <= load_statistics(routing.counts, 3, routing.kept).dropped < 1.0
     groups = (routing.indices // (8 // moe.n_group)).tolist()
     assert max(len(set(row)) for row in groups) <= moe.topk_group

@@ -181,7 +181,7 @@ def test_without_options_the_command_line_is_the_tiny_preset() -> None:
         (["--variant", "model.moe.capacity=Fixed(factor=0)"], "factor=0: must be a finite number > 0"),
         (["--variant", "model.moe.capacity=Fixed(factr=1)"], "unexpected keyword argument 'factr'"),
         (["--variant", "model.moe.capacity=Fixed()"], "missing 1 required .* 'factor'; give the fields of Fixed"),
-        (["--variant", "model.moe.capacity=3"], "capacity=3: must be one of Dropless, Fixed"),
+        (["--variant", "model.moe.capacity=3"], "capacity=3: must be one of Dropless, Fixed, Adaptive"),
     ],
 )
 def test_a_wrong_command_line_is_refused_by_name(arguments: list[str], message: str) -> None:

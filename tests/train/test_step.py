@@ -5,6 +5,7 @@ import torch
 
 from dsv3.config import (
     AdamW,
+    Adaptive,
     BFloat16,
     Config,
     Fixed,
@@ -87,6 +88,32 @@ def test_the_bias_moves_by_its_rate_against_the_loads_of_the_whole_batch() -> No
         expected = 0.25 * (loads.double().mean() - loads).sign().float()
         assert torch.equal(layer.gate.e_score_correction_bias, expected)
         assert expected.abs().sum() > 0
+
+
+def test_an_adaptive_capacity_follows_the_loads_of_whole_steps_and_drops_by_those_before() -> None:
+    config = small.config((SequenceLoss(),), **{"model.moe.capacity": Adaptive(momentum=0.5)})
+    parts = with_parts(config, 4)
+    whole, in_parts = (stepped(config) for config in (config, parts))
+    (first, report), (second, same) = whole, in_parts
+    assert report.dropped == same.dropped == 0.0, "nothing is known before the first step"
+    for layer, other, max_vio in zip(first.expert_layers, second.expert_layers, report.max_vio, strict=True):
+        assert layer.largest_load is not None
+        assert layer.largest_load.item() == pytest.approx(1 + max_vio)
+        assert torch.equal(layer.largest_load, other.largest_load), "counts are sums over microbatches"
+    tight, report = stepped(vary(config, **{"model.moe.capacity": Adaptive(momentum=0.0)}), steps=2)
+    assert all(
+        layer.largest_load.item() == pytest.approx(1 + vio)
+        for layer, vio in zip(tight.expert_layers, report.max_vio, strict=True)
+    )
+
+
+def test_a_skipped_update_leaves_an_adaptive_capacity_alone() -> None:
+    config = small.config(**{"model.moe.capacity": Adaptive()})
+    state = TrainState.create(config, seed=0)
+    state.model.lm_head.weight.data.fill_(float("inf"))
+    (rows,) = small.rows(config)
+    assert train_step(state, rows).health != "ok"
+    assert all(layer.largest_load.isinf() for layer in state.expert_layers)
 
 
 def test_max_vio_is_counted_before_dropping() -> None:

@@ -121,14 +121,14 @@ def _check_names(wanted: list[Entry], coded: list[str], stored: shards.Stored) -
 
 
 def _widest(types: dict[str, str], wanted: list[Entry]) -> torch.dtype:
-    weights = [entry.stored for entry in wanted if entry.stored in types and not _is_bias(entry)]
+    weights = [entry.stored for entry in wanted if entry.stored in types and not _is_buffer(entry)]
     for name in weights:
         require(types[name] in FLOATS, f"{name} type", types[name], f"must be one of {', '.join(FLOATS)}", "convert it")
     return reduce(torch.promote_types, {FLOATS[types[name]] for name in weights})
 
 
-def _is_bias(entry: Entry) -> bool:
-    return entry.ours.endswith("e_score_correction_bias")
+def _is_buffer(entry: Entry) -> bool:
+    return entry.ours.endswith(("e_score_correction_bias", "largest_load"))
 
 
 def _read_codes(coded: list[str], quantization: dict[str, Any] | None, stored: shards.Stored) -> Float8Weights | None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dsv3.config import Model
+from dsv3.config import Adaptive, Model
 from dsv3.model.cost import mtp_depths, parameter_shapes
 
 TIED_HEAD = "lm_head.weight"
@@ -61,6 +61,9 @@ def entries(model: Model) -> Iterator[Entry]:
         if ours.endswith("mlp.gate.weight"):
             bias = ours.removesuffix("weight") + "e_score_correction_bias"
             yield Entry(stored=_stored(model, bias), ours=bias)
+            if model.moe is not None and isinstance(model.moe.capacity, Adaptive):
+                average = ours.removesuffix("gate.weight") + "largest_load"
+                yield Entry(stored=_stored(model, average), ours=average)
     if model.tie_word_embeddings:
         yield Entry(stored=TIED_HEAD, ours="embed_tokens.weight", copy=True)
     for depth in range(mtp_depths(model)):
