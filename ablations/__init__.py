@@ -28,6 +28,7 @@ STUDIES: tuple[str, ...] = (
     "attention_indexer",
     "moe_speed",
     "moe_capacity",
+    "moe_isolation",
     "precision_modes",
     "pipeline_bubble",
     "latent_attention",
