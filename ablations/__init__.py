@@ -29,6 +29,7 @@ STUDIES: tuple[str, ...] = (
     "moe_speed",
     "moe_balance",
     "moe_capacity",
+    "moe_isolation",
     "precision_modes",
     "pipeline_bubble",
     "latent_attention",
