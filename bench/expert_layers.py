@@ -5,6 +5,7 @@ so the router's own cost is left out; sorting and combining are in. `uniform` ro
 token, `balanced` gives every expert as many rows.
 
     transformers     the experts of DeepSeek-V3 there, on torch's grouped product: the peer
+    padded           each expert's rows filled up to those of the fullest, then one batched product
     padded_128       each expert's rows filled up to a multiple of 128, as MegaBlocks does, then the grouped product
     dense            a SwiGLU of K times the width on all tokens, torch's own products
     dense_kernel     the same by our kernel, as a layer of one expert: what is lost to experts alone
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from dsv3.layers import SwiGLU
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe import Routing
-from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, reference, sort_rows
+from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, padded, reference, sort_rows
 from dsv3.moe.kernels.experts import fits, why_not
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import count
@@ -92,7 +93,7 @@ class Arm:
         return [y, gradients[0], *turned]
 
 
-def padded(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+def blockwise(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """The grouped product over rows filled up to whole blocks with zeros."""
     token, weight, counts = sort_rows(routing)
     whole = -(-counts // PADDED) * PADDED
@@ -109,7 +110,8 @@ DISPATCHES: Mapping[str, Dispatch] = {
     "kernel": kernel,
     "looped": looped,
     "grouped": grouped,
-    "padded_128": padded,
+    "padded": padded,
+    "padded_128": blockwise,
     TRUTH: reference,
 }
 LENDING: Mapping[str, Callable[..., Tensor]] = {"kernel": kernel, "looped": looped}  # memory, to their gradients

@@ -8,6 +8,7 @@ transposes. Every implementation has the signature `Dispatch`, computes in x's t
     reference    one expert after the other in the plainest form; any floating type
     grouped      torch's grouped matrix product over sorted rows; float32, bfloat16 and float16
     looped       a loop of matrix products over sorted rows with a backward that keeps less; any floating type
+    padded       one batched matrix product, every expert filled up to as many rows; any floating type
     kernel       the same in C++, where a compiler is at hand; on a CPU, float32 and bfloat16
 """
 
@@ -20,7 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dsv3.config.rules import require
 from dsv3.layers.swiglu import swiglu
+from dsv3.moe.capacity import place_in_queue
 from dsv3.moe.kernels.experts import fits, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
 from dsv3.moe.memory import ReusedMemory
@@ -96,6 +99,50 @@ def looped(
     """`dsv3.moe.looped` on sorted rows; `memory` is lent to the gradients of the weights."""
     token, weight, counts = sort_rows(routing, cut=not torch.compiler.is_compiling())
     return looped_experts(x, weight.to(x.dtype), gate_up, down, token, counts, memory).to(x.dtype)
+
+
+def padded(
+    x: Float[Tensor, "N D"],
+    routing: Routing,
+    gate_up: Float[Tensor, "E D twoF"],
+    down: Float[Tensor, "E F D"],
+    capacity: int | None = None,
+) -> Float[Tensor, "N D"]:
+    """The experts as one batched product over `capacity` rows each; None: as many as the fullest takes.
+
+    A capacity (`dsv3.moe.capacity.expert_capacity`) makes every shape static: a graph without a break, and no more rows
+    than the factor pays for. Of an expert's pairs those behind its capacity are dropped, the last in the batch; where
+    `drop` came before there are none. Empty rows are zeros: they cost a product, and neither give nor get anything.
+    """
+    (tokens, k), experts = routing.indices.shape, len(routing.counts)
+    slot_NK, capacity = slots(routing, capacity)
+    slot, rows = slot_NK.flatten(), experts * capacity
+    nobody = slot.new_full((rows + 1,), tokens)
+    token = nobody.scatter(0, slot, torch.arange(tokens * k, device=x.device) // k)[:rows]
+    weight = routing.weights.new_zeros(rows + 1).scatter(0, slot, routing.weights.flatten())[:rows]
+    x_ECD = F.pad(x, (0, 0, 0, 1))[token].view(experts, capacity, x.shape[1])
+    gate, up = torch.bmm(x_ECD, gate_up).chunk(2, dim=-1)
+    a_ECF = swiglu(gate, up) * weight.to(x.dtype).view(experts, capacity, 1)
+    out = F.pad(torch.bmm(a_ECF, down).flatten(0, 1), (0, 0, 0, 1))
+    return out[slot_NK].sum(1, dtype=sum_dtype(x)).to(x.dtype)
+
+
+def slots(routing: Routing, capacity: int | None) -> tuple[Int[Tensor, "N K"], int]:
+    """Each pair's row in a batch of `capacity` rows an expert, or for a dropped one the row after the last; and the
+    capacity, if None is given the largest load.
+
+    Raises:
+        ValueError: a capacity below 0.
+    """
+    experts, indices = len(routing.counts), routing.indices
+    if routing.kept is not None:
+        indices = indices.masked_fill(~routing.kept, experts)
+    if capacity is None:
+        capacity = int(count(indices, experts + 1)[:experts].max())
+    require(capacity >= 0, "capacity", capacity, "must be at least 0", "dsv3.moe.capacity.expert_capacity computes one")
+    place = place_in_queue(indices, None)
+    dropped = (place >= capacity) | (indices == experts)
+    return (indices * capacity + place).masked_fill(dropped, experts * capacity), capacity
 
 
 def kernel(

@@ -18,7 +18,7 @@ needs_kernel = pytest.mark.skipif(why_not() is not None, reason=f"no kernel here
 @pytest.mark.parametrize("routed", ["uniform", "balanced"])
 def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None:
     arms = build(SMALL, dtype, CPU, routed=routed)
-    assert set(arms) >= {PEER, "looped", "grouped", "padded_128", "dense", TRUTH}
+    assert set(arms) >= {PEER, "looped", "grouped", "padded", "padded_128", "dense", TRUTH}
     check(arms, dtype)
     with torch.no_grad():
         arms["padded_128"].parameters[0][3] += 1.0
