@@ -4,7 +4,7 @@ x = x + Attention(RMSNorm(x))
 x = x + FeedForward(RMSNorm(x))        SwiGLU in the first `first_k_dense_replace` blocks, experts after them
 """
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.attention import Documents, LayerCache, Selection, attend_by_document, build
@@ -25,10 +25,15 @@ class Block(nn.Module):
         self.mlp: MoELayer | SwiGLU = MoELayer(model) if model.is_moe_layer(layer) else SwiGLU(width, inner)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], *, cache: LayerCache | None = None, documents: Documents | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        cache: LayerCache | None = None,
+        documents: Documents | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Routing | None, tuple[Selection | None, ...]]:
         """The block's output, what its router decided (None in a dense block), and which keys its attention kept
-        (None: all), in each document where `documents` says where they begin.
+        (None: all), in each document where `documents` says where they begin. `lengths`: of rows before their padding.
         """
         normed = self.input_layernorm(x)
         if documents is None:
@@ -39,6 +44,6 @@ class Block(nn.Module):
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if isinstance(self.mlp, MoELayer):
-            fed, routing = self.mlp(normed)
+            fed, routing = self.mlp(normed, lengths)
             return x + fed, routing, selections
         return x + self.mlp(normed), None, selections

@@ -21,7 +21,7 @@ Two choices where sources differ:
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dsv3.attention import Documents, Selection
@@ -48,7 +48,12 @@ class MultiTokenPrediction(nn.Module):
         self.norm = RMSNorm(width, eps)
 
     def forward(
-        self, hidden: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], *, documents: Documents | None = None
+        self,
+        hidden: Float[Tensor, "B T D"],
+        embedded: Float[Tensor, "B T D"],
+        *,
+        documents: Documents | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"], Routing | None, tuple[Selection | None, ...]]:
         """From the hidden states of the depth before and the embeddings of the tokens m later, row by row of equal
         length:
@@ -56,6 +61,6 @@ class MultiTokenPrediction(nn.Module):
         what the head reads, what the next depth reads, and what the block's router and attention decided.
         """
         joined = torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
-        raw, routing, selections = self.block(self.eh_proj(joined), documents=documents)
+        raw, routing, selections = self.block(self.eh_proj(joined), documents=documents, lengths=lengths)
         normed = self.norm(raw)
         return normed, normed if self.hands_on_normed else raw, routing, selections

@@ -5,7 +5,8 @@
 Parameters carry the names of the published checkpoints (`dsv3.model.hf.names` has the two exceptions). With a cache
 only the new tokens are passed and the result equals the last positions of a forward pass over all of them;
 multi-token prediction is then left out, as it has no part in the next token. Where it is said where documents begin,
-attention sees none but its own and positions count from its beginning; all else goes token by token.
+attention sees none but its own and positions count from its beginning; all else goes token by token. Padding stands
+behind a row's tokens, where causal attention sees it from nowhere, and no router counts it.
 """
 
 import torch
@@ -47,23 +48,26 @@ class Transformer(nn.Module):
         *,
         cache: KeyValueCache | None = None,
         documents: Documents | None = None,
+        lengths: Int[Tensor, " rows"] | None = None,
         mtp: bool = True,
     ) -> ModelOutput:
         """Logits for each position, and everything that was decided on the way. `mtp=False` leaves out multi-token
-        prediction, as a cache does. `documents`: per row, where packed documents begin.
+        prediction, as a cache does. `documents`: per row, where packed documents begin. `lengths`: per row, how many
+        tokens stand before its padding, whose own outputs mean nothing.
 
         Raises:
             ValueError: for no tokens, tokens outside the vocabulary (checked on a CPU only), more positions than
-                max_position_embeddings, or documents with a cache.
+                max_position_embeddings, lengths of other rows, or documents or lengths with a cache.
         """
         self._check(tokens, 0 if cache is None else cache.length)
         rule = "must be None with a cache, which continues one document per row"
         require(documents is None or cache is None, "documents", documents, rule, "leave out one of the two")
+        self._check_lengths(lengths, tokens, cache)
         embedded = self.embed_tokens(tokens)
         hidden, routings, selections = embedded, [], []
         for layer, block in enumerate(self.layers):
             held = None if cache is None else cache.layers[layer]
-            hidden, routing, kept = block(hidden, cache=held, documents=documents)
+            hidden, routing, kept = block(hidden, cache=held, documents=documents, lengths=lengths)
             routings.append(routing)
             selections += kept
         normed = self.norm(hidden)
@@ -71,7 +75,7 @@ class Transformer(nn.Module):
         if self.mtp and mtp and cache is None:
             assert self.config.mtp is not None, "modules of multi-token prediction come from model.mtp"
             first = normed if self.config.mtp.hidden == "post_norm" else hidden
-            further, more_routings, more_selections = self._predict_further(first, embedded, documents)
+            further, more_routings, more_selections = self._predict_further(first, embedded, documents, lengths)
             routings += more_routings
             selections += more_selections
         return ModelOutput(
@@ -87,7 +91,7 @@ class Transformer(nn.Module):
         return F.linear(normed, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(normed)
 
     def _predict_further(
-        self, hidden: Tensor, embedded: Tensor, documents: Documents | None
+        self, hidden: Tensor, embedded: Tensor, documents: Documents | None, lengths: Tensor | None
     ) -> tuple[list[Tensor], list[Routing | None], list[Selection | None]]:
         logits, routings = [], []
         selections: list[Selection | None] = []
@@ -98,11 +102,22 @@ class Transformer(nn.Module):
                 logits.append(embedded.new_zeros(embedded.shape[0], 0, self.config.vocab_size))
                 continue
             begun = documents and [[start for start in row if start < length - ahead] for row in documents]
-            normed, hidden, routing, kept = module(hidden[:, : length - ahead], embedded[:, ahead:], documents=begun)
+            left = None if lengths is None else (lengths - ahead).clamp(min=0)
+            normed, hidden, routing, kept = module(
+                hidden[:, : length - ahead], embedded[:, ahead:], documents=begun, lengths=left
+            )
             logits.append(self.head(normed))
             routings.append(routing)
             selections += kept
         return logits, routings, selections
+
+    def _check_lengths(self, lengths: Tensor | None, tokens: Tensor, cache: KeyValueCache | None) -> None:
+        if lengths is None:
+            return
+        require(cache is None, "lengths", lengths, "must be None with a cache", "decode rows of one length together")
+        rows, most = tokens.shape
+        fits = lengths.shape == (rows,) and bool(((lengths >= 0) & (lengths <= most)).all())
+        require(fits, "lengths", lengths, f"must be {rows} numbers in [0, {most}]", "count each row's tokens")
 
     def _check(self, tokens: Tensor, before: int) -> None:
         require(

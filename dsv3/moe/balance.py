@@ -24,7 +24,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsv3.config import (
@@ -40,7 +40,7 @@ from dsv3.config import (
     SwitchLoss,
     ZLoss,
 )
-from dsv3.moe.routing import Routing
+from dsv3.moe.routing import Routing, count
 
 Mean = Callable[[Tensor], Tensor]
 
@@ -82,7 +82,9 @@ def probabilities(routing: Routing) -> Float[Tensor, "N E"]:
 
 
 def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:
-    """DeepSeek-V3's loss within a sequence, averaged over `batch` sequences of equal length; 1 at perfect balance."""
+    """DeepSeek-V3's loss within a sequence, averaged over `batch` sequences; 1 at perfect balance."""
+    if routing.lengths is not None:
+        return _ragged_sequence_loss(routing, routing.lengths)
     tokens, experts = routing.scores.shape
     k, length = routing.indices.shape[1], tokens // batch
     assert tokens == batch * length, f"{tokens} tokens do not make {batch} sequences of equal length"
@@ -92,6 +94,18 @@ def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:
     f_BE = load_BE * (experts / (k * length))
     p_BE = probabilities(routing).view(batch, length, experts).mean(dim=1)
     return (f_BE * p_BE).sum(dim=-1).mean()
+
+
+def _ragged_sequence_loss(routing: Routing, lengths: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+    """The same of sequences of unequal length; one without tokens is left out."""
+    experts, k = routing.scores.shape[1], routing.indices.shape[1]
+    sequence_N = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    chosen = routing.scores.detach().topk(k, dim=-1, sorted=False).indices
+    load_BE = count(sequence_N[:, None] * experts + chosen, len(lengths) * experts).view(len(lengths), experts)
+    total_BE = routing.scores.new_zeros(load_BE.shape).index_add(0, sequence_N, probabilities(routing))
+    length_B1 = lengths.clamp(min=1).to(total_BE.dtype)[:, None]
+    f_BE = load_BE * (experts / k) / length_B1
+    return (f_BE * total_BE / length_B1).sum() / (lengths > 0).sum().clamp(min=1)
 
 
 def switch_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:

@@ -7,6 +7,7 @@ must not depend on which other tokens are in the batch.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -73,17 +74,32 @@ class MoELayer(KeepsBuffers):
         adaptive = isinstance(self.moe.capacity, Adaptive)
         self.register_buffer("largest_load", torch.tensor(math.inf) if adaptive else None)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """The layer's output, and what its router decided."""
+    def forward(
+        self, x: Float[Tensor, "B T D"], lengths: Int[Tensor, " B"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """The layer's output, and what its router decided. `lengths`: tokens of each row before its padding, which no
+        routed expert sees and no count, loss or capacity knows of.
+        """
         x_ND = x.flatten(0, 1)
-        routing = self.gate(x_ND)
-        if self.training and not isinstance(self.moe.capacity, Dropless):
-            bias, average = self.gate.e_score_correction_bias, self.largest_load
-            routing = drop(routing, self.moe, self.moe.capacity, bias=bias, average=average)
-        y = self.experts(x_ND, routing).view_as(x)
+        if lengths is None:
+            routing = self._route(x_ND)
+            y_ND = self.experts(x_ND, routing)
+        else:
+            there = (torch.arange(x.shape[1], device=x.device) < lengths[:, None]).flatten().nonzero()[:, 0]
+            tokens_ND = x_ND[there]
+            routing = replace(self._route(tokens_ND), lengths=lengths)
+            y_ND = torch.zeros_like(x_ND).index_copy(0, there, self.experts(tokens_ND, routing))
+        y = y_ND.view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, routing
+
+    def _route(self, x_ND: Tensor) -> Routing:
+        routing: Routing = self.gate(x_ND)
+        if not self.training or isinstance(self.moe.capacity, Dropless):
+            return routing
+        bias, average = self.gate.e_score_correction_bias, self.largest_load
+        return drop(routing, self.moe, self.moe.capacity, bias=bias, average=average)
 
     def demand(self, routing: Routing) -> Int[Tensor, "E bins"] | None:
         """What `update_bias` has to know of a microbatch, to be summed over all of a step; None: its loads."""

@@ -26,6 +26,8 @@ class Routing:
             for each token, and `kept` are the chosen.
         logits: what the scores are made of, where a loss wants it.
         router: the weight that made the logits, in their type, where a loss wants it.
+        lengths: tokens of each sequence that are here, where rows were padded: padding is routed nowhere and is not
+            among the N. None where sequences are equally long.
     """
 
     indices: Int[Tensor, "N K"]
@@ -35,6 +37,7 @@ class Routing:
     kept: Bool[Tensor, "N K"] | None = None
     logits: Float[Tensor, "N E"] | None = None
     router: Float[Tensor, "E D"] | None = None
+    lengths: Int[Tensor, " B"] | None = None
 
 
 def count(indices: Int[Tensor, "..."], experts: int) -> Int[Tensor, " E"]:
