@@ -1,30 +1,39 @@
 """What a capacity factor drops, wastes, costs and saves, on routing that a model really makes and on perfect balance.
 
-The article's layer (128 experts, top-2, softmax, its auxiliary loss) in a small model, trained once per factor from the
+The article's layer (128 experts, top-2, softmax, its auxiliary loss) in a small model, trained once per arm from the
 same weights on the same text. Early is the first tenth of the steps, late the last tenth; balanced is the trained model
-with routers replaced by one that is perfectly balanced. A fixed factor c gives every expert ceil(N K / E c) slots:
+with routers replaced by one that is perfectly balanced. One thing changes at a time: the factor, least probable
+dropped; the factor's source, a moving average of past steps' largest loads; or the policy, at two factors. A factor c
+gives every expert ceil(N K / E c) slots:
 
-    drop share          assignments refused / assignments; its floor is what uniformly random routing loses there
+    refused share       assignments that ask a full expert / assignments; rerouting drops less than it refuses
+    drop share          assignments that no expert takes / assignments; its floor is what uniformly random routing loses
     empty slot share    slots that no token takes / slots; 1 - 1/c at perfect balance
 
-Without capacity four ways of balancing are trained too, since what a factor drops is decided by the balance before it.
+The policy that drops nothing is no capacity at all: what one would have refused is counted on the dropless arm, at
+every factor. Costs are those of steps on the dropless arm's weights, all capacities interleaved, so that a factor is
+not credited with the routing that it led to; what it keeps for backward is counted likewise.
+
+Without capacity three further ways of balancing are trained: what a factor drops is decided by the balance before it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from ablations.capacity_curves import curves
 from ablations.claims import Claim, Outcome, Verdict
 from ablations.comparison import Compared
-from ablations.evidence import Estimate, NoEvidence, decide, estimate
-from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, grid
+from ablations.evidence import Estimate, NoEvidence, compare, decide, estimate
+from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, Value, grid
 from bench.measurement import Measurement
 from bench.record import Record
 from dsv3.config import (
+    Adaptive,
     Balance,
+    Capacity,
     Config,
     Dropless,
     Fixed,
@@ -37,15 +46,15 @@ from dsv3.config import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from bench.capacity import Limited
     from dsv3.data.prepare import Prepared
     from dsv3.train.state import TrainState
-    from dsv3.train.step import StepReport
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 FACTORS = (1.0, 1.1, 1.2, 1.25, 1.5, 2.0)
 CLAIMED = "factor_1.2"
+POLICED = (1.0, 1.2)  # factors at which every policy is tried
+MOMENTUM = 0.9
 BALANCES: Mapping[str, tuple[Balance, ...]] = {
     "no_loss": (),
     "switch_loss": (SwitchLoss(alpha=0.01),),
@@ -53,7 +62,7 @@ BALANCES: Mapping[str, tuple[Balance, ...]] = {
 }
 LENGTH = 128
 HELD_OUT = 32
-BLOCKS = 5
+PAST = 10  # batches that an adaptive capacity has seen when it is timed
 SLOTS_WASTED_AT_BALANCE = 1 - 1 / 1.2
 
 
@@ -72,39 +81,66 @@ def base() -> Config:
     )
 
 
-def named(factor: float) -> str:
-    """The arm of a capacity factor."""
-    return f"factor_{factor:g}"
+def named(factor: float, policy: str = "factor") -> str:
+    """The arm of a capacity factor, by the policy that drops the least probable unless another is named."""
+    return f"{policy}_{factor:g}"
 
 
+FIXED: Mapping[str, Capacity] = {named(factor): Fixed(factor=factor) for factor in FACTORS}
+ADAPTIVE: Mapping[str, Capacity] = {"adaptive": Adaptive(momentum=MOMENTUM)}
+POLICIES: Mapping[str, Capacity] = {
+    **{named(factor, "position"): Fixed(factor=factor, policy="position") for factor in POLICED},
+    **{named(factor, "reroute"): Fixed(factor=factor, policy="reroute") for factor in POLICED},
+}
+CAPACITIES: Mapping[str, Capacity] = {"dropless": Dropless(), **FIXED, **ADAPTIVE, **POLICIES}
 CONFIGS: Mapping[str, Config] = {
-    "dropless": base(),
-    **{named(factor): vary(base(), **{"model.moe.capacity": Fixed(factor=factor)}) for factor in FACTORS},
+    **{name: vary(base(), **{"model.moe.capacity": capacity}) for name, capacity in CAPACITIES.items()},
     **{name: vary(base(), **{"model.moe.balance": balance}) for name, balance in BALANCES.items()},
 }
-TIMED = tuple(name for name in CONFIGS if name not in BALANCES)
+
+
+FACTORS_OF: Mapping[str, float] = {named(factor): factor for factor in FACTORS}
+POLICY_FACTORS: Mapping[str, Mapping[str, float]] = {
+    "last dropped": {named(factor, "position"): factor for factor in POLICED},
+    "sent on": {named(factor, "reroute"): factor for factor in POLICED},
+}
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
-    """A cell per seed: every arm trained one after the other, then their steps timed in alternated blocks."""
-    steps, tokens, seconds = {"quick": (16, 512, 25), "full": (120, 2048, 240)}[profile]
-    return grid(seeds=range(SEEDS[profile]), seconds=seconds, steps=(steps,), tokens=(tokens,))
+    """Per seed a cell for each arm's training, and one in which all capacities are timed. Quick has few steps, which a
+    process for each arm would cost more than they do, and times once.
+    """
+    if profile == "quick":
+        size = {"steps": (4,), "tokens": (256,)}
+        trained = grid(seeds=range(SEEDS[profile]), seconds=7, timed=False, part=("training",), **size)
+        return (*trained, *grid(seeds=(0,), seconds=7, part=("timing",), blocks=(1,), **size))
+    size = {"steps": (120,), "tokens": (2048,)}
+    return tuple(
+        cell
+        for seed in range(SEEDS[profile])
+        for cell in (
+            *grid(arms=CONFIGS, seeds=(seed,), seconds=20, timed=False, part=("training",), **size),
+            *grid(seeds=(seed,), seconds=60, part=("timing",), blocks=(5,), **size),
+        )
+    )
+
+
+def hours() -> float:
+    """What the full profile takes, as its cells say."""
+    return sum(cell.seconds for cell in cells("full")) / 3600
 
 
 def measure(cell: Cell) -> list[Reading]:
-    """Routing early and late, the held-out loss, and on the trained models bytes and time of a step."""
+    """Training: routing early and late and the held-out loss. Timing: bytes and time of a step on the same weights."""
     from bench.meters.paired import threads
     from dsv3.data.prepare import prepare
 
     prepared = prepare(base().data, base().model.vocab_size)
-    trained = dict[str, _Trained]()
     with threads(1):  # products of a few rows gain nothing from a second thread
-        for name in CONFIGS:
-            trained[name] = _train(sized(name, cell), cell, prepared)
-            # The same weights, and nothing drops at inference: before the first step all arms are one model.
-            assert trained[name].untrained == trained["dropless"].untrained, f"{name} starts as another model"
-        readings = [reading for name in CONFIGS for reading in _losses(name, trained, prepared.digest)]
-        return readings + _costs({name: trained[name].state for name in TIMED}, cell, prepared)
+        if cell.axes["part"] == "timing":
+            return _timed(cell, prepared)
+        arms = tuple(CONFIGS) if cell.arm is None else (cell.arm,)
+        return [reading for arm in arms for reading in _trained(arm, cell, prepared)]
 
 
 def sized(name: str, cell: Cell) -> Config:
@@ -113,25 +149,49 @@ def sized(name: str, cell: Cell) -> Config:
     return vary(CONFIGS[name], **{"train.steps": cell.axes["steps"], "train.batch_size": rows})
 
 
-@dataclass(frozen=True)
-class _Trained:
-    """A trained model, what its steps reported, and its held-out loss before and after."""
+def _trained(name: str, cell: Cell, prepared: "Prepared") -> list[Reading]:
+    """The held-out loss of an arm, and the routing of its first and of its last steps."""
+    from bench.capacity import routed
+    from dsv3.data.pack import Batches
+    from dsv3.train import TrainState, train_step
 
-    state: "TrainState"
-    reports: "Sequence[StepReport]"
-    untrained: float
-    loss: float
+    config = sized(name, cell)
+    train = config.train
+    state = TrainState.create(config, seed=_seed(cell), device=cell.device)
+    batches = Batches(prepared.train, train.batch_size, LENGTH, _seed(cell))
+    tenth = max(1, train.steps // 10)
+    seen: dict[str, list[dict[tuple[str, float], float]]] = {"early": [], "late": []}
+    for step in range(train.steps):
+        rows = batches.next().to(state.device)
+        if step < tenth or step >= train.steps - tenth:
+            seen["early" if step < tenth else "late"].append(_balance(routed(state, rows)))
+        report = train_step(state, rows)
+        if report.health != "ok":
+            return [Reading(arm=name, metric="loss", failed=f"step {report.step}: {report.health}")]
+    found: list[tuple[dict[str, Value], str, float]] = [({}, "loss", _loss(state, prepared))]
+    for when, steps in seen.items():
+        for metric, factor in steps[0]:
+            axes: dict[str, Value] = {"routing": when} | ({"factor": factor} if factor else {})
+            found.append((axes, metric, fmean(step[metric, factor] for step in steps)))
+    labels: dict[str, Any] = {"arm": name, "config": digest(config), "corpus": prepared.digest}
+    return [
+        Reading(measurement=Measurement(metric=metric, value=value), axes=axes, **labels)
+        for axes, metric, value in found
+    ]
 
 
-def _train(config: Config, cell: Cell, prepared: "Prepared") -> _Trained:
-    from bench.training import train
-    from dsv3.train import TrainState
+def _balance(layers: Sequence[tuple[Any, Any]]) -> dict[tuple[str, float], float]:
+    """Figures of a batch, means over layers, by metric and factor: 0, or that of a capacity that is not there."""
+    from bench.capacity import figures, refusals
 
-    assert cell.seed is not None, "every cell of this study has a seed"
-    state = TrainState.create(config, seed=cell.seed, device=cell.device)
-    untrained = _loss(state, prepared)
-    reports = train(state, prepared, cell.seed)
-    return _Trained(state, reports, untrained, _loss(state, prepared))
+    found = []
+    for layer, routing in layers:
+        one = {(metric, 0.0): value for metric, value in figures(layer, routing).items()}
+        if isinstance(layer.moe.capacity, Dropless):
+            asked = refusals(routing, layer.moe, FACTORS)
+            one |= {("refused_share", factor): share for factor, share in asked.items()}
+        found.append(one)
+    return {key: fmean(one[key] for one in found) for key in found[0]}
 
 
 def _loss(state: "TrainState", prepared: "Prepared") -> float:
@@ -144,81 +204,83 @@ def _loss(state: "TrainState", prepared: "Prepared") -> float:
     return found.nats_per_token
 
 
-def _losses(name: str, trained: "Mapping[str, _Trained]", corpus: str) -> list[Reading]:
-    """The held-out loss, its gap to dropless, and the routing of the first and of the last steps."""
-    config, mine = trained[name].state.config, trained[name]
-    loss = {"loss": mine.loss} | ({} if name == "dropless" else {"loss_gap": mine.loss - trained["dropless"].loss})
-    part = max(1, len(mine.reports) // 10)
-    windows = {"early": mine.reports[:part], "late": mine.reports[-part:]}
-    found = [({}, loss), *(({"routing": when}, routing(config, steps)) for when, steps in windows.items())]
+def _timed(cell: Cell, prepared: "Prepared") -> list[Reading]:
+    """Bytes kept for backward and CPU time of a step on the dropless arm's weights, early, late and in balance."""
+    from bench.capacity import step_blocks
+    from dsv3.data.pack import Batches
+
+    arms = _limited(cell, prepared)
+    batches = Batches(prepared.validation, int(cell.axes["tokens"]) // LENGTH, LENGTH, _seed(cell))
+    rows = batches.next()
+    blocks = step_blocks({" ".join(key): arm for key, arm in arms.items()}, batches, int(cell.axes["blocks"]))
     return [
-        Reading(
-            arm=name,
-            measurement=Measurement(metric=metric, value=value),
-            axes=axes,
-            config=digest(config),
-            corpus=corpus,
-        )
-        for axes, figures in found
-        for metric, value in figures.items()
+        Reading(arm=name, measurement=one, axes={"routing": routing})
+        for (name, routing), arm in arms.items()
+        for one in (*_times(blocks, name, routing, rows[:, 1:].numel()), *_counts(arm, rows))
     ]
 
 
-def routing(config: Config, reports: "Sequence[StepReport]") -> dict[str, float]:
-    """Balance and drops, means over the steps and layers reported."""
-    from dsv3.moe import drop_floor, expert_capacity, max_vio_floor
+def _limited(cell: Cell, prepared: "Prepared") -> "dict[tuple[str, str], Limited]":
+    """By arm and routing, steps on the weights of early and late dropless training. Policies are timed late, factors in
+    balance too, where an adaptive capacity has seen nothing but balance.
+    """
+    import torch
 
-    moe, train = config.model.moe, config.train
-    assert moe is not None, "every arm has experts"
-    experts, k, tokens = moe.n_routed_experts, moe.num_experts_per_tok, train.batch_size * train.sequence_length
-    max_vio = fmean(fmean(report.max_vio) for report in reports)
-    found = {"max_vio": max_vio, "excess_max_vio": max_vio / max_vio_floor(experts, k, tokens)}
-    if isinstance(moe.capacity, Fixed):
-        capacity = expert_capacity(tokens, moe, moe.capacity.factor)
-        dropped = fmean(report.dropped for report in reports)
-        found["drop_share"] = dropped
-        found["drop_floor"] = drop_floor(experts, k, tokens, capacity)
-        found["empty_slot_share"] = 1 - tokens * k * (1 - dropped) / (experts * capacity)
+    from bench.capacity import Limited, frozen, past
+    from dsv3.data.pack import Batches
+    from dsv3.train import TrainState, train_step
+
+    config, seed = sized("dropless", cell), _seed(cell)
+    state = TrainState.create(config, seed=seed, device=cell.device)
+    batches = Batches(prepared.train, config.train.batch_size, LENGTH, seed)
+    at: dict[int, str] = {max(1, config.train.steps // 10): "early", config.train.steps: "late"}
+    arms: dict[tuple[str, str], Limited] = {}
+    for step in range(1, config.train.steps + 1):
+        train_step(state, batches.next().to(state.device))
+        if step not in at:
+            continue
+        weights = frozen(state)
+        for name, capacity in CAPACITIES.items():
+            adaptive = isinstance(capacity, Adaptive)
+            averages = tuple(past(weights, batches, PAST, MOMENTUM)) if adaptive else ()
+            if at[step] == "late" or name not in POLICIES:
+                arms[name, at[step]] = Limited(weights, capacity, averages)
+            if at[step] == "late" and name not in POLICIES:
+                arms[name, "balanced"] = Limited(weights, capacity, tuple(map(torch.ones_like, averages)), seed)
+    return arms
+
+
+def _times(blocks: Sequence[Any], name: str, routing: str, tokens: int) -> tuple[Measurement, ...]:
+    """Times of an arm, against dropless as routed alike and against itself in forced balance."""
+    from bench.meters.paired import over_blocks, ratios, summary
+    from bench.speed import rate
+
+    key, taken = f"{name} {routing}", list(blocks)
+    found = summary(taken, key, f"dropless {routing}", "step")
+    found += (rate(found[1], "tokens_per_second", tokens),)
+    if routing != "balanced" and name not in POLICIES:
+        found += (over_blocks("routing_cpu_ratio", ratios(taken, key, f"{name} balanced", "cpu")),)
     return found
 
 
-def _costs(states: "Mapping[str, TrainState]", cell: Cell, prepared: "Prepared") -> list[Reading]:
-    """Bytes kept for backward, and CPU time of a step: as the trained routers route, and in perfect balance."""
-    from bench.forced_balance import forced_balance
-    from dsv3.data.pack import Batches
-
-    assert cell.seed is not None, "every cell of this study has a seed"
-    rows = Batches(prepared.validation, int(cell.axes["tokens"]) // LENGTH, LENGTH, cell.seed).next()
-    readings = _cost(states, rows, "late")
-    with ExitStack() as stack:
-        for state in states.values():
-            stack.enter_context(forced_balance(state.model, cell.seed))
-        return readings + _cost(states, rows, "balanced")
-
-
-def _cost(states: "Mapping[str, TrainState]", rows: "Tensor", routed: str) -> list[Reading]:
-    from bench.meters.paired import plan, process_clock, summary, time_block
+def _counts(arm: "Limited", rows: Any) -> tuple[Measurement, ...]:
+    """Bytes kept; in forced balance also what is dropped and left empty, which training has no record of."""
+    from bench.capacity import figures, routed
     from bench.meters.saved import saved_bytes
-    from bench.speed import rate
-    from dsv3.train.step import train_step
 
-    arms: dict[str, Callable[[], StepReport]] = {
-        name: partial(train_step, state, rows) for name, state in states.items()
-    }
-    planned = plan(arms, least=BLOCKS, seconds=0.0)
-    blocks = [time_block(arms, at, planned.calls, process_clock) for at in range(planned.blocks)]
-    readings = list[Reading]()
-    for name, state in states.items():
-        found = summary(blocks, name, "dropless", "step")
-        found += (rate(found[1], "tokens_per_second", rows[:, 1:].numel()),)
-        found += (saved_bytes(partial(state.model, rows[:, :-1]), state.model.parameters()),)
-        if routed == "balanced" and name != "dropless":
-            figures = routing(state.config, [train_step(state, rows)])
-            found += tuple(
-                Measurement(metric=metric, value=figures[metric]) for metric in ("drop_share", "empty_slot_share")
-            )
-        readings += [Reading(arm=name, measurement=one, axes={"routing": routed}) for one in found]
-    return readings
+    with arm.applied() as state:
+        state.model.train()
+        found = (saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters()),)
+        if arm.balanced is None or isinstance(arm.capacity, Dropless):
+            return found
+        seen = [figures(layer, routing) for layer, routing in routed(state, rows)]
+    shares = ("drop_share", "empty_slot_share")
+    return found + tuple(Measurement(metric=name, value=fmean(one[name] for one in seen)) for name in shares)
+
+
+def _seed(cell: Cell) -> int:
+    assert cell.seed is not None, "every cell of this study has a seed"
+    return cell.seed
 
 
 def keeps_experts_from_overload(claim: Claim, records: Sequence[Record]) -> Verdict:
@@ -252,20 +314,54 @@ def keeps_capacity_without_waste(claim: Claim, records: Sequence[Record]) -> Ver
 
 
 def answer(records: Sequence[Record]) -> str:
-    """Drops early, late and at chance; what a factor buys and costs."""
-    steps = _steps(records)
-    drops = ", ".join(
-        f"{factor:g}: {_percent(_late(records, named(factor), 'drop_share'))}"
-        f" (chance {_percent(_late(records, named(factor), 'drop_floor'))})"
-        for factor in FACTORS
+    """Drops by factor, late and at chance; losses; policies; the past as a factor; times, real and in balance."""
+    drops, losses = (
+        ", ".join(f"{told(named(factor))} at factor {factor:g}" for factor in FACTORS)
+        for told in (partial(_drops, records), partial(_gap, records))
     )
-    gap, ratio = (_at(records, CLAIMED, "loss_gap"), _late(records, CLAIMED, "step_cpu_ratio"))
-    balanced = estimate(records, arm=CLAIMED, metric="step_cpu_ratio", steps=steps, routing="balanced")
     return (
-        f"Share of assignments dropped late in {steps} steps, by factor: {drops}. Factor 1.2 changes the held-out loss "
-        f"by {gap} nat/token and a step's CPU time to {ratio} of dropless as the trained router routes, to {balanced} "
-        "in perfect balance. How much a factor drops is the balance's doing: chance explains the rest."
+        f"Late in {_steps(records)} steps full experts drop {drops}. Against dropless a factor changes the held-out "
+        f"loss, in nat/token, by {losses}. {_policies(records)} The average of past steps' largest loads is "
+        f"{_late(records, 'adaptive', 'capacity_factor')} times the mean load: it drops "
+        f"{_percent(_late(records, 'adaptive', 'drop_share'))} and changes the loss by {_gap(records, 'adaptive')}. "
+        f"{_speeds(records)}"
     )
+
+
+def _drops(records: Sequence[Record], arm: str) -> str:
+    dropped, floor = (_late(records, arm, metric) for metric in ("drop_share", "drop_floor"))
+    return f"{_percent(dropped)} (chance {_percent(floor)})"
+
+
+def _policies(records: Sequence[Record]) -> str:
+    """What each policy does at the tightest factor that all are tried at."""
+    factor = POLICED[0]
+    least, last, sent = (named(factor, policy) for policy in ("factor", "position", "reroute"))
+    refused, dropped = (_late(records, sent, metric) for metric in ("refused_share", "drop_share"))
+    asked = _at(records, "dropless", "refused_share", routing="late", factor=factor)
+    return (
+        f"At factor {factor:g} dropping the least probable changes it by {_gap(records, least)}, dropping the last by "
+        f"{_gap(records, last)}, and sending on by {_gap(records, sent)}, where {_percent(refused)} are refused and "
+        f"{_percent(dropped)} find no room; of dropless routing {_percent(asked)} would be refused."
+    )
+
+
+def _speeds(records: Sequence[Record]) -> str:
+    """What the tightest factor saves on the same weights, and what routing costs beside forced balance."""
+    least = named(FACTORS[0])
+    late, early, balanced = (
+        _at(records, least, "step_cpu_ratio", routing=routing) for routing in ("late", "early", "balanced")
+    )
+    whole, limited = (_late(records, arm, "routing_cpu_ratio") for arm in ("dropless", CLAIMED))
+    return (
+        f"On the same weights a step at factor {FACTORS[0]:g} takes {late} of dropless' CPU time late, {early} early "
+        f"and {balanced} in forced balance. A dropless step as the router routes takes {whole} times what it takes in "
+        f"forced balance, a step at factor 1.2 {limited} times."
+    )
+
+
+def _gap(records: Sequence[Record], arm: str) -> Estimate:
+    return compare(records, arm=arm, baseline="dropless", metric="loss", steps=_steps(records))
 
 
 def _late(records: Sequence[Record], arm: str, metric: str) -> Estimate:
@@ -285,7 +381,7 @@ def _steps(records: Sequence[Record]) -> int:
 
 
 def _percent(found: Estimate) -> str:
-    return f"{100 * found.value:.2g}%"
+    return f"{found.map(lambda share: 100 * share)}%"
 
 
 def _drawn(metric: str, caption: str) -> Figure:
@@ -301,6 +397,12 @@ STUDY = Study(
             Arm(named(factor), f"{factor:g} x mean load, least probable dropped", config=CONFIGS[named(factor)])
             for factor in FACTORS
         ),
+        Arm("adaptive", "past steps' largest load, averaged; least probable dropped", config=CONFIGS["adaptive"]),
+        *(
+            Arm(named(factor, policy), f"{factor:g} x mean load, {words}", config=CONFIGS[named(factor, policy)])
+            for policy, words in (("position", "last in the batch dropped"), ("reroute", "sent on where there is room"))
+            for factor in POLICED
+        ),
         Arm("no_loss", "dropless, no balance loss", CONFIGS["no_loss"]),
         Arm("switch_loss", "dropless, Switch loss, alpha 0.01", CONFIGS["switch_loss"]),
         Arm("sign_bias", "dropless, DeepSeek's bias at rate 0.001, no loss", CONFIGS["sign_bias"]),
@@ -309,12 +411,14 @@ STUDY = Study(
     metrics=(
         "drop_share",
         "drop_floor",
+        "refused_share",
         "empty_slot_share",
+        "capacity_factor",
         "max_vio",
         "excess_max_vio",
-        "loss_gap",
         "loss",
         "step_cpu_ratio",
+        "routing_cpu_ratio",
         "saved_bytes",
         "tokens_per_second",
         "cpu_seconds",
@@ -338,10 +442,23 @@ STUDY = Study(
         Rule("B2", seeds=6, judge=keeps_capacity_without_waste),
     ),
     figures=(
+        Figure(
+            "curves",
+            "Loss, time, memory and drops against the capacity: a line by factor, a star where it follows past loads",
+            metric="loss",
+            against_baseline=True,
+            draw=partial(curves, fixed=FACTORS_OF, policies=POLICY_FACTORS),
+        ),
         _drawn("drop_share", "Assignments dropped late in training"),
         _drawn("excess_max_vio", "MaxVio late in training, as a multiple of chance"),
-        Figure("loss_gap", "Held-out loss minus dropless', same seed and text", metric="loss_gap", kind="interval"),
+        Figure("loss", "Held-out loss, same seed and text", metric="loss", kind="interval", against_baseline=True),
         _drawn("step_cpu_ratio", "CPU time of a training step against dropless, as the trained router routes"),
+        Figure(
+            "forced",
+            "CPU time of a step, as the router routes / in forced balance",
+            metric="routing_cpu_ratio",
+            kind="interval",
+        ),
     ),
     answer=answer,
     limits=(
@@ -350,7 +467,8 @@ STUDY = Study(
         "Few tokens per expert: chance alone drops more than at the batch sizes of a large run, as the floor says.",
         "Speed is that of one process that holds all experts, where a full expert delays nobody but itself; across "
         "machines the fullest one sets the pace, which this does not measure.",
-        "Dropping by probability, as the article has it, is not causal: the losses compare training, evaluation is "
-        "dropless.",
+        "Dropping by probability, as the article has it, is not causal, and neither is sending on: a later token takes "
+        "an earlier one's place. Losses compare trainings; evaluation is dropless, and so causal in every arm.",
+        f"The full profile is meant to take {hours():.1f} hours of one core, in cells of a minute at most.",
     ),
 )

@@ -188,7 +188,8 @@ class Figure:
     where      axes that select the points: {"profile": "late"}; the rest must leave one point per arm and x
     log        axes on a logarithmic scale: "", "x", "y" or "xy"
     reference  a value marked in the picture and what it is: (2.3, "claimed: 2.3x")
-    draw       for any other picture: makes a matplotlib Figure of the study's summary frame; torch-free
+    draw       for any other picture: makes a matplotlib Figure of the study's summary frame; torch-free. With
+               `against_baseline` the frame also has the paired differences, as metric "change in ..."
     """
 
     name: str

@@ -82,7 +82,7 @@ def draw(study: Study, figure: Figure, records: Sequence[Record]) -> tuple[Pictu
     with styled():
         try:
             if figure.draw is not None:
-                picture = _own(figure, records)
+                picture = _own(study, figure, records)
                 return picture, twins.of_picture(picture, figure.caption)
             points = _points(study, figure, records)
             picture = {"line": _line, "interval": _interval}[figure.kind](study, figure, points)
@@ -189,9 +189,12 @@ def pending(caption: str, why: str) -> Picture:
         return picture
 
 
-def _own(figure: Figure, records: Sequence[Record]) -> Picture:
+def _own(study: Study, figure: Figure, records: Sequence[Record]) -> Picture:
     assert figure.draw is not None, "called for figures that draw themselves"
     table = summary(records)
+    if figure.against_baseline:
+        paired = differences(records, figure.metric, study.baseline)
+        table = pd.concat([table, paired.assign(metric=f"change in {figure.metric}")], ignore_index=True)
     picture = figure.draw(table)
     assert isinstance(picture, Picture), (
         f"{figure.name}: draw returned {type(picture).__name__}, not a matplotlib Figure"
