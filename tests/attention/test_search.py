@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.meters.memory import peak_bytes
 from bench.meters.scores import scores
 from dsv3.attention import Selection
 from dsv3.attention.select import blocks, hierarchical, leading, remember
@@ -182,3 +183,16 @@ def test_keys_that_are_no_numbers_are_not_chosen_and_change_no_other_head(
             assert set(before) - {12} <= set(row)
             assert len(row) == choice.k
             assert 12 not in row or 12 in forced
+
+
+def test_bounds_are_taken_of_keys_as_they_lie() -> None:
+    """In fp32 the keys would be twice as large, and once more for the smallest and the largest numbers apart."""
+    choice = Hierarchical(k=16, search="best_first")
+    k = torch.randn(1, 1, 16_384, 64).bfloat16()
+    q = k[:, :, leading(choice, 0)]
+
+    def extend(index: Index) -> Index:
+        return index.extend(choice, q, k, 0, k.shape[2])
+
+    peak = peak_bytes(lambda: Index.empty(choice, (1, 1, 1, 64), k.shape[2], k.dtype), extend)[0].value
+    assert peak < k.nbytes / 4

@@ -101,15 +101,18 @@ class Index:
 
     def _extend_nodes(self, choice: Blocks, k: Float[Tensor, "B G m P"], start: int, total: int) -> None:
         """Write the nodes that the tokens from `start` to `total` complete, level by level as long as there are any."""
-        below, offset, ratio = shared_keys(choice, k.to(self.leaders.dtype)), unfinished(choice, start), choice.block_k
-        if bounds(choice):
-            below = torch.cat((below, below), dim=-1)
-        for level, span in zip(self.nodes, spans(choice, total), strict=False):
+        below, offset, ratio = shared_keys(choice, k), unfinished(choice, start), choice.block_k
+        for at, (level, span) in enumerate(zip(self.nodes, spans(choice, total), strict=False)):
             low, high = start // span, total // span
             if low == high:
                 break
-            part = below[:, :, low * ratio - offset : high * ratio - offset]
-            level[:, :, low:high] = _summary(part.unflatten(2, (high - low, ratio)), bounds(choice))
+            part = below[:, :, low * ratio - offset : high * ratio - offset].unflatten(2, (high - low, ratio))
+            if not bounds(choice):
+                level[:, :, low:high] = part.to(level.dtype).mean(dim=3)
+            else:
+                # of keys in their own type, and each key once: copies of all of them would be what a choice costs most
+                largest, smallest = part.chunk(2, dim=-1) if at else (part, part)
+                level[:, :, low:high] = torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
         if self.largest is not None:
             _extend_largest(self.largest, self.nodes[0], start // choice.block_k, total // choice.block_k)
@@ -150,13 +153,6 @@ def shared_queries(choice: Blocks, q: Float[Tensor, "B H n P"], groups: int) -> 
 def shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B g m W"]:
     """What it is compared with."""
     return k.transpose(1, 2).flatten(2)[:, None] if choice.sharing == "all" else k
-
-
-def _summary(part: Float[Tensor, "B g N ratio W"], bound: bool) -> Float[Tensor, "B g N W"]:
-    if not bound:
-        return part.mean(dim=3)
-    largest, smallest = part.chunk(2, dim=-1)
-    return torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
 
 
 def _extend_largest(largest: Float[Tensor, "B g n"], leaves: Float[Tensor, "B g n W"], low: int, high: int) -> None:
