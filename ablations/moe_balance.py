@@ -18,11 +18,12 @@ of a layer alike, which changes no choice: its arm must equal `sign_bias` to rou
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from statistics import fmean
 from typing import Any
 
+from ablations.balance_methods import CHANGES, MICROBATCHES, STRENGTHS
 from ablations.comparison import Compared
 from ablations.evidence import Estimate, NoEvidence, estimate, mean, replicates
 from ablations.moe_balance_pictures import heat, trade
@@ -30,107 +31,17 @@ from ablations.significance import ALPHA, detectable
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
 from bench.measurement import Measurement
 from bench.record import Record
-from dsv3.config import (
-    Balance,
-    CentredSignBias,
-    Config,
-    Dropless,
-    ExpertChoice,
-    MoE,
-    MultiHead,
-    ProportionalBias,
-    QuadraticLoss,
-    QuantileBias,
-    SequenceLoss,
-    SignBias,
-    SimilarityLoss,
-    SwitchLoss,
-    ZLoss,
-    digest,
-    presets,
-    vary,
-)
+from dsv3.config import Config, Dropless, MoE, MultiHead, digest, presets, vary
 
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 EXPERTS, K, LAYERS, LENGTH = 32, 2, 4, 128
 RANKS = 8  # that the experts are laid out on, for the largest load of a rank
-MICROBATCHES = 4  # of `switch`
 HELD_OUT = 128  # rows
 MATCHED = 2.5  # the excess MaxVio at which losses are compared
 ASKED = 1.15  # the excess MaxVio that a good method is asked to stay below
 DRAWN = ("none", "sign_bias", "quantile")  # of which loads are kept over the training, for a picture
 LOOKS = 12  # at the loads over a training
 BASELINE = "sign_bias"
-
-STRENGTHS: Mapping[str, Mapping[str, tuple[Balance, ...]]] = {  # from weak to strong; "default" as published
-    "none": {"default": ()},
-    "quadratic": {
-        "default": (QuadraticLoss(alpha=0.01),),
-        "alpha 0.1": (QuadraticLoss(alpha=0.1),),
-        "alpha 1": (QuadraticLoss(alpha=1.0),),
-        "alpha 10": (QuadraticLoss(alpha=10.0),),
-    },
-    **{
-        name: {
-            "alpha 0.001": (SwitchLoss(alpha=0.001),),
-            "default": (SwitchLoss(alpha=0.01),),
-            "alpha 0.1": (SwitchLoss(alpha=0.1),),
-            "alpha 1": (SwitchLoss(alpha=1.0),),
-        }
-        for name in ("switch", "global_batch")
-    },
-    "sequence": {
-        "default": (SequenceLoss(alpha=0.0001),),
-        "alpha 0.001": (SequenceLoss(alpha=0.001),),
-        "alpha 0.01": (SequenceLoss(alpha=0.01),),
-        "alpha 0.1": (SequenceLoss(alpha=0.1),),
-        "alpha 1": (SequenceLoss(alpha=1.0),),
-    },
-    "sign_bias": {
-        "rate 0.0003": (SignBias(rate=0.0003),),
-        "default": (SignBias(rate=0.001),),
-        "rate 0.003": (SignBias(rate=0.003),),
-        "rate 0.01": (SignBias(rate=0.01),),
-        "rate 0.03": (SignBias(rate=0.03),),
-    },
-    "centred_sign_bias": {"default": (CentredSignBias(rate=0.001),)},
-    "proportional": {
-        "rate 0.001": (ProportionalBias(rate=0.001),),
-        "default": (ProportionalBias(rate=0.01),),
-        "rate 0.03": (ProportionalBias(rate=0.03),),
-        "rate 0.1": (ProportionalBias(rate=0.1),),
-    },
-    "quantile": {
-        "momentum 0.97": (QuantileBias(momentum=0.97),),
-        "momentum 0.9": (QuantileBias(momentum=0.9),),
-        "momentum 0.5": (QuantileBias(momentum=0.5),),
-        "default": (QuantileBias(momentum=0.0),),
-    },
-    "expert_choice": {"default": (ExpertChoice(),)},
-    "similarity": {
-        "alpha 0.001": (SimilarityLoss(alpha=0.001),),
-        "alpha 0.01": (SimilarityLoss(alpha=0.01),),
-        "default": (SimilarityLoss(alpha=0.1),),
-        "alpha 1": (SimilarityLoss(alpha=1.0),),
-    },
-    "z_loss": {"default": (ZLoss(alpha=0.001),)},
-    "deepseek_v3": {"default": (SignBias(rate=0.001), SequenceLoss(alpha=0.0001))},
-}
-CHANGES: Mapping[str, str] = {
-    "none": "nothing balances",
-    "quadratic": "the article's loss on mean probabilities",
-    "switch": f"Switch loss of each microbatch, {MICROBATCHES} to a batch",
-    "global_batch": "Switch loss of the whole batch",
-    "sequence": "DeepSeek-V3's loss within each sequence, by itself",
-    "sign_bias": "DeepSeek-V3's bias, by the sign of the load's error",
-    "centred_sign_bias": "the same with biases that add up to zero: no choice changes",
-    "proportional": "a bias by the size of the error",
-    "quantile": "a bias at the quantile that gives each expert its share",
-    "expert_choice": "experts choose tokens in training, which is not causal",
-    "similarity": "SimBal's loss on the router's weight, which sees no load",
-    "z_loss": "ST-MoE's loss on the size of logits, which balances nothing",
-    "deepseek_v3": "bias and sequence loss together, as published",
-}
 
 
 def configured(arm: str, strength: str, *, steps: int, rows: int) -> Config:
@@ -234,35 +145,62 @@ JUDGED: Mapping[str, Value] = {"text": "held_out", "loads": "batch", "over_layer
 
 
 def answer(records: Sequence[Record]) -> str:
-    """The most even method where no token sees a later one, then losses at equal evenness."""
+    """The most even method where no token sees a later one, against both floors; then losses at equal evenness."""
     steps = _steps(records)
     even = {arm: most_even(records, arm, steps) for arm in STRENGTHS if _has(records, arm, steps)}
     if not even:
         raise NoEvidence("no training has been judged on held-out text")
     best = min(even, key=lambda arm: even[arm][1].value)
     unaided = estimate(records, arm="none", metric="excess_max_vio", strength="default", steps=steps, **JUDGED)
-    said = [
+    first = (
         f"On held-out text, each token for itself, the busiest expert exceeds the mean by {even[best][1]} times what "
         f"chance gives with the most even method, {best} at {even[best][0]} ({ASKED:g} was asked), and by {unaided} "
         f"times when nothing balances, after {steps} steps."
-    ]
-    losses = {arm: matched_losses(records, arm, steps) for arm in even}
-    ours = losses.get(BASELINE, {})
-    gaps = {
-        arm: [found[seed] - ours[seed] for seed in sorted(found) if seed in ours]
-        for arm, found in losses.items()
-        if arm != BASELINE
-    }
+    )
+    return " ".join(
+        filter(None, (first, _over_blocks(records, steps), _unseen(records, steps), _losses(records, even)))
+    )
+
+
+def _over_blocks(records: Sequence[Record], steps: int) -> str:
+    """What is left of the most even method's excess when the text's own unevenness is taken out."""
+    found = {}
+    for arm, strengths in STRENGTHS.items():
+        for strength in strengths:
+            with suppress(NoEvidence):
+                at: dict[str, Value] = {"strength": strength, "steps": steps}
+                found[arm, strength] = estimate(records, arm=arm, metric="excess_over_blocks", **at)
+    if not found:
+        return ""
+    arm, strength = min(found, key=lambda key: found[key].value)
+    return (
+        "Tokens of a text want the same experts, so that a router even over all text is uneven in each batch: over "
+        f"that the least excess is {found[arm, strength]}, of {arm} at {strength}."
+    )
+
+
+def _unseen(records: Sequence[Record], steps: int) -> str:
+    """How uneven experts that choose tokens are once they may not."""
+    with suppress(NoEvidence):
+        at: dict[str, Value] = {"strength": "default", "steps": steps}
+        found = estimate(records, arm="expert_choice", metric="excess_max_vio", **at, **JUDGED)
+        return f"Experts that choose tokens, even by force in training, are at {found} when tokens choose."
+    return ""
+
+
+def _losses(records: Sequence[Record], arms: Iterable[str]) -> str:
+    """By how much each method's loss differs from DeepSeek-V3's bias's where both are equally even."""
+    losses = {arm: matched_losses(records, arm, _steps(records)) for arm in arms}
+    ours = losses.pop(BASELINE, {})
+    gaps = {arm: [found[seed] - ours[seed] for seed in sorted(found) if seed in ours] for arm, found in losses.items()}
     told = [
         f"{arm} {mean(values)}{_sight(values)}"
         for arm, values in sorted(gaps.items(), key=lambda item: fmean(item[1]) if item[1] else 0.0)
         if values
     ]
-    if told:
-        said.append(
-            f"Held-out loss at an excess of {MATCHED:g} minus that of DeepSeek-V3's bias, nat/token: {', '.join(told)}."
-        )
-    return " ".join(said)
+    if not told:
+        return ""
+    return f"Held-out loss at an excess of {MATCHED:g} minus that of DeepSeek-V3's bias, nat/token: {', '.join(told)}."
 
 
 def _sight(values: Sequence[float]) -> str:

@@ -141,8 +141,29 @@ def test_the_answer_names_the_most_even_and_the_gap_with_what_could_be_seen() ->
     assert f"{BASELINE} at default" in said
     assert "global_batch 0.02" in said
     assert "seen from" in said
+    assert "router even over all text" not in said, "no record says how much that is"
     with pytest.raises(NoEvidence):
         answer([])
+
+
+def test_the_answer_says_what_blocks_leave_and_what_experts_that_choose_become() -> None:
+    choosing = kept("expert_choice", "default", 0, excess=11.0, loss=4.7)
+    over = [
+        record(
+            judged_at(strength),
+            provenance("full"),
+            Measurement(metric="excess_over_blocks", value=value),
+        )
+        for strength, value in (("default", 1.2), ("rate 0.003", 1.04))
+    ]
+    said = Prose.of(answer([*records(), *choosing, *over]))
+    assert f"the least excess is 1.04, of {BASELINE} at rate 0.003" in said
+    assert "even by force in training, are at 11 when tokens choose" in said
+
+
+def judged_at(strength: str) -> Point:
+    axes = {"device": "cpu", "text": "held_out", "loads": "batch", "strength": strength, **AXES}
+    return Point(study="moe_balance", arm=BASELINE, baseline=BASELINE, seed=0, axes=axes)
 
 
 def test_the_trade_is_a_line_for_each_method_through_its_strengths() -> None:
