@@ -120,7 +120,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
         for seed in range(SEEDS[profile])
         for cell in (
             *grid(arms=CONFIGS, seeds=(seed,), seconds=20, timed=False, part=("training",), **size),
-            *grid(seeds=(seed,), seconds=60, part=("timing",), blocks=(5,), **size),
+            *grid(seeds=(seed,), seconds=50, part=("timing",), blocks=(5,), **size),
         )
     )
 
@@ -200,7 +200,7 @@ def _loss(state: "TrainState", prepared: "Prepared") -> float:
 
     train = state.config.train
     heldout = HeldOut.of(prepared, prepared.validation, length=LENGTH, count=HELD_OUT)
-    found = evaluate(state.model, heldout, step=state.step, batch_size=train.batch_size, precision=train.precision)
+    found = evaluate(state.model, heldout, step=state.step, batch_size=16, precision=train.precision)
     return found.nats_per_token
 
 
