@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ablations import moe_capacity
+from ablations import capacity_cells
 from ablations.claims import Outcome, ledger
 from ablations.moe_capacity import (
     BALANCES,
@@ -50,15 +50,13 @@ def small(part: str) -> Cell:
 
 @pytest.fixture(scope="module")
 def trained() -> list[Reading]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_capacity, "HELD_OUT", 2)
-        return measure(small("training"))
+    return measure(small("training"))
 
 
 @pytest.fixture(scope="module")
 def timed() -> list[Reading]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe_capacity, "PAST", 2)
+        patch.setattr(capacity_cells, "PAST", 2)
         return measure(small("timing"))
 
 
