@@ -73,7 +73,7 @@ def _curve(axes: "Axes", points: Any, places: Places, label: str, colour: str, l
         look = {"linestyle": "none", "marker": "*", "markersize": 9} if star else {"linestyle": line, "marker": "."}
         value, low, high = (some[end] / unit for end in ("value", "low", "high"))
         named_so = f"{label}, follows past loads" if star else label
-        axes.plot(some["at"], value, color=colour, label=named_so, **look)  # type: ignore[arg-type]
+        axes.plot(some["at"], value, color=colour, label=named_so, **look)
         errors = [(value - low).fillna(0), (high - value).fillna(0)]
         axes.errorbar(some["at"], value, yerr=errors, fmt="none", ecolor=colour, capsize=2)
 

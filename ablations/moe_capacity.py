@@ -20,15 +20,13 @@ Without capacity three further ways of balancing are trained: what a factor drop
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ablations.capacity_curves import curves
 from ablations.claims import Claim, Outcome, Verdict
 from ablations.comparison import Compared
 from ablations.evidence import Estimate, NoEvidence, compare, decide, estimate
-from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, Value, grid
-from bench.measurement import Measurement
+from ablations.study import Arm, Cell, Figure, Profile, Reading, Rule, Study, grid
 from bench.record import Record
 from dsv3.config import (
     Adaptive,
@@ -40,15 +38,9 @@ from dsv3.config import (
     MultiHead,
     SignBias,
     SwitchLoss,
-    digest,
     presets,
     vary,
 )
-
-if TYPE_CHECKING:
-    from bench.capacity import Limited
-    from dsv3.data.prepare import Prepared
-    from dsv3.train.state import TrainState
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 FACTORS = (1.0, 1.1, 1.2, 1.25, 1.5, 2.0)
@@ -62,7 +54,6 @@ BALANCES: Mapping[str, tuple[Balance, ...]] = {
 }
 LENGTH = 128
 HELD_OUT = 32
-PAST = 10  # batches that an adaptive capacity has seen when it is timed
 SLOTS_WASTED_AT_BALANCE = 1 - 1 / 1.2
 
 
@@ -111,7 +102,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     process for each arm would cost more than they do, and times once.
     """
     if profile == "quick":
-        size = {"steps": (4,), "tokens": (256,)}
+        size: dict[str, Any] = {"steps": (4,), "tokens": (256,)}
         trained = grid(seeds=range(SEEDS[profile]), seconds=7, timed=False, part=("training",), **size)
         return (*trained, *grid(seeds=(0,), seconds=7, part=("timing",), blocks=(1,), **size))
     size = {"steps": (120,), "tokens": (2048,)}
@@ -120,7 +111,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
         for seed in range(SEEDS[profile])
         for cell in (
             *grid(arms=CONFIGS, seeds=(seed,), seconds=20, timed=False, part=("training",), **size),
-            *grid(seeds=(seed,), seconds=60, part=("timing",), blocks=(5,), **size),
+            *grid(seeds=(seed,), seconds=50, part=("timing",), blocks=(5,), **size),
         )
     )
 
@@ -132,155 +123,20 @@ def hours() -> float:
 
 def measure(cell: Cell) -> list[Reading]:
     """Training: routing early and late and the held-out loss. Timing: bytes and time of a step on the same weights."""
+    from ablations.capacity_cells import timed, trained
     from bench.meters.paired import threads
-    from dsv3.data.prepare import prepare
 
-    prepared = prepare(base().data, base().model.vocab_size)
     with threads(1):  # products of a few rows gain nothing from a second thread
         if cell.axes["part"] == "timing":
-            return _timed(cell, prepared)
+            return timed(sized("dropless", cell), cell, CAPACITIES, only_late=tuple(POLICIES))
         arms = tuple(CONFIGS) if cell.arm is None else (cell.arm,)
-        return [reading for arm in arms for reading in _trained(arm, cell, prepared)]
+        return [reading for arm in arms for reading in trained(arm, sized(arm, cell), cell, FACTORS)]
 
 
 def sized(name: str, cell: Cell) -> Config:
     """An arm's config at the cell's number of steps and tokens."""
     rows = int(cell.axes["tokens"]) // LENGTH
     return vary(CONFIGS[name], **{"train.steps": cell.axes["steps"], "train.batch_size": rows})
-
-
-def _trained(name: str, cell: Cell, prepared: "Prepared") -> list[Reading]:
-    """The held-out loss of an arm, and the routing of its first and of its last steps."""
-    from bench.capacity import routed
-    from dsv3.data.pack import Batches
-    from dsv3.train import TrainState, train_step
-
-    config = sized(name, cell)
-    train = config.train
-    state = TrainState.create(config, seed=_seed(cell), device=cell.device)
-    batches = Batches(prepared.train, train.batch_size, LENGTH, _seed(cell))
-    tenth = max(1, train.steps // 10)
-    seen: dict[str, list[dict[tuple[str, float], float]]] = {"early": [], "late": []}
-    for step in range(train.steps):
-        rows = batches.next().to(state.device)
-        if step < tenth or step >= train.steps - tenth:
-            seen["early" if step < tenth else "late"].append(_balance(routed(state, rows)))
-        report = train_step(state, rows)
-        if report.health != "ok":
-            return [Reading(arm=name, metric="loss", failed=f"step {report.step}: {report.health}")]
-    found: list[tuple[dict[str, Value], str, float]] = [({}, "loss", _loss(state, prepared))]
-    for when, steps in seen.items():
-        for metric, factor in steps[0]:
-            axes: dict[str, Value] = {"routing": when} | ({"factor": factor} if factor else {})
-            found.append((axes, metric, fmean(step[metric, factor] for step in steps)))
-    labels: dict[str, Any] = {"arm": name, "config": digest(config), "corpus": prepared.digest}
-    return [
-        Reading(measurement=Measurement(metric=metric, value=value), axes=axes, **labels)
-        for axes, metric, value in found
-    ]
-
-
-def _balance(layers: Sequence[tuple[Any, Any]]) -> dict[tuple[str, float], float]:
-    """Figures of a batch, means over layers, by metric and factor: 0, or that of a capacity that is not there."""
-    from bench.capacity import figures, refusals
-
-    found = []
-    for layer, routing in layers:
-        one = {(metric, 0.0): value for metric, value in figures(layer, routing).items()}
-        if isinstance(layer.moe.capacity, Dropless):
-            asked = refusals(routing, layer.moe, FACTORS)
-            one |= {("refused_share", factor): share for factor, share in asked.items()}
-        found.append(one)
-    return {key: fmean(one[key] for one in found) for key in found[0]}
-
-
-def _loss(state: "TrainState", prepared: "Prepared") -> float:
-    """Nats per held-out token, nothing dropped."""
-    from dsv3.train.evaluate import HeldOut, evaluate
-
-    train = state.config.train
-    heldout = HeldOut.of(prepared, prepared.validation, length=LENGTH, count=HELD_OUT)
-    found = evaluate(state.model, heldout, step=state.step, batch_size=train.batch_size, precision=train.precision)
-    return found.nats_per_token
-
-
-def _timed(cell: Cell, prepared: "Prepared") -> list[Reading]:
-    """Bytes kept for backward and CPU time of a step on the dropless arm's weights, early, late and in balance."""
-    from bench.capacity import step_blocks
-    from dsv3.data.pack import Batches
-
-    arms = _limited(cell, prepared)
-    batches = Batches(prepared.validation, int(cell.axes["tokens"]) // LENGTH, LENGTH, _seed(cell))
-    rows = batches.next()
-    blocks = step_blocks({" ".join(key): arm for key, arm in arms.items()}, batches, int(cell.axes["blocks"]))
-    return [
-        Reading(arm=name, measurement=one, axes={"routing": routing})
-        for (name, routing), arm in arms.items()
-        for one in (*_times(blocks, name, routing, rows[:, 1:].numel()), *_counts(arm, rows))
-    ]
-
-
-def _limited(cell: Cell, prepared: "Prepared") -> "dict[tuple[str, str], Limited]":
-    """By arm and routing, steps on the weights of early and late dropless training. Policies are timed late, factors in
-    balance too, where an adaptive capacity has seen nothing but balance.
-    """
-    import torch
-
-    from bench.capacity import Limited, frozen, past
-    from dsv3.data.pack import Batches
-    from dsv3.train import TrainState, train_step
-
-    config, seed = sized("dropless", cell), _seed(cell)
-    state = TrainState.create(config, seed=seed, device=cell.device)
-    batches = Batches(prepared.train, config.train.batch_size, LENGTH, seed)
-    at: dict[int, str] = {max(1, config.train.steps // 10): "early", config.train.steps: "late"}
-    arms: dict[tuple[str, str], Limited] = {}
-    for step in range(1, config.train.steps + 1):
-        train_step(state, batches.next().to(state.device))
-        if step not in at:
-            continue
-        weights = frozen(state)
-        for name, capacity in CAPACITIES.items():
-            adaptive = isinstance(capacity, Adaptive)
-            averages = tuple(past(weights, batches, PAST, MOMENTUM)) if adaptive else ()
-            if at[step] == "late" or name not in POLICIES:
-                arms[name, at[step]] = Limited(weights, capacity, averages)
-            if at[step] == "late" and name not in POLICIES:
-                arms[name, "balanced"] = Limited(weights, capacity, tuple(map(torch.ones_like, averages)), seed)
-    return arms
-
-
-def _times(blocks: Sequence[Any], name: str, routing: str, tokens: int) -> tuple[Measurement, ...]:
-    """Times of an arm, against dropless as routed alike and against itself in forced balance."""
-    from bench.meters.paired import over_blocks, ratios, summary
-    from bench.speed import rate
-
-    key, taken = f"{name} {routing}", list(blocks)
-    found = summary(taken, key, f"dropless {routing}", "step")
-    found += (rate(found[1], "tokens_per_second", tokens),)
-    if routing != "balanced" and name not in POLICIES:
-        found += (over_blocks("routing_cpu_ratio", ratios(taken, key, f"{name} balanced", "cpu")),)
-    return found
-
-
-def _counts(arm: "Limited", rows: Any) -> tuple[Measurement, ...]:
-    """Bytes kept; in forced balance also what is dropped and left empty, which training has no record of."""
-    from bench.capacity import figures, routed
-    from bench.meters.saved import saved_bytes
-
-    with arm.applied() as state:
-        state.model.train()
-        found = (saved_bytes(lambda: state.model(rows[:, :-1]), state.model.parameters()),)
-        if arm.balanced is None or isinstance(arm.capacity, Dropless):
-            return found
-        seen = [figures(layer, routing) for layer, routing in routed(state, rows)]
-    shares = ("drop_share", "empty_slot_share")
-    return found + tuple(Measurement(metric=name, value=fmean(one[name] for one in seen)) for name in shares)
-
-
-def _seed(cell: Cell) -> int:
-    assert cell.seed is not None, "every cell of this study has a seed"
-    return cell.seed
 
 
 def keeps_experts_from_overload(claim: Claim, records: Sequence[Record]) -> Verdict:

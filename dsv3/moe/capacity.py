@@ -35,7 +35,7 @@ from torch import Tensor
 
 from dsv3.config import Adaptive, Fixed, MoE
 from dsv3.moe.router import gate_weights, within_groups
-from dsv3.moe.routing import Routing
+from dsv3.moe.routing import Routing, count
 
 Most = int | Int[Tensor, ""] | Float[Tensor, ""]
 
@@ -101,25 +101,27 @@ def _send_on(
     A round that refuses somebody fills an expert, so that there are at most E + 1 rounds.
     """
     assert routing.kept is not None, "nothing is refused yet"
-    scores_NE = routing.scores.detach()
-    ranked_NE = within_groups(scores_NE if bias is None else scores_NE + bias, moe)
+    experts = routing.scores.shape[1]
+    some = (~routing.kept).any(dim=1).nonzero()[:, 0]  # M tokens that an expert refused
+    scores_ME = routing.scores.detach()[some]
+    ranked_ME = within_groups(scores_ME if bias is None else scores_ME + bias, moe)
     # The pairs of a token have no order of their own: the weightiest of those refused asks first.
-    order = routing.weights.argsort(dim=1, descending=True, stable=True)
-    indices_NK, kept_NK = routing.indices.gather(1, order), routing.kept.gather(1, order)
-    has_NE = torch.zeros_like(scores_NE, dtype=torch.bool).scatter_(1, indices_NK, kept_NK)
+    order = routing.weights[some].argsort(dim=1, descending=True, stable=True)
+    indices_MK, kept_MK = (table[some].gather(1, order) for table in (routing.indices, routing.kept))
+    has_ME = torch.zeros_like(scores_ME, dtype=torch.bool).scatter_(1, indices_MK, kept_MK)
+    room_E = most - count(routing.indices[routing.kept], experts)
     while True:
-        room_E = most - has_NE.sum(dim=0)
-        best = ranked_NE.masked_fill(has_NE | (room_E <= 0), float("-inf")).topk(indices_NK.shape[1], dim=1)
-        nth_NK = ((~kept_NK).cumsum(dim=1) - 1).clamp(min=0)
-        asked_NK = best.indices.gather(1, nth_NK)
-        asks_NK = ~kept_NK & best.values.gather(1, nth_NK).isfinite()
-        if not asks_NK.any():
-            return indices_NK, kept_NK
-        queue = asked_NK.masked_fill(~asks_NK, scores_NE.shape[1])
-        taken_NK = asks_NK & (place_in_queue(queue, scores_NE.gather(1, asked_NK)) < room_E[asked_NK])
-        indices_NK = torch.where(taken_NK, asked_NK, indices_NK)
-        kept_NK = kept_NK | taken_NK
-        has_NE[taken_NK.nonzero()[:, 0], asked_NK[taken_NK]] = True
+        best = ranked_ME.masked_fill(has_ME | (room_E <= 0), float("-inf")).topk(indices_MK.shape[1], dim=1)
+        nth_MK = ((~kept_MK).cumsum(dim=1) - 1).clamp(min=0)
+        asked_MK = best.indices.gather(1, nth_MK)
+        asks_MK = ~kept_MK & best.values.gather(1, nth_MK).isfinite()
+        if not asks_MK.any():
+            return routing.indices.index_copy(0, some, indices_MK), routing.kept.index_copy(0, some, kept_MK)
+        queue = asked_MK.masked_fill(~asks_MK, experts)
+        taken_MK = asks_MK & (place_in_queue(queue, scores_ME.gather(1, asked_MK)) < room_E[asked_MK])
+        indices_MK, kept_MK = torch.where(taken_MK, asked_MK, indices_MK), kept_MK | taken_MK
+        has_ME[taken_MK.nonzero()[:, 0], asked_MK[taken_MK]] = True
+        room_E = room_E - count(asked_MK[taken_MK], experts)
 
 
 def place_in_queue(indices: Int[Tensor, "N K"], priority: Float[Tensor, "N K"] | None) -> Int[Tensor, "N K"]:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3.config import Adaptive, MultiHead, Window, vary
+from dsv3.config import MultiHead, Window, vary
 from dsv3.model import Transformer, hf
-from dsv3.moe import MoELayer
 from tests.model.edited import edit_config, edit_tensors
 from tests.model.variants import BASE, VARIANTS, latent
 
@@ -175,17 +174,6 @@ def test_saved_and_loaded_the_model_is_the_same_bit_for_bit(name: str, shard_byt
     for (name, before), after in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
         assert torch.equal(before, after), name
     assert not list(tmp_path.glob("*.partial"))
-
-
-def test_the_average_of_an_adaptive_capacity_is_stored_and_does_not_widen_the_weights(tmp_path: Path) -> None:
-    model = Transformer(vary(BASE, **{"moe.capacity": Adaptive()}), seed=3).bfloat16()
-    averages = [module.largest_load for module in model.modules() if isinstance(module, MoELayer)]
-    for at, average in enumerate(averages):
-        average.fill_(1.25 + at)
-    hf.save(model, tmp_path)
-    found = hf.load(tmp_path)
-    assert found.embed_tokens.weight.dtype == torch.bfloat16
-    assert [module.largest_load for module in found.modules() if isinstance(module, MoELayer)] == averages
 
 
 def test_a_checkpoint_that_announces_multi_token_prediction_but_holds_none_loads_without(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Capacity: how much an expert takes, which tokens it drops or sends on, and what it learns from the past."""
 
 import math
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import strategies as st
 
 from dsv3.config import Adaptive, Dropless, Fixed, MoE, SignBias, vary
 from dsv3.config.moe import Policy
-from dsv3.moe import Routing, expert_capacity, route
+from dsv3.model import Transformer, hf
+from dsv3.moe import MoELayer, Routing, expert_capacity, route
 from dsv3.moe.capacity import averaged, drop
 from dsv3.moe.router import gate_weights, within_groups
 from dsv3.moe.routing import count
+from tests.model.variants import BASE
 from tests.moe import slow_capacity
 from tests.moe.layers import layer_of
 from tests.moe.test_properties import routed
@@ -282,6 +285,17 @@ def test_the_average_has_no_gradient_and_survives_a_checkpoint_and_a_cast() -> N
     assert other.largest_load is not None
     assert other.largest_load.dtype == torch.float32
     assert torch.equal(other.largest_load, layer.largest_load)
+
+
+def test_the_average_is_stored_for_other_programs_and_does_not_widen_the_weights(tmp_path: Path) -> None:
+    model = Transformer(vary(BASE, **{"moe.capacity": Adaptive()}), seed=3).bfloat16()
+    averages = [module.largest_load for module in model.modules() if isinstance(module, MoELayer)]
+    for at, average in enumerate(averages):
+        average.fill_(1.25 + at)
+    hf.save(model, tmp_path)
+    found = hf.load(tmp_path)
+    assert found.embed_tokens.weight.dtype == torch.bfloat16
+    assert [module.largest_load for module in found.modules() if isinstance(module, MoELayer)] == averages
 
 
 def test_layers_without_an_average_have_no_such_state_and_do_not_move() -> None:
