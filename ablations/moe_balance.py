@@ -192,7 +192,10 @@ def _losses(records: Sequence[Record], arms: Iterable[str]) -> str:
     """By how much each method's loss differs from DeepSeek-V3's bias's where both are equally even."""
     losses = {arm: matched_losses(records, arm, _steps(records)) for arm in arms}
     ours = losses.pop(BASELINE, {})
-    gaps = {arm: [found[seed] - ours[seed] for seed in sorted(found) if seed in ours] for arm, found in losses.items()}
+    gaps = {
+        arm: [found[seed] - ours[seed] for seed in sorted(found, key=str) if seed in ours]
+        for arm, found in losses.items()
+    }
     told = [
         f"{arm} {mean(values)}{_sight(values)}"
         for arm, values in sorted(gaps.items(), key=lambda item: fmean(item[1]) if item[1] else 0.0)
