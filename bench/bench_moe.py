@@ -81,7 +81,8 @@ def bench_placement(
     tokens, shape = PLACED[profile]
     redundant = 0 if spare == "none" else shape.experts // 8
     given = Workload(name=workload, tokens=tokens, experts=shape.experts, k=CHOSEN)
-    axes = {"workload": workload, "experts": shape.experts, "ranks": shape.ranks, "redundant": redundant}
+    axes: dict[str, str | int | float] = {"workload": workload, "experts": shape.experts, "ranks": shape.ranks}
+    axes["redundant"] = redundant
     try:
         found = benchmark.pedantic(busiest_rank, args=(given, shape, redundant), rounds=1)
     except AssertionError as error:
