@@ -46,6 +46,7 @@ EARLY, LATE = 0.1, 1.0
 TIGHT = 0.25  # a norm that clips: about half of that of a gradient here
 NEVER = 1e6  # a norm that does not
 ONE, TWO = "one domain", "two domains"
+DRAWN = (BASELINE, "balance_detached", "router_detached", "sign_bias")
 
 
 def _configs() -> dict[str, Config]:
@@ -273,7 +274,9 @@ def _steps(records: Sequence[Record]) -> int:
 
 
 def agreement_over_training(table: Any) -> "Picture":
-    """Cosine and norm ratio of the two losses' gradients at the router, over the training."""
+    """Cosine and norm ratio of the two losses' gradients at the router over the training, of the arms whose routers
+    learn by different losses.
+    """
     from matplotlib.figure import Figure as Picture
 
     rows = table[table["metric"].isin(["router_cosine", "router_pull"])]
@@ -282,26 +285,19 @@ def agreement_over_training(table: Any) -> "Picture":
     rows = rows[rows["steps"] == rows["steps"].max()]
     picture = Picture(figsize=(7.2, 3.4), layout="constrained")
     panels = picture.subplots(1, 2)
-    titles = {"router_cosine": "Cosine", "router_pull": "Norm of balance / language"}
+    titles = {"router_cosine": "Cosine", "router_pull": "Norm of balance / norm of language"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for at, arm in enumerate(arm for arm in CONFIGS if arm in set(rows["arm"])):
+        for arm in (arm for arm in DRAWN if arm in set(rows["arm"])):
             points = rows[(rows["metric"] == name) & (rows["arm"] == arm)].sort_values("done")
-            errors = [points["value"] - points["low"], points["high"] - points["value"]]
-            shown = [part.fillna(0).clip(lower=0) for part in errors]
-            x = points["done"] + 0.008 * (at - 2.5)
-            label = arm if axes is panels[0] else None
-            axes.errorbar(x, points["value"], yerr=shown, marker="o", markersize=3, capsize=2, label=label)
+            (line,) = axes.plot(points["done"], points["value"], marker="o", markersize=4, label=arm)
+            axes.fill_between(points["done"], points["low"], points["high"], color=line.get_color(), alpha=0.15, lw=0)
         axes.set(title=title, xlabel="share of the steps done")
         axes.grid(visible=True)
     panels[0].axhline(0.0, color="#7f7f7f", linestyle=":")
+    panels[0].set_ylim(-1, 1)
     panels[1].set_yscale("log")
-    picture.legend(loc="outside lower center", ncols=3)
+    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
     return picture
-
-
-def _interval(name: str, caption: str, metric: str, texts: str, against: bool = False) -> Figure:
-    where: dict[str, Value] = {"done": LATE, "texts": texts}
-    return Figure(name, caption, metric=metric, kind="interval", where=where, against_baseline=against)
 
 
 CHANGES: Mapping[str, str] = {
@@ -344,9 +340,21 @@ STUDY = Study(
     rules=(Rule("B3", seeds=6, judge=reduces_conflicts),),
     figures=(
         Figure("agreement", "Gradients of language and balance at the router", draw=agreement_over_training),
-        _interval("conflicts", "Cosine of the gradients that prose and code give an expert", "gradient_cosine", TWO),
-        _interval("ceiling", "The same for two batches of one domain: as high as it can be", "gradient_cosine", ONE),
-        _interval("rise", "Cosine between domains less the article's, same seed", "gradient_cosine", TWO, against=True),
+        Figure(
+            "conflicts",
+            "Cosine of the gradients that two texts give to an expert, late in training",
+            metric="gradient_cosine",
+            kind="interval",
+            where={"done": LATE},
+        ),
+        Figure(
+            "rise",
+            "Cosine between prose and code less that of the article's paths, same seed",
+            metric="gradient_cosine",
+            kind="interval",
+            where={"done": LATE, "texts": TWO},
+            against_baseline=True,
+        ),
     ),
     answer=answer,
     limits=(

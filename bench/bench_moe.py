@@ -1,24 +1,35 @@
-"""Cases of the experts: every dispatch against transformers' grouped product and dense layers of the same FLOPs.
+"""Cases of the experts: every dispatch against transformers' grouped product and dense layers of the same FLOPs, and
+what placing experts on ranks by past loads takes off the busiest one.
 
-`bench.expert_layers` says what the arms are; `ablations/moe_speed.py` measures them over a whole grid of shapes.
+`bench.expert_layers` says what the dispatches are; `ablations/moe_speed.py` measures them over a whole grid of shapes.
+Placements are of `bench.placed_loads`: counts, with no clock.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from bench.cases import Figures
+from bench.cases import Figures, Run
 from bench.expert_layers import PEER, TRUTH, Arm, Shape, build, check
-from bench.measurement import Measurement
+from bench.measurement import Measurement, Point
 from bench.meters.flops import flops
 from bench.meters.memory import peak_bytes, taken_bytes
 from bench.meters.saved import saved_bytes
+from bench.placed_loads import BASELINE, Ranks, busiest_rank
 from bench.record import Profile
+from bench.routing_workloads import NAMES, Workload
 
 FEW_ROWS = {"quick": Shape(1024, 256, 128, 64, 2), "full": Shape(2048, 256, 128, 128, 2)}
 MANY_ROWS = {"quick": Shape(512, 256, 128, 16, 4), "full": Shape(2048, 256, 128, 64, 8)}
+# DeepSeek-V3 serves its 256 experts from 32 ranks with as many experts again as ranks; quick is a fourth of it.
+PLACED: Mapping[Profile, tuple[int, Ranks]] = {
+    "quick": (1024, Ranks(experts=64, ranks=8, steps=12)),
+    "full": (8192, Ranks(experts=256, ranks=32, steps=32)),
+}
+CHOSEN = 8  # experts of a token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -59,3 +70,25 @@ def costs(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> 
 
 def _alone(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> Arm:
     return build(shape, dtype, device, names=(name,), lend=False)[name]
+
+
+@pytest.mark.parametrize("workload", NAMES)
+@pytest.mark.parametrize("spare", ["none", "an_eighth"])
+def bench_placement(
+    keep: Callable[..., None], run: Run, benchmark: Any, profile: Profile, workload: str, spare: str
+) -> None:
+    """The busiest rank with experts in their order, placed by past loads, and placed as if the step were known."""
+    tokens, shape = PLACED[profile]
+    redundant = 0 if spare == "none" else shape.experts // 8
+    given = Workload(name=workload, tokens=tokens, experts=shape.experts, k=CHOSEN)
+    axes: dict[str, str | int | float] = {"workload": workload, "experts": shape.experts, "ranks": shape.ranks}
+    axes["redundant"] = redundant
+    try:
+        found = benchmark.pedantic(busiest_rank, args=(given, shape, redundant), rounds=1)
+    except AssertionError as error:
+        point = Point(study=__name__.rpartition(".")[2], arm=BASELINE, axes=axes | {"device": run.device})
+        run.keep_failures(point, ["busiest_rank_load"], str(error))
+        raise
+    for arm, value in found.items():
+        baseline = None if arm == BASELINE else BASELINE
+        keep(arm, [Measurement(metric="busiest_rank_load", value=value)], baseline=baseline, axes=axes)

@@ -166,7 +166,10 @@ def test_the_answer_carries_the_numbers_of_the_records() -> None:
 
 def test_the_picture_has_a_line_for_each_arm_in_a_panel_for_cosine_and_one_for_norm() -> None:
     picture = agreement_over_training(summary(told()))
-    assert [len(axes.containers) for axes in picture.axes] == [1, 1]
+    for axes, values in zip(picture.axes, ([-0.1, -0.1], [0.002, 0.002]), strict=True):
+        (line,) = (line for line in axes.lines if line.get_label() == BASELINE)
+        assert list(line.get_xdata()) == [0.1, 1.0]
+        assert list(line.get_ydata()) == pytest.approx(values)
     assert picture.axes[1].get_yscale() == "log"
     with pytest.raises(NoEvidence, match="no look at the router yet"):
         agreement_over_training(summary(rows(BASELINE, "loss", [5.0])))
