@@ -19,7 +19,7 @@ from bench.routing_workloads import Workload, draw
 from dsv3.config.rules import require
 from dsv3.moe.placement import lower_bound, place
 
-PAST = 8
+PAST = 6  # which is no period of a workload's: an enemy of past loads must find them uneven
 BASELINE = "in_order"
 ROUNDING = 1e-9  # sums of quotients of counts
 
