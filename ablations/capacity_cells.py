@@ -78,10 +78,10 @@ def timed(config: Config, cell: Cell, capacities: Mapping[str, Capacity], *, onl
     early, late and in balance, but those `only_late`.
     """
     train, prepared = config.train, prepare(config.data, config.model.vocab_size)
-    arms = _limited(config, cell, prepared, capacities, only_late)
-    batches = Batches(prepared.validation, train.batch_size, train.sequence_length, _seed(cell))
-    rows = batches.next()
-    blocks = step_blocks({" ".join(key): arm for key, arm in arms.items()}, batches, int(cell.axes["blocks"]))
+    unread = Batches(prepared.validation, train.batch_size, train.sequence_length, _seed(cell))
+    arms = _limited(_started(config, cell, prepared), unread, capacities, only_late, _seed(cell))
+    rows = unread.next()
+    blocks = step_blocks({" ".join(key): arm for key, arm in arms.items()}, unread, int(cell.axes["blocks"]))
     return [
         Reading(arm=name, measurement=one, axes={"routing": routing})
         for (name, routing), arm in arms.items()
@@ -90,13 +90,18 @@ def timed(config: Config, cell: Cell, capacities: Mapping[str, Capacity], *, onl
 
 
 def _limited(
-    config: Config, cell: Cell, prepared: Prepared, capacities: Mapping[str, Capacity], only_late: Sequence[str]
+    started: tuple[TrainState, Batches],
+    unread: Batches,
+    capacities: Mapping[str, Capacity],
+    only_late: Sequence[str],
+    seed: int,
 ) -> dict[tuple[str, str], Limited]:
-    """By arm and routing, steps under a capacity. In balance an adaptive one has seen nothing but balance."""
-    state, batches = _started(config, cell, prepared)
-    at = {max(1, config.train.steps // 10): "early", config.train.steps: "late"}
+    """By arm and routing, steps under a capacity. An adaptive one has just seen unread text, or nothing but balance."""
+    state, batches = started
+    steps = state.config.train.steps
+    at = {max(1, steps // 10): "early", steps: "late"}
     arms: dict[tuple[str, str], Limited] = {}
-    for step in range(1, config.train.steps + 1):
+    for step in range(1, steps + 1):
         train_step(state, batches.next().to(state.device))
         if step not in at:
             continue
@@ -104,11 +109,11 @@ def _limited(
         for name, capacity in capacities.items():
             averages: tuple[Tensor, ...] = ()
             if isinstance(capacity, Adaptive):
-                averages = tuple(past(weights, batches, PAST, capacity.momentum))
+                averages = tuple(past(weights, unread, PAST, capacity.momentum))
             if at[step] == "late" or name not in only_late:
                 arms[name, at[step]] = Limited(weights, capacity, averages)
             if at[step] == "late" and name not in only_late:
-                arms[name, "balanced"] = Limited(weights, capacity, tuple(map(torch.ones_like, averages)), _seed(cell))
+                arms[name, "balanced"] = Limited(weights, capacity, tuple(map(torch.ones_like, averages)), seed)
     return arms
 
 

@@ -89,6 +89,6 @@ def _scale(axes: "Axes", label: str) -> None:
     from matplotlib.ticker import NullLocator
 
     axes.set(ylabel=label, xlabel="capacity / mean load", xscale="log")
-    axes.set_xticks([1, 1.25, 1.5, 2, 3, 5], labels=["1", "1.25", "1.5", "2", "3", "5"])
+    axes.set_xticks([1, 1.2, 1.5, 2, 3, 5], labels=["1", "1.2", "1.5", "2", "3", "5"])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(visible=True)

@@ -89,7 +89,6 @@ CONFIGS: Mapping[str, Config] = {
     **{name: vary(base(), **{"model.moe.balance": balance}) for name, balance in BALANCES.items()},
 }
 
-
 FACTORS_OF: Mapping[str, float] = {named(factor): factor for factor in FACTORS}
 POLICY_FACTORS: Mapping[str, Mapping[str, float]] = {
     "last dropped": {named(factor, "position"): factor for factor in POLICED},

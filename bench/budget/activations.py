@@ -27,9 +27,9 @@ Policies:
                 backward, as DeepSeek-V3 does (arXiv 2412.19437 sections 3.2.3 and 3.3.3)
     full        within a block its input alone; the block's forward runs again
 
-A capacity is counted as dropping nothing: how much it drops hangs on the routing. Experts that choose are refused. An
-indexer that learns keeps under a policy what the policy says; torch's own checkpointing runs its block at once, since
-the loss is differentiated while it is computed, and keeps the whole of it.
+A capacity is counted as dropping nothing: how much it drops hangs on the routing. Experts that choose are refused, and
+a capacity that sends tokens on. An indexer that learns keeps under a policy what the policy says; torch's own
+checkpointing runs its block at once, since the loss is differentiated while it is computed, and keeps the whole of it.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,7 @@ from bench.budget.selections import chooses, listed
 from dsv3.config import (
     Attention,
     CentredSignBias,
+    Dropless,
     ExpertChoice,
     Grouped,
     Indexer,
@@ -293,6 +294,10 @@ def _balance(model: Model, batch: Batch, policy: Policy, layers: int) -> Iterato
     """Denominators and loads of the balance losses of `layers` layers; scores, where their block let them go."""
     if model.moe is None:
         return
+    capacity = model.moe.capacity
+    if not isinstance(capacity, Dropless) and capacity.policy == "reroute":
+        rule = "counts tokens that are dropped: a trace of shapes cannot tell which are sent on"
+        raise ValueError(f"capacity={capacity!r}: the budget {rule}; take another policy, which keeps as many rows")
     experts, each, weight = model.moe.n_routed_experts, 0, 0
     for method in model.moe.balance:
         match method:

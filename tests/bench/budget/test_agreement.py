@@ -21,6 +21,7 @@ from bench.budget.states import RECIPES, recipe
 from bench.budget.traced import build, trace
 from dsv3.config import (
     MTP,
+    Adaptive,
     Auto,
     Blocks,
     Config,
@@ -73,6 +74,7 @@ CONFIGS = {
     "other_losses": tiny(**{"model.moe.balance": (SwitchLoss(), QuadraticLoss())}),
     "z_loss": tiny(**{"model.moe.balance": (ZLoss(),)}),
     "capacity": tiny(**{"model.moe.capacity": Fixed(factor=1.2)}),
+    "adaptive_capacity": tiny(**{"model.moe.capacity": Adaptive()}),
     "small": vary(presets.small(), **{"train.sequence_length": 100}),
     "article": vary(presets.article(), **{"model.num_hidden_layers": 2, "train.sequence_length": 512}),
     "deepseek_v2_lite": vary(presets.deepseek_v2_lite(), **{"model.num_hidden_layers": 3}),
@@ -138,6 +140,12 @@ def test_a_budget_of_experts_that_choose_is_refused() -> None:
     config = tiny(**{"model.moe.balance": (ExpertChoice(),), "model.moe.n_group": 1, "model.moe.topk_group": 1})
     with pytest.raises(ValueError, match=r"balance=ExpertChoice\(\): the budget counts experts that tokens choose"):
         figures(Asked(name="expert_choice", config=config, recipe=recipe("bfloat16")))
+
+
+def test_a_budget_of_tokens_that_are_sent_on_is_refused() -> None:
+    config = tiny(**{"model.moe.capacity": Fixed(factor=1.2, policy="reroute")})
+    with pytest.raises(ValueError, match=r"policy='reroute'\): the budget counts tokens that are dropped"):
+        figures(Asked(name="reroute", config=config, recipe=recipe("bfloat16")))
 
 
 @pytest.mark.slow
