@@ -158,6 +158,10 @@ def expert_layers() -> dict[str, Callable[[], dict[str, Any]]]:
         "z_loss": lambda: {"model.moe.balance": (choices.SignBias(), choices.ZLoss())},
         "capacity_by_probability": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2)},
         "capacity_by_position": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2, policy="position")},
+        "capacity_reroute": lambda: {"model.moe.capacity": choices.Fixed(factor=1.2, policy="reroute")},
+        "capacity_adaptive": lambda: {"model.moe.capacity": choices.Adaptive()},
+        "capacity_adaptive_by_position": lambda: {"model.moe.capacity": choices.Adaptive(policy="position")},
+        "capacity_adaptive_reroute": lambda: {"model.moe.capacity": choices.Adaptive(policy="reroute")},
         "deepseek_v3": lambda: {
             "model.moe.n_group": 4,
             "model.moe.topk_group": 2,
