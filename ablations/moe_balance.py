@@ -208,7 +208,10 @@ def _losses(records: Sequence[Record], arms: Iterable[str]) -> str:
 
 def _sight(values: Sequence[float]) -> str:
     """The smallest difference that so many seeds would have shown."""
-    return f" (seen from {detectable(values, alpha=ALPHA):.2g})" if len(values) > 1 else ""
+    if len(values) < 2:
+        return ""
+    least = float(f"{detectable(values, alpha=ALPHA):.2g}")
+    return f" (seen from {mean(values).map(lambda _: least)})"
 
 
 def _steps(records: Sequence[Record]) -> int:
