@@ -10,6 +10,7 @@ transposes. Every implementation has the signature `Dispatch`, computes in x's t
     looped       a loop of matrix products over sorted rows with a backward that keeps less; any floating type
     padded       one batched matrix product, every expert filled up to as many rows; any floating type
     kernel       the same in C++, where a compiler is at hand; on a CPU, float32 and bfloat16
+    triton       the same on a GPU, where Triton is at hand; tokens are gathered inside the products; no float64
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from torch import Tensor
 from dsv3.config.rules import require
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe.capacity import place_in_queue
+from dsv3.moe.kernels import triton_experts
 from dsv3.moe.kernels.experts import fits, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
 from dsv3.moe.memory import ReusedMemory
@@ -43,20 +45,27 @@ class Rows(NamedTuple):
     counts: Int[Tensor, " E"]
 
 
+def sort_pairs(routing: Routing) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " E"]]:
+    """The pairs, counted token after token, in the order of the experts, within an expert in that of the batch; those
+    that no expert takes come last. And how many each expert takes.
+    """
+    experts, indices, counts = len(routing.counts), routing.indices, routing.counts
+    if routing.kept is not None:
+        indices = indices.masked_fill(~routing.kept, experts)
+        counts = count(indices, experts + 1)[:experts]
+    return indices.flatten().argsort(stable=True), counts
+
+
 def sort_rows(routing: Routing, *, cut: bool = True) -> Rows:
     """The pairs in the order of the experts, within an expert in the order of the batch.
 
     Pairs that no expert takes are cut off, or with `cut=False` come last without being counted: their number depends
     on the data, and a compiled graph has fixed shapes.
     """
-    experts, indices, counts = len(routing.counts), routing.indices, routing.counts
-    if routing.kept is not None:
-        indices = indices.masked_fill(~routing.kept, experts)
-        counts = count(indices, experts + 1)[:experts]
-    order = indices.flatten().argsort(stable=True)
+    order, counts = sort_pairs(routing)
     if routing.kept is not None and cut:
         order = order[: int(counts.sum())]
-    return Rows(order // indices.shape[1], routing.weights.flatten()[order], counts)
+    return Rows(order // routing.indices.shape[1], routing.weights.flatten()[order], counts)
 
 
 def reference(
@@ -157,6 +166,15 @@ def kernel(
     return kernel_experts(x, weight, gate_up, down, token, counts, memory).to(x.dtype)
 
 
+def triton(
+    x: Float[Tensor, "N D"], routing: Routing, gate_up: Float[Tensor, "E D twoF"], down: Float[Tensor, "E F D"]
+) -> Float[Tensor, "N D"]:
+    """`dsv3.moe.kernels.triton_experts` on sorted pairs."""
+    pair, counts = sort_pairs(routing)
+    dropping = routing.kept is not None
+    return triton_experts.triton_experts(x, routing.weights, gate_up, down, pair.int(), counts, dropping=dropping)
+
+
 def choose(
     x: Float[Tensor, "N D"],
     routing: Routing,
@@ -165,16 +183,19 @@ def choose(
 ) -> Dispatch:
     """The implementation for these tensors; `memory` is for those that lend it to gradients.
 
-    On a GPU the grouped product is one kernel. On a CPU our C++ is the fastest by far; where it cannot be, the grouped
-    product is itself a loop, and ours keeps half as much and copies less; only for half-precision products of few rows,
-    which end sooner than Python calls the next, it is the faster. It needs widths that are whole multiples of 16 bytes,
-    and has no float64.
+    On a GPU our Triton kernel, where it runs, keeps less than the grouped product, which is one kernel there; which is
+    the faster has not been timed. On a CPU our C++ is the fastest by far; where it cannot be, the grouped product is
+    itself a loop, and ours keeps half as much and copies less; only for half-precision products of few rows, which end
+    sooner than Python calls the next, it is the faster. It needs widths that are whole multiples of 16 bytes, and has
+    no float64.
     """
+    on_cpu = x.device.type == "cpu"
+    if not on_cpu and x.dtype in triton_experts.FORMATS and triton_experts.why_not(x.device.type) is None:
+        return triton
     if fits(x, down) and why_not() is None:
         return partial(kernel, memory=memory)
     half = x.dtype in (torch.bfloat16, torch.float16)
     aligned = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
     rows = routing.indices.numel() / len(down)
-    on_cpu = x.device.type == "cpu"
     wins = half and rows < FEW_ROWS if on_cpu else half or x.dtype == torch.float32
     return grouped if wins and aligned else partial(looped, memory=memory)
