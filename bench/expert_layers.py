@@ -5,6 +5,7 @@ so the router's own cost is left out; sorting and combining are in. `uniform` ro
 token, `balanced` gives every expert as many rows.
 
     transformers     the experts of DeepSeek-V3 there, on torch's grouped product: the peer
+    triton           the experts on a GPU: left out elsewhere
     padded           each expert's rows filled up to those of the fullest, then one batched product
     padded_128       each expert's rows filled up to a multiple of 128, as MegaBlocks does, then the grouped product
     dense            a SwiGLU of K times the width on all tokens, torch's own products
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from dsv3.layers import SwiGLU
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe import Routing
-from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, padded, reference, sort_rows
+from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, padded, reference, sort_rows, triton
+from dsv3.moe.kernels import triton_experts
 from dsv3.moe.kernels.experts import fits, why_not
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import count
@@ -108,6 +110,7 @@ def blockwise(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Ten
 
 DISPATCHES: Mapping[str, Dispatch] = {
     "kernel": kernel,
+    "triton": triton,
     "looped": looped,
     "grouped": grouped,
     "padded": padded,
@@ -154,7 +157,9 @@ def build(
     made: dict[str, Callable[[], Arm]] = {PEER: partial(_peer, shape, routing, gate_up, down, x)}
     made |= {name: partial(_ours, name, routing, gate_up, down, x, lend) for name in DISPATCHES}
     made |= {name: partial(_dense, name, shape, x, lend) for name in DENSE}
-    missing = KERNEL if why_not() is not None or not fits(x, down) else ()
+    missing = set(KERNEL) if why_not() is not None or not fits(x, down) else set()
+    if triton_experts.why_not(device.type) is not None:
+        missing.add("triton")
     return {name: made[name]() for name in names or made if name not in missing}
 
 

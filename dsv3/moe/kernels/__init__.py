@@ -1,1 +1,1 @@
-"""The C++ kernel of a layer of experts, on a CPU; what plain PyTorch does in its place is `dsv3.moe.looped`."""
+"""The kernels of a layer of experts: C++ on a CPU, Triton on a GPU; `dsv3.moe.looped` is what PyTorch does instead."""

@@ -118,8 +118,16 @@ class _Call:
         rule = "must be float32, bfloat16 or float16"
         require(x.dtype in FORMATS, "dtype", kind, rule, "convert x and the experts' weights")
         exact = x.dtype == torch.float32 or x.device.type == "cpu"
-        sizes = (*weight.shape, x.shape[1], down.shape[1])
-        return cls(*sizes, pair.contiguous(), counts, half=x.element_size() == 2, exact=exact)
+        return cls(
+            tokens=weight.shape[0],
+            k=weight.shape[1],
+            hidden=x.shape[1],
+            inner=down.shape[1],
+            pair=pair.contiguous(),
+            counts=counts,
+            half=x.element_size() == 2,
+            exact=exact,
+        )
 
     def tile(self, rows: int, columns: int, depth: int) -> dict[str, Any]:
         """Sizes that hold so many rows, columns and steps of the sum if they can."""
@@ -278,7 +286,7 @@ def _forward_flops(x: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor, *re
 
 def _backward_flops(dy: Tensor, h: Tensor, *given: Any, **_: Any) -> int:
     """Of the gradient of a, 2 D F a row, and of what else is wanted: 4, 0, 4 and 2."""
-    *_, down, _, counts, _, wanted = given
+    down, counts, wanted = given[3], given[5], given[-1]
     each = 2 + sum(cost for cost, asked in zip((4, 0, 4, 2), wanted, strict=True) if asked)
     return each * int(counts.sum()) * down.shape[1] * down.shape[2]
 
