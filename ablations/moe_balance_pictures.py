@@ -46,6 +46,7 @@ def trade(table: Any) -> "Picture":
 def heat(table: Any) -> "Picture":
     """Load of each expert of the last layer over training, a panel a method; experts by their load at the end."""
     import numpy as np
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Picture
 
     rows = table[table["metric"] == "load_to_mean"]
@@ -61,15 +62,19 @@ def heat(table: Any) -> "Picture":
         seen = axes.pcolormesh(
             grid.columns.to_numpy(dtype=float),
             np.arange(len(grid)),
-            np.log2(np.maximum(grid.to_numpy(), 2.0**-3)),
+            grid.to_numpy(),
             cmap="PuOr_r",
-            vmin=-3,
-            vmax=3,
+            norm=LogNorm(1 / 8, 8),
             shading="nearest",
+            rasterized=True,
+            label="load / mean load",
         )
         axes.set(title=arm, xlabel="step")
         axes.set_yticks([])
-    panels[0].set_ylabel(f"{len(grid)} experts, by load at the end")
-    bar = picture.colorbar(seen, ax=list(panels), label="load / mean load", ticks=range(-3, 4))
+    panels[0].set_ylabel("experts, by load at the end")
+    bar = picture.colorbar(
+        seen, ax=list(panels), label="load / mean load", ticks=[2.0**power for power in range(-3, 4)]
+    )
     bar.ax.set_yticklabels(["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
+    bar.ax.minorticks_off()
     return picture

@@ -1,15 +1,17 @@
 """A figure's twin: the numbers that it shows, whole, as tables for readers who cannot see it or want to compute.
 
 A figure that a study declares is drawn from points, and so is its twin. Of one that draws itself the twin is read back
-from the picture: each line with a label by its data, each labelled bar by where it starts and ends. What has no label
-is decoration.
+from the picture: each line with a label by its data, each labelled bar by where it starts and ends, each labelled mesh
+by its cells. What has no label is decoration.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -47,8 +49,11 @@ def of_points(figure: Figure, points: pd.DataFrame) -> list[Table]:
 
 
 def of_picture(picture: Picture, caption: str) -> list[Table]:
-    """The twin of a picture that drew itself: a table of each of its axes' labelled lines, and one of its bars."""
-    return [table for axes in picture.axes for table in (*_lines(axes, caption), *_bars(axes, caption))]
+    """The twin of a picture that drew itself: a table of each of its axes' labelled lines, one of its bars, and one of
+    each mesh.
+    """
+    read = (_lines, _bars, _meshes)
+    return [table for axes in picture.axes for reader in read for table in reader(axes, caption)]
 
 
 def _lines(axes: Axes, caption: str) -> list[Table]:
@@ -80,6 +85,20 @@ def _bars(axes: Axes, caption: str) -> list[Table]:
     return [_table(title, "each bar with its start and end", ("row", "bars"), told, texts=2)] if rows else []
 
 
+def _meshes(axes: Axes, caption: str) -> list[Table]:
+    tables = []
+    for mesh in axes.collections:
+        if isinstance(mesh, QuadMesh) and _labelled(mesh):
+            corners = np.asarray(mesh.get_coordinates())
+            across = (corners[0, :-1, 0] + corners[0, 1:, 0]) / 2
+            cells = np.asarray(mesh.get_array()).reshape(corners.shape[0] - 1, -1)
+            rows = [(str(place), *map(exact, row)) for place, row in enumerate(cells.tolist(), start=1)][::-1]
+            head = ("row", *(f"{axes.get_xlabel()} {exact(at)}" for at in across))
+            title = axes.get_title(loc="left") or axes.get_title() or caption
+            tables.append(_table(title, str(mesh.get_label()), head, rows))
+    return tables
+
+
 def exact(value: Any) -> str:
     """A number as it is drawn, to six figures that matter; whole numbers whole."""
     number = float(value)
@@ -98,7 +117,7 @@ def _with_interval(row: Any) -> Prose:
     return Prose.of(mark(exact(row["value"]) + ends, row["records"]))
 
 
-def _labelled(artist: Line2D | Rectangle) -> bool:
+def _labelled(artist: Line2D | Rectangle | QuadMesh) -> bool:
     return not str(artist.get_label()).startswith("_") and str(artist.get_label()) != ""
 
 

@@ -186,6 +186,8 @@ def test_the_map_has_a_panel_for_each_method_and_no_table_its_loads(measured: li
     assert "gini" in tables.lower()
     assert "load" not in tables
     picture = heat(summary(found))
+    (table,) = twins.of_picture(picture, "heat")
+    assert len(table.rows) == EXPERTS
     assert [axes.get_title() for axes in picture.axes][:1] == [BASELINE]
     with pytest.raises(NoEvidence):
         heat(summary(records()))

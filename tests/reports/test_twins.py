@@ -49,6 +49,17 @@ def test_an_interval_table_has_the_ends_that_are_drawn(coin: Study) -> None:
     assert [cells[0] for cells in table.rows] == ["fair", "bent"]
 
 
+def test_a_map_is_read_back_cell_by_cell_from_the_top() -> None:
+    axes = (picture := Picture()).subplots()
+    axes.pcolormesh([0.0, 10.0, 20.0], [0, 1], np.array([[1.0, 2.0, 3.0], [4.0, 5.5, 6.0]]), label="load")
+    axes.set(xlabel="step", title="arm")
+    axes.pcolormesh([0.0, 1.0], [0, 1], np.zeros((2, 2)))
+    (table,) = of_picture(picture, "Caption")
+    assert (table.caption, table.note) == ("arm", "load")
+    assert table.head == ("row", "step 0", "step 10", "step 20")
+    assert table.rows == (("2", "4", "5.5", "6"), ("1", "1", "2", "3"))
+
+
 def test_a_picture_that_drew_itself_is_read_back_whole() -> None:
     picture = Picture()
     axes = picture.subplots()
