@@ -46,6 +46,7 @@ def trade(table: Any) -> "Picture":
 def heat(table: Any) -> "Picture":
     """Load of each expert of the last layer over training, a panel a method; experts by their load at the end."""
     import numpy as np
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Picture
 
@@ -56,6 +57,8 @@ def heat(table: Any) -> "Picture":
     arms = list(dict.fromkeys(rows["arm"]))
     picture = Picture(figsize=(6.4, 3.2), layout="constrained")
     panels = picture.subplots(1, len(arms), squeeze=False)[0]
+    colours = colormaps["PuOr_r"]
+    colours = colours.with_extremes(bad=colours(0.0))  # a load of none has no logarithm
     for axes, arm in zip(panels, arms, strict=True):
         grid = rows[rows["arm"] == arm].pivot_table(index="expert", columns="step", values="value")
         grid = grid.sort_values(grid.columns[-1])
@@ -63,7 +66,7 @@ def heat(table: Any) -> "Picture":
             grid.columns.to_numpy(dtype=float),
             np.arange(len(grid)),
             grid.to_numpy(),
-            cmap="PuOr_r",
+            cmap=colours,
             norm=LogNorm(1 / 8, 8),
             shading="nearest",
             rasterized=True,

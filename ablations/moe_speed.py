@@ -191,7 +191,7 @@ STUDY = Study(
     answer=answer,
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
-        "One thread by CPU time; all arms in one process, and nothing is compiled by torch.",
+        "One thread by CPU time; all arms in one process, and nothing is compiled by torch, by which the peer gains.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )
