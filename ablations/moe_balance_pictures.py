@@ -69,7 +69,6 @@ def heat(table: Any) -> "Picture":
             cmap=colours,
             norm=LogNorm(1 / 8, 8),
             shading="nearest",
-            rasterized=True,
             label="load / mean load",
         )
         axes.set(title=arm, xlabel="step")

@@ -79,7 +79,7 @@ def recompute(block: Block, policy: Policy) -> None:
         again = [weight for name, weight in block.named_parameters() if {*AGAIN} & {*name.split(".")}]
         how["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_products, again))
 
-    def lighter(x: Tensor, *, cache: None = None, documents: None = None) -> Any:
+    def lighter(x: Tensor, *, cache: None = None, documents: None = None, lengths: None = None) -> Any:
         return checkpoint(forward, x, **how)
 
     block.forward = lighter  # type: ignore[method-assign, assignment]
