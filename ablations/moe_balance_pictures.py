@@ -57,7 +57,7 @@ def heat(table: Any) -> "Picture":
     arms = list(dict.fromkeys(rows["arm"]))
     picture = Picture(figsize=(6.4, 3.2), layout="constrained")
     panels = picture.subplots(1, len(arms), squeeze=False)[0]
-    colours = colormaps["PuOr_r"]
+    colours = colormaps["PuOr_r"].resampled(25)  # few enough for a bar that is drawn, not an image
     colours = colours.with_extremes(bad=colours(0.0))  # a load of none has no logarithm
     for axes, arm in zip(panels, arms, strict=True):
         grid = rows[rows["arm"] == arm].pivot_table(index="expert", columns="step", values="value")
