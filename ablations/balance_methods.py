@@ -18,7 +18,7 @@ from dsv3.config import (
 
 MICROBATCHES = 4  # of `switch`
 
-STRENGTHS: Mapping[str, Mapping[str, tuple[Balance, ...]]] = {  # from weak to strong; "default" as published
+STRENGTHS: Mapping[str, Mapping[str, tuple[Balance, ...]]] = {  # from weak to strong; "default" is the config's
     "none": {"default": ()},
     "quadratic": {
         "default": (QuadraticLoss(alpha=0.01),),

@@ -14,7 +14,8 @@ All are taken twice: of the training's own batches, and of held-out text by the 
 Only the second is causal for every method, and only there methods are ranked: experts that choose tokens are even by
 force in training and choose by what comes later. `switch` has the statistics of a microbatch, a quarter of the batch,
 as a process has that does not talk to others; `global_batch` is the same loss on the whole. Centring moves all biases
-of a layer alike, which changes no choice: its arm must equal `sign_bias` to rounding.
+of a layer alike, which changes no choice: its arm differs from `sign_bias` by rounding alone, which a training then
+makes larger, and so shows how small a difference means nothing.
 """
 
 import math
