@@ -10,6 +10,9 @@ token, `balanced` gives every expert as many rows.
     padded_128       each expert's rows filled up to a multiple of 128, as MegaBlocks does, then the grouped product
     dense            a SwiGLU of K times the width on all tokens, torch's own products
     dense_kernel     the same by our kernel, as a layer of one expert: what is lost to experts alone
+
+`transformers_compiled` and `dense_compiled` are those two after torch.compile, at one shape each: seconds of compiling,
+so they are built only where they are asked for by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +35,7 @@ from dsv3.moe.routing import count
 PEER = "transformers"
 DENSE = ("dense", "dense_kernel")
 TRUTH = "reference"
+COMPILED = {"transformers_compiled": PEER, "dense_compiled": "dense"}
 KERNEL = ("kernel", "dense_kernel")
 PADDED = 128  # rows to a multiple of which an expert's are filled up
 
@@ -142,10 +146,10 @@ def build(
     seed: int = 0,
     lend: bool = True,
 ) -> dict[str, Arm]:
-    """The named arms, or all that this machine has, the peer first. `lend`: gradients get their memory back in the next
-    call, as in training.
+    """The named arms, or all that need no compiling and that this machine has, the peer first.
 
-    For counting bytes it must not, since memory that is kept is not seen to be taken.
+    `lend`: gradients get their memory back in the next call, as in training. For counting bytes it must not, since
+    memory that is kept is not seen to be taken.
     """
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.hidden, generator=random).to(device, dtype)
@@ -157,22 +161,30 @@ def build(
     made: dict[str, Callable[[], Arm]] = {PEER: partial(_peer, shape, routing, gate_up, down, x)}
     made |= {name: partial(_ours, name, routing, gate_up, down, x, lend) for name in DISPATCHES}
     made |= {name: partial(_dense, name, shape, x, lend) for name in DENSE}
+    uncompiled = tuple(made)
+    made |= {name: partial(_compiled, made[of]) for name, of in COMPILED.items()}
     missing = set(KERNEL) if why_not() is not None or not fits(x, down) else set()
     if triton_experts.why_not(device.type) is not None:
         missing.add("triton")
-    return {name: made[name]() for name in names or made if name not in missing}
+    return {name: made[name]() for name in names or uncompiled if name not in missing}
 
 
 def check(arms: Mapping[str, Arm], dtype: torch.dtype) -> None:
     """Outputs and gradients of every routed arm equal the reference's; the dense layers are another function."""
     truth = arms[TRUTH].results()
     for name, arm in arms.items():
-        if name in (TRUTH, *DENSE):
+        if name == TRUTH or name.startswith("dense"):
             continue
         for found, right in zip(arm.results(), truth, strict=True):
             # Sums of a few hundred products in other orders, and a handful of roundings to the type on the way.
             bound = 8 * torch.finfo(dtype).eps * arm.x.shape[1] ** 0.5 * right.abs().max().item()
             torch.testing.assert_close(found, right, rtol=0.0, atol=bound, msg=partial("{}: {}".format, name))
+
+
+def _compiled(make: Callable[[], Arm]) -> Arm:
+    arm = make()
+    arm.forward = torch.compile(arm.forward, fullgraph=True, dynamic=False)
+    return arm
 
 
 def _ours(name: str, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor, lend: bool) -> Arm:

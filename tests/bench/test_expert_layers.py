@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.bench_moe import costs
-from bench.expert_layers import DENSE, KERNEL, PEER, TRUTH, Arm, Shape, build, check, routing_of
+from bench.expert_layers import COMPILED, DENSE, KERNEL, PEER, TRUTH, Arm, Shape, build, check, routing_of
 from bench.meters.memory import peak_bytes
 from bench.meters.saved import saved_bytes
 from dsv3.moe.kernels.experts import why_not
@@ -24,6 +24,14 @@ def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None
         arms["padded_128"].parameters[0][3] += 1.0
     with pytest.raises(AssertionError, match="padded_128"):
         check(arms, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore:.torch.jit.:DeprecationWarning")
+def test_the_compiled_peer_equals_the_reference() -> None:
+    """The compiled dense layer is not compiled here: checks of its shapes, which tests turn on, stand in the way."""
+    assert set(COMPILED.values()) == {PEER, "dense"}
+    torch.compiler.reset()
+    check(build(SMALL, torch.float32, CPU, names=(TRUTH, "transformers_compiled")), torch.float32)
 
 
 @needs_kernel
