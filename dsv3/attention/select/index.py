@@ -25,6 +25,8 @@ from torch import Tensor
 from dsv3.attention.select.latest import Latest
 from dsv3.config import Blocks, Hierarchical
 
+_WIDENED = 1024  # keys of a head that are copied at once
+
 
 @dataclass(frozen=True)
 class Index:
@@ -108,9 +110,9 @@ class Index:
                 break
             part = below[:, :, low * ratio - offset : high * ratio - offset].unflatten(2, (high - low, ratio))
             if not bounds(choice):
-                level[:, :, low:high] = part.to(level.dtype).mean(dim=3)
+                _write_means(level[:, :, low:high], part)
             else:
-                # of keys in their own type, and each key once: copies of all of them would be what a choice costs most
+                # of keys in their own type, and each key once, for the same reason
                 largest, smallest = part.chunk(2, dim=-1) if at else (part, part)
                 level[:, :, low:high] = torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
@@ -153,6 +155,15 @@ def shared_queries(choice: Blocks, q: Float[Tensor, "B H n P"], groups: int) -> 
 def shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B g m W"]:
     """What it is compared with."""
     return k.transpose(1, 2).flatten(2)[:, None] if choice.sharing == "all" else k
+
+
+def _write_means(nodes: Float[Tensor, "B g n W"], part: Float[Tensor, "B g n c W"]) -> None:
+    """Write the means of each c keys, a few nodes at a time where they are of a narrower type: a wider copy of all keys
+    would be what a choice costs most memory.
+    """
+    few = _WIDENED // part.shape[3] + 1 if part.dtype != nodes.dtype else nodes.shape[2]
+    for to, some in zip(nodes.split(few, dim=2), part.split(few, dim=2), strict=True):
+        to.copy_(some.to(nodes.dtype).mean(dim=3))
 
 
 def _extend_largest(largest: Float[Tensor, "B g n"], leaves: Float[Tensor, "B g n W"], low: int, high: int) -> None:
