@@ -4,7 +4,8 @@
 //
 // so that A may lie row by row or column by column, as it does in memory; only B must have its N neighbours together.
 // In bf16 a "number" is the pair of neighbours along K in 32 bits, which is what the processor's instruction multiplies.
-// Vectors are the compiler's own: it turns 16 floats into one, two or four registers of the processor at hand.
+// Vectors are the compiler's own: it turns 16 floats into one, two or four registers of the processor at hand. Where it
+// takes several it keeps them in memory between operations, so the sums of a product are vectors of a register each.
 
 typedef float Vector __attribute__((vector_size(64)));
 typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
@@ -12,20 +13,27 @@ typedef int32_t Ints __attribute__((vector_size(64)));
 typedef int32_t LooseInts __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint32_t LooseBits __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Part __attribute__((vector_size(REGISTER), may_alias));
+typedef float LoosePart __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+typedef uint32_t PartBits __attribute__((vector_size(REGISTER)));
+typedef uint32_t LoosePartBits __attribute__((vector_size(REGISTER), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t Word __attribute__((may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
-constexpr int LANES = 16;
+constexpr int LANES = 16, PARTS = 64 / REGISTER;
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
 INLINE Vector spread(float x) { return x - Vector{}; }  // -0 and NaN stay what they are
 INLINE Vector load(const float* x) { return *(const Loose*)x; }
-INLINE void store(float* x, Vector y) { *(Loose*)x = y; }
+INLINE void store(float* x, Vector y) {
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; ++i) *(LoosePart*)(x + LANES / PARTS * i) = ((const Part*)&y)[i];
+}
 INLINE float number(Word x) {
   float y;
   __builtin_memcpy(&y, &x, 4);
@@ -120,14 +128,18 @@ INLINE Halves halves(Vector x) {
 INLINE Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Bits) << 16); }
 
 template <bool HALF>
-INLINE Vector multiplied(Vector sum, Word a, Bits b) {
-  if (!HALF) return fused(spread(number(a)), (Vector)b, sum);
+INLINE Part multiplied(Part sum, Word a, PartBits b) {
+#ifdef HAS_AVX512
+  if (!HALF) return (Part)fused(spread(number(a)), (Vector)b, (Vector)sum);
+#else
+  if (!HALF) return number(a) * (Part)b + sum;
+#endif
 #ifdef HAS_BF16
   Bits both = a - Bits{};
-  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+  return (Part)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
 #else
-  sum = fused(spread(number(a & 0xffff0000u)), (Vector)(b & 0xffff0000u), sum);
-  return fused(spread(number(a << 16)), (Vector)(b << 16), sum);
+  sum = multiplied<false>(sum, a & 0xffff0000u, b & 0xffff0000u);
+  return multiplied<false>(sum, a << 16, b << 16);
 #endif
 }
 
@@ -139,11 +151,15 @@ enum class Far { none, a, b };
 template <int M, int N, bool HALF, bool ROWS, Far FAR, class Finish>
 INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count, const Finish& finish,
                   int64_t row, int64_t column) {
-  Vector sum[M][N];
+  Part sum[M][N * PARTS];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[m][n] = finish.start(row + m, column + LANES * n);
+    for (int n = 0; n < N; ++n) {
+      Vector start = finish.start(row + m, column + LANES * n);
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) sum[m][n * PARTS + part] = ((const Part*)&start)[part];
+    }
   for (int64_t k = 0; k < count; ++k) {
     if (FAR == Far::a && k % LANES == 0)
 #pragma GCC unroll 8
@@ -151,20 +167,25 @@ INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, in
     if (FAR == Far::b)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) __builtin_prefetch(b + (k + STEPS_AHEAD) * lead_b + LANES * n, 0, 2);
-    Bits line[N];
+    PartBits line[N * PARTS];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) line[n] = *(const LooseBits*)(b + k * lead_b + LANES * n);
+    for (int n = 0; n < N * PARTS; ++n) line[n] = *(const LoosePartBits*)(b + k * lead_b + LANES / PARTS * n);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       Word one = ROWS ? a[m * lead + k] : a[k * lead + m];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[m][n] = multiplied<HALF>(sum[m][n], one, line[n]);
+      for (int n = 0; n < N * PARTS; ++n) sum[m][n] = multiplied<HALF>(sum[m][n], one, line[n]);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) finish.end(row + m, column + LANES * n, sum[m][n]);
+    for (int n = 0; n < N; ++n) {
+      Vector end;
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) ((Part*)&end)[part] = sum[m][n * PARTS + part];
+      finish.end(row + m, column + LANES * n, end);
+    }
 }
 
 template <int N, bool HALF, bool ROWS, Far FAR, class Finish>

@@ -9,7 +9,7 @@
 #include "problem.h"
 namespace dsv3::experts {
 namespace {
-constexpr int PANEL = 6, WIDE = 4;  // rows and vectors of a panel of sums
+constexpr int PANEL = 6, WIDE = 4, REGISTER = 64;  // rows and vectors of a panel of sums; bytes of a register
 #include "tiles.h"
 
 #include "passes.h"
