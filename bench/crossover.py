@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from bench import block_attention
 from bench.fingerprint import fingerprint
+from bench.measured_table import write
 from bench.meters.paired import over_blocks, plan, process_clock, threads, time_block
 from dsv3.attention.kernels.blocks import instruction_sets
 from dsv3.attention.select.auto import TABLE, rows
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with threads(1):
         found = list(measured())
     kept = [row for row in rows() if row["instructions"] != instruction_sets()[0]]
-    write(TABLE, [*kept, *map(asdict, found)])
+    write(TABLE, HEAD, [*kept, *map(asdict, found)])
     print(f"{len(found)} rows in {TABLE}")
     return 0
 
@@ -115,20 +115,6 @@ def measure(dtype: torch.dtype, direction: str, length: int) -> Ratio:
     found = tuple(round(number, 3) for number in (float(median.value), *median.interval))
     print(f"{dtype!s:15} {direction:9} {length:6} tokens: {found[0]} [{found[1]}, {found[2]}]", flush=True)
     return found[0], found[1], found[2]
-
-
-def write(path: Path, table: Sequence[Mapping[str, object]]) -> None:
-    """The table as it is committed."""
-    parts = [HEAD]
-    for row in table:
-        parts.append("\n[[measured]]\n" + "".join(f"{name} = {_toml(value)}\n" for name, value in row.items()))
-    path.write_text("".join(parts))
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 if __name__ == "__main__":

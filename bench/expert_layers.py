@@ -18,6 +18,7 @@ so they are built only where they are asked for by name.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ DISPATCHES: Mapping[str, Dispatch] = {
     "padded_128": blockwise,
     TRUTH: reference,
 }
-LENDING: Mapping[str, Callable[..., Tensor]] = {"kernel": kernel, "looped": looped}  # memory, to their gradients
+LENDING = ("kernel", "looped")  # memory, to their gradients
 
 
 def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
@@ -145,11 +146,12 @@ def build(
     routed: str = "uniform",
     seed: int = 0,
     lend: bool = True,
+    instructions: str = "",
 ) -> dict[str, Arm]:
     """The named arms, or all that need no compiling and that this machine has, the peer first.
 
     `lend`: gradients get their memory back in the next call, as in training. For counting bytes it must not, since
-    memory that is kept is not seen to be taken.
+    memory that is kept is not seen to be taken. `instructions`: what our kernel computes with, "" the best.
     """
     random = torch.Generator().manual_seed(seed)
     x = torch.randn(shape.tokens, shape.hidden, generator=random).to(device, dtype)
@@ -159,7 +161,7 @@ def build(
     down = torch.randn(shape.experts, shape.inner, shape.hidden, generator=random) / shape.inner**0.5
     gate_up, down = gate_up.to(device, dtype), down.to(device, dtype)
     made: dict[str, Callable[[], Arm]] = {PEER: partial(_peer, shape, routing, gate_up, down, x)}
-    made |= {name: partial(_ours, name, routing, gate_up, down, x, lend) for name in DISPATCHES}
+    made |= {name: partial(_ours, name, routing, gate_up, down, x, lend, instructions) for name in DISPATCHES}
     made |= {name: partial(_dense, name, shape, x, lend) for name in DENSE}
     uncompiled = tuple(made)
     made |= {name: partial(_compiled, made[of]) for name, of in COMPILED.items()}
@@ -187,11 +189,14 @@ def _compiled(make: Callable[[], Arm]) -> Arm:
     return arm
 
 
-def _ours(name: str, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor, lend: bool) -> Arm:
+def _ours(
+    name: str, routing: Routing, gate_up: Tensor, down: Tensor, x: Tensor, lend: bool, instructions: str = ""
+) -> Arm:
     stacked = nn.Parameter(gate_up.clone()), nn.Parameter(down.clone())
-    dispatch = DISPATCHES[name]
+    given: dict[str, Any] = {"instructions": instructions} if name == "kernel" else {}
     if name in LENDING and lend:
-        dispatch = partial(LENDING[name], memory=(ReusedMemory(), ReusedMemory()))
+        given["memory"] = (ReusedMemory(), ReusedMemory())
+    dispatch = partial(DISPATCHES[name], **given)
     return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x)
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from dsv3.config.rules import require
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe.capacity import place_in_queue
+from dsv3.moe.fastest import fastest
 from dsv3.moe.kernels import triton_experts
-from dsv3.moe.kernels.experts import fits, kernel_experts, why_not
+from dsv3.moe.kernels.experts import fits, instruction_sets, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing, count
@@ -34,7 +35,7 @@ from dsv3.moe.routing import Routing, count
 Dispatch = Callable[[Tensor, Routing, Tensor, Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
 
-FEW_ROWS = 64  # per expert; measured with experts of width 128 in a model of width 256
+GROUPED = (torch.float32, torch.bfloat16, torch.float16)  # formats of torch's grouped product
 
 
 class Rows(NamedTuple):
@@ -160,10 +161,11 @@ def kernel(
     gate_up: Float[Tensor, "E D twoF"],
     down: Float[Tensor, "E F D"],
     memory: tuple[ReusedMemory, ReusedMemory] | None = None,
+    instructions: str = "",
 ) -> Float[Tensor, "N D"]:
     """`dsv3.moe.kernels` on sorted rows; `memory` is lent to the gradients of the weights."""
     token, weight, counts = sort_rows(routing, cut=not torch.compiler.is_compiling())
-    return kernel_experts(x, weight, gate_up, down, token, counts, memory).to(x.dtype)
+    return kernel_experts(x, weight, gate_up, down, token, counts, memory, instructions=instructions).to(x.dtype)
 
 
 def triton(
@@ -183,19 +185,19 @@ def choose(
 ) -> Dispatch:
     """The implementation for these tensors; `memory` is for those that lend it to gradients.
 
-    On a GPU our Triton kernel, where it runs, keeps less than the grouped product, which is one kernel there; which is
-    the faster has not been timed. On a CPU our C++ is the fastest by far; where it cannot be, the grouped product is
-    itself a loop, and ours keeps half as much and copies less; only for half-precision products of few rows, which end
-    sooner than Python calls the next, it is the faster. It needs widths that are whole multiples of 16 bytes, and has
-    no float64.
+    On a CPU `fastest` says which, of those that can be: the grouped product needs widths that are whole multiples of 16
+    bytes. On a GPU our Triton kernel, where it runs, keeps less than the grouped product, which is one kernel there;
+    which is the faster has not been timed.
     """
-    on_cpu = x.device.type == "cpu"
-    if not on_cpu and x.dtype in triton_experts.FORMATS and triton_experts.why_not(x.device.type) is None:
-        return triton
-    if fits(x, down) and why_not() is None:
-        return partial(kernel, memory=memory)
-    half = x.dtype in (torch.bfloat16, torch.float16)
     aligned = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
-    rows = routing.indices.numel() / len(down)
-    wins = half and rows < FEW_ROWS if on_cpu else half or x.dtype == torch.float32
-    return grouped if wins and aligned else partial(looped, memory=memory)
+    if x.device.type == "cpu":
+        training = torch.is_grad_enabled() and down.requires_grad
+        instructions = instruction_sets()[0] if fits(x, down) and why_not() is None else "none"
+        rows = routing.indices.numel() / len(down)
+        name = fastest(instructions, x.dtype, "training" if training else "forward", rows)
+        if name == "kernel":
+            return partial(kernel, memory=memory)
+        return grouped if name == "grouped" and aligned else partial(looped, memory=memory)
+    if x.dtype in triton_experts.FORMATS and triton_experts.why_not(x.device.type) is None:
+        return triton
+    return grouped if x.dtype in GROUPED and aligned else partial(looped, memory=memory)

@@ -19,11 +19,13 @@ from bench.record import Record
 from dsv3.config import Blocks, Hierarchical, vary
 from dsv3.config.rules import field_names
 
+WHERE = provenance("full")
+
 
 def kept(arm: str, task: str, accuracy: float, seed: int, steps: int = 600) -> Record:
     where = {"device": "cpu", "task": task, "length": LENGTH, "steps": steps}
     point = Point(study=STUDY.name, arm=arm, baseline="default", seed=seed, axes=where)
-    return record(point, provenance("full"), Measurement(metric="accuracy", value=accuracy))
+    return record(point, WHERE, Measurement(metric="accuracy", value=accuracy))
 
 
 def records() -> list[Record]:

@@ -13,12 +13,14 @@ from bench.measurement import Measurement, Point, record
 from bench.record import Record
 from reports.frame import summary
 
+WHERE = provenance("full")
+
 LENGTHS = (4096, 16384, 65536)
 
 
 def kept(arm: str, metric: str, value: float, seed: int, **axes: str | int) -> Record:
     point = Point(study=choosing.STUDY.name, arm=arm, baseline="sdpa", seed=seed, axes={"device": "cpu"} | axes)
-    return record(point, provenance("full"), Measurement(metric=metric, value=value))
+    return record(point, WHERE, Measurement(metric=metric, value=value))
 
 
 def records(crossing: float) -> list[Record]:

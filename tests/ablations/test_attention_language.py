@@ -30,11 +30,13 @@ from dsv3.config import Blocks, Hierarchical, Window, vary
 from reports import twins
 from reports.frame import summary
 
+WHERE = provenance("full")
+
 
 def kept(arm: str, value: float, seed: int, metric: str = "trailing_loss", **axes: str | int) -> Record:
     where = {"device": "cpu", "part": "training", "length": 8192} | axes
     point = Point(study=STUDY.name, arm=arm, baseline="dense", seed=seed, axes=where)
-    return record(point, provenance("full"), Measurement(metric=metric, value=value))
+    return record(point, WHERE, Measurement(metric=metric, value=value))
 
 
 def records() -> list[Record]:

@@ -20,11 +20,13 @@ from bench.recall_training import TAPS
 from bench.record import Record
 from dsv3.config import Auto, Blocks, Hierarchical, Indexer, PerHead, Window, vary
 
+WHERE = provenance("full")
+
 
 def kept(arm: str, task: str, accuracy: float, seed: int, metric: str = "accuracy", steps: int = 500) -> Record:
     where = {"device": "cpu", "task": task, "length": LENGTH, "steps": steps}
     point = Point(study=STUDY.name, arm=arm, baseline="dense", seed=seed, axes=where)
-    return record(point, provenance("full"), Measurement(metric=metric, value=accuracy))
+    return record(point, WHERE, Measurement(metric=metric, value=accuracy))
 
 
 def records(lost: float, dense: float = 0.999) -> list[Record]:

@@ -33,6 +33,8 @@ from reports import twins
 from reports.frame import summary
 from reports.pages import study_page
 
+WHERE = provenance("full")
+
 AXES: dict[str, Any] = {"steps": 300, "rows": 8}
 
 
@@ -42,7 +44,7 @@ def kept(arm: str, strength: str, seed: int, *, excess: float, loss: float) -> l
     return [
         record(
             Point(study="moe_balance", arm=arm, baseline=BASELINE, seed=seed, axes={**at, **axes}),
-            provenance("full"),
+            WHERE,
             Measurement(metric=metric, value=value),
         )
         for axes, metric, value in found
@@ -151,7 +153,7 @@ def test_the_answer_says_what_blocks_leave_and_what_experts_that_choose_become()
     over = [
         record(
             judged_at(strength),
-            provenance("full"),
+            WHERE,
             Measurement(metric="excess_over_blocks", value=value),
         )
         for strength, value in (("default", 1.2), ("rate 0.003", 1.04))
@@ -176,7 +178,7 @@ def test_the_map_has_a_panel_for_each_method_and_no_table_its_loads(measured: li
     found = [
         record(
             Point(study="moe_balance", arm=one.arm, baseline=BASELINE, seed=0, axes={**AXES, **one.axes}),
-            provenance("full"),
+            WHERE,
             one.measurement,
         )
         for one in measured

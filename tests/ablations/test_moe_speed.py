@@ -15,6 +15,8 @@ from dsv3.moe.kernels.experts import why_not
 from reports import twins
 from reports.frame import summary
 
+WHERE = provenance("full")
+
 TIMES = {
     "transformers_compiled": 0.8,
     "kernel": 0.4,
@@ -28,7 +30,7 @@ TIMES = {
 
 def kept(arm: str, value: float, seed: int, **axes: str | int) -> Record:
     point = Point(study=moe_speed.STUDY.name, arm=arm, baseline=PEER, seed=seed, axes={"device": "cpu"} | axes)
-    return record(point, provenance("full"), Measurement(metric=moe_speed.METRIC, value=value))
+    return record(point, WHERE, Measurement(metric=moe_speed.METRIC, value=value))
 
 
 def records(dtype: str = "fp32", seeds: int = 6) -> list[Record]:

@@ -16,11 +16,13 @@ from dsv3.model import Transformer
 from dsv3.model.cost import flops_per_token
 from dsv3.train.evaluate import HeldOut
 
+WHERE = provenance("full")
+
 
 def kept(arm: str, metric: str, value: float, seed: int, **axes: str | int) -> Record:
     where = {"device": "cpu", "look": "training", "steps": 40, "tokens": 512} | axes
     point = Point(study=STUDY.name, arm=arm, baseline="none", seed=seed, axes=where)
-    return record(point, provenance("full"), Measurement(metric=metric, value=value))
+    return record(point, WHERE, Measurement(metric=metric, value=value))
 
 
 def records(gain: float, seeds: int = 6) -> list[Record]:

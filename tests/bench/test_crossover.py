@@ -3,7 +3,8 @@
 import tomllib
 from pathlib import Path
 
-from bench.crossover import HEAD, crossing, write
+from bench.crossover import HEAD, crossing
+from bench.measured_table import write
 from dsv3.attention.select.auto import TABLE, UNMEASURED, rows
 
 
@@ -16,7 +17,7 @@ def test_the_committed_table_has_each_kind_once_and_is_as_its_command_writes_it(
         assert low <= median <= high < 1
         assert 0 < row["length"] < UNMEASURED
     again = tmp_path / "auto.toml"
-    write(again, table)
+    write(again, HEAD, table)
     assert again.read_text() == TABLE.read_text()
     assert tomllib.loads(HEAD) == {}
 

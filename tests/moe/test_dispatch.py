@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsv3.moe import Routing
 from dsv3.moe.dispatch import Dispatch, choose, grouped, kernel, looped, padded, reference
-from dsv3.moe.kernels.experts import fits, why_not
+from dsv3.moe.kernels.experts import fits, instruction_sets, why_not
 from dsv3.moe.looped import blocks
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import count
@@ -143,26 +143,28 @@ def test_blocks_cover_every_expert_and_row_once_in_order(counts: list[int]) -> N
 
 
 @pytest.mark.parametrize(
-    "dtype, tokens, width, chosen",
+    "dtype, width, name, chosen",
     [
-        (torch.float32, 8, 16, looped),
-        (torch.float32, 4096, 16, looped),
-        (torch.bfloat16, 8, 16, grouped),
-        (torch.bfloat16, 4096, 16, looped),
-        (torch.bfloat16, 8, 12, looped),  # 24 bytes: the grouped product refuses them
-        (torch.float64, 8, 16, looped),
+        (torch.float32, 16, "looped", looped),
+        (torch.float32, 16, "kernel", kernel),
+        (torch.bfloat16, 16, "grouped", grouped),
+        (torch.bfloat16, 12, "grouped", looped),  # 24 bytes: the grouped product refuses them
     ],
 )
-def test_choice_on_a_cpu_follows_type_rows_and_alignment(
-    dtype: torch.dtype, tokens: int, width: int, chosen: Dispatch, monkeypatch: pytest.MonkeyPatch
+def test_choice_on_a_cpu_is_that_of_the_table(
+    dtype: torch.dtype, width: int, name: str, chosen: Dispatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    routing = random_routing(tokens, 8, 2, dtype)
-    x, down = torch.zeros(tokens, width, dtype=dtype), torch.zeros(8, 16, width, dtype=dtype)
-    if fits(x, down) and why_not() is None:
-        assert getattr(choose(x, routing, down), "func", None) is kernel
-    monkeypatch.setattr("dsv3.moe.dispatch.why_not", lambda: "no compiler")
-    found = choose(x, routing, down)
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr("dsv3.moe.dispatch.fastest", lambda *given: asked.append(given) or name)
+    x, down = torch.zeros(12, width, dtype=dtype), torch.zeros(8, 16, width, dtype=dtype, requires_grad=True)
+    best = instruction_sets()[0] if fits(x, down) and why_not() is None else "none"
+    found = choose(x, random_routing(12, 8, 2, dtype), down)
     assert getattr(found, "func", found) is chosen
+    with torch.no_grad():
+        choose(x, random_routing(12, 8, 2, dtype), down)
+    monkeypatch.setattr("dsv3.moe.dispatch.why_not", lambda: "no compiler")
+    choose(x, random_routing(12, 8, 2, dtype), down.detach())
+    assert asked == [(best, dtype, "training", 3), (best, dtype, "forward", 3), ("none", dtype, "forward", 3)]
 
 
 def test_memory_is_lent_again_once_nothing_uses_it() -> None:

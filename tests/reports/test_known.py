@@ -9,10 +9,12 @@ from bench.measurement import Measurement, Point, record
 from bench.record import Record, append
 from reports.known import recorded
 
+WHERE = provenance("full")
+
 
 def kept(study: str) -> Record:
     point = Point(study=study, arm="dense", baseline="dense", seed=0, axes={"device": "cpu"})
-    return record(point, provenance("full"), Measurement(metric="accuracy", value=0.5))
+    return record(point, WHERE, Measurement(metric="accuracy", value=0.5))
 
 
 def test_a_study_run_by_its_path_has_a_page_where_it_has_records(tmp_path: Path) -> None:

@@ -40,6 +40,17 @@ def _prepared() -> str | None:
     return reason
 
 
+@torch.compiler.assume_constant_result
+def instruction_sets() -> tuple[str, ...]:
+    """What the kernel can be told to compute with on this processor, best first; ask `why_not` before."""
+    return _instruction_sets()
+
+
+@functools.cache
+def _instruction_sets() -> tuple[str, ...]:
+    return tuple(torch.ops.dsv3_experts.instructions().split())
+
+
 def fits(x: Float[Tensor, "N D"], down: Float[Tensor, "E F D"]) -> bool:
     """Whether the kernel computes these numbers and widths."""
     whole = all(width % LANES == 0 for width in down.shape[1:])
