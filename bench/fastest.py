@@ -27,7 +27,7 @@ from bench.meters.paired import plan, process_clock, ratio, threads, time_block
 from dsv3.moe.fastest import TABLE, table
 from dsv3.moe.kernels.experts import instruction_sets, why_not
 
-BASELINE = "looped"
+BASELINE, WITHOUT = "looped", "none"
 NARROWER: Mapping[str, Mapping[str, str]] = {  # what holds torch to a set of instructions
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for row in measured(only):
                 print(json.dumps(row), flush=True)
         return 0
-    sets = (*(instruction_sets() if why_not() is None else ()), "none")
+    sets = (*(instruction_sets() if why_not() is None else ()), WITHOUT)
     found = [row for name in sets for row in _in_a_process(name)]
     write(TABLE, HEAD, [*(row for row in table() if row["instructions"] not in sets), *found])
     print(f"{len(found)} entries in {TABLE}")
@@ -75,9 +75,9 @@ def _in_a_process(instructions: str) -> Iterator[dict[str, Any]]:
 
 
 def measured(instructions: str) -> Iterator[dict[str, Any]]:
-    """The entries of one set, "none" for what there is without the kernel."""
+    """The entries of one set; without the kernel also of float16, which it does not compute."""
     machine = fingerprint()
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, *((torch.float16,) if instructions == WITHOUT else ())):
         for direction in ("forward", "training"):
             for rows in ROWS:
                 each = [ratios(instructions, dtype, direction, rows, width) for width in WIDTHS]
@@ -103,8 +103,8 @@ def fastest(ratios: Mapping[str, float]) -> str:
 def ratios(instructions: str, dtype: torch.dtype, direction: str, rows: int, width: int) -> dict[str, float]:
     """The time of each other dispatch over that of `looped`, at one width."""
     shape = Shape(rows * EXPERTS // K, width, WIDTHS[width], EXPERTS, K)
-    names = ("grouped", BASELINE) if instructions == "none" else ("kernel", "grouped", BASELINE)
-    named = "" if instructions == "none" else instructions
+    names = ("grouped", BASELINE) if instructions == WITHOUT else ("kernel", "grouped", BASELINE)
+    named = "" if instructions == WITHOUT else instructions
     made = build(shape, dtype, torch.device("cpu"), names=names, instructions=named)
     arms = {name: arm.step if direction == "training" else torch.no_grad()(arm.output) for name, arm in made.items()}
     calls = plan(arms, least=BLOCKS, seconds=0.0).calls

@@ -161,7 +161,10 @@ def _write_means(nodes: Float[Tensor, "B g n W"], part: Float[Tensor, "B g n c W
     """Write the means of each c keys, a few nodes at a time where they are of a narrower type: a wider copy of all keys
     would be what a choice costs most memory.
     """
-    few = _WIDENED // part.shape[3] + 1 if part.dtype != nodes.dtype else nodes.shape[2]
+    if part.dtype == nodes.dtype:
+        nodes.copy_(part.mean(dim=3))
+        return
+    few = _WIDENED // part.shape[3] + 1
     for to, some in zip(nodes.split(few, dim=2), part.split(few, dim=2), strict=True):
         to.copy_(some.to(nodes.dtype).mean(dim=3))
 

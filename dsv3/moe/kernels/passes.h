@@ -13,7 +13,7 @@
 constexpr int64_t TALL = 96;   // rows that a forward product takes at a time: whole panels, and with B in L2
 constexpr int64_t STRIP = 64;  // columns of its B: the widest panel; with 1024 rows of fp32 a quarter of a megabyte
 constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
-constexpr int64_t ROWS_AHEAD = 16;
+constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
 
 template <bool HALF>
@@ -57,11 +57,14 @@ struct PutAway {  // past the caches where they cannot hold it: what is written 
   }
 };
 
-struct Scatter {  // each row is added to that of its token
+struct Scatter {  // each row is added to that of its token, which is asked for before the product
   float* to;
   int64_t lead;
   const int64_t* token;
-  INLINE_MEMBER Vector start(int64_t, int64_t) const { return Vector{}; }
+  INLINE_MEMBER Vector start(int64_t row, int64_t column) const {
+    __builtin_prefetch(to + token[row] * lead + column, 1, 3);
+    return Vector{};
+  }
   INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const {
     float* y = to + token[row] * lead + column;
     store(y, load(y) + sum);
@@ -279,7 +282,11 @@ static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* s
       turned((const Word*)turned_dx, lead, columns, lead, (Word*)dx, columns);
       for (int64_t i = 0; i < n; ++i) {
         float* to = p.dx + p.token[first + i] * d + column;
-        for (int64_t c = 0; c < columns; c += LANES) store(to + c, load(to + c) + load(dx + i * columns + c));
+        float* later = p.dx + p.token[first + least(i + SUMS_AHEAD, n - 1)] * d + column;
+        for (int64_t c = 0; c < columns; c += LANES) {
+          __builtin_prefetch(later + c, 1, 3);
+          store(to + c, load(to + c) + load(dx + i * columns + c));
+        }
       }
     }
   }
