@@ -110,7 +110,7 @@ class Index:
                 break
             part = below[:, :, low * ratio - offset : high * ratio - offset].unflatten(2, (high - low, ratio))
             if not bounds(choice):
-                _write_means(level[:, :, low:high], part)
+                level[:, :, low:high] = _means(part, level.dtype)
             else:
                 # of keys in their own type, and each key once, for the same reason
                 largest, smallest = part.chunk(2, dim=-1) if at else (part, part)
@@ -157,16 +157,14 @@ def shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B
     return k.transpose(1, 2).flatten(2)[:, None] if choice.sharing == "all" else k
 
 
-def _write_means(nodes: Float[Tensor, "B g n W"], part: Float[Tensor, "B g n c W"]) -> None:
-    """Write the means of each c keys, a few nodes at a time where they are of a narrower type: a wider copy of all keys
+def _means(part: Float[Tensor, "B g n c W"], dtype: torch.dtype) -> Float[Tensor, "B g n W"]:
+    """The means of each c keys in `dtype`, of a few nodes at a time where keys are narrower: a wider copy of all of them
     would be what a choice costs most memory.
     """
-    if part.dtype == nodes.dtype:
-        nodes.copy_(part.mean(dim=3))
-        return
-    few = _WIDENED // part.shape[3] + 1
-    for to, some in zip(nodes.split(few, dim=2), part.split(few, dim=2), strict=True):
-        to.copy_(some.to(nodes.dtype).mean(dim=3))
+    if part.dtype == dtype:
+        return part.mean(dim=3)
+    some = part.split(_WIDENED // part.shape[3] + 1, dim=2)
+    return torch.cat([few.to(dtype).mean(dim=3) for few in some], dim=2)
 
 
 def _extend_largest(largest: Float[Tensor, "B g n"], leaves: Float[Tensor, "B g n W"], low: int, high: int) -> None:
