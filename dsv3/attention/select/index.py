@@ -158,7 +158,7 @@ def shared_keys(choice: Blocks, k: Float[Tensor, "B G m P"]) -> Float[Tensor, "B
 
 
 def _means(part: Float[Tensor, "B g n c W"], dtype: torch.dtype) -> Float[Tensor, "B g n W"]:
-    """The means of each c keys in `dtype`, of a few nodes at a time where keys are narrower: a wider copy of all of them
+    """The means of each c keys in `dtype`, of a few nodes at a time where keys are narrower: a wider copy of all keys
     would be what a choice costs most memory.
     """
     if part.dtype == dtype:
