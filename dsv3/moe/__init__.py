@@ -1,7 +1,7 @@
 """The mixture-of-experts room: router -> capacity -> dispatch -> experts; balance beside them, load statistics after.
 
 `placement` says which rank holds which expert, `isolation` what separate gradient paths mean; `kernels` has the C++ and
-the Triton.
+the Triton, `fastest` the table that says which dispatch a CPU takes.
 
 A layer returns its output and a `Routing`; losses, bias updates and statistics are functions of that value.
 """
