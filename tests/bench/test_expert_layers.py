@@ -26,6 +26,7 @@ def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None
         check(arms, dtype)
 
 
+@needs_kernel  # a compiler, that is
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore:.torch.jit.:DeprecationWarning")
 def test_the_compiled_peer_equals_the_reference() -> None:
     """The compiled dense layer is not compiled here: checks of its shapes, which tests turn on, stand in the way."""
