@@ -13,6 +13,7 @@ bench_*.py      the cases, one file per room
 attention.py    (its sizes without torch: attention_sizes.py), decoding.py, indexed_attention.py, training.py,
                 forced_balance.py, capacity.py, routed_training.py, gradient_paths.py: what the studies measure, and
                 cases too
+crossover.py, fastest.py   measure what code chooses by and write it to its tables (measured_table.py)
 routing_workloads.py   routing from a name and a seed; placed_loads.py: what placing experts takes off the busiest rank
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes

@@ -25,7 +25,7 @@ from torch import Tensor
 from dsv3.config.rules import require
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe.capacity import place_in_queue
-from dsv3.moe.fastest import fastest
+from dsv3.moe.fastest import WITHOUT, fastest
 from dsv3.moe.kernels import triton_experts
 from dsv3.moe.kernels.experts import fits, instruction_sets, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
@@ -192,7 +192,7 @@ def choose(
     aligned = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
     if x.device.type == "cpu":
         training = torch.is_grad_enabled() and down.requires_grad
-        instructions = instruction_sets()[0] if fits(x, down) and why_not() is None else "none"
+        instructions = instruction_sets()[0] if fits(x, down) and why_not() is None else WITHOUT
         rows = routing.indices.numel() / len(down)
         name = fastest(instructions, x.dtype, "training" if training else "forward", rows)
         if name == "kernel":

@@ -1,9 +1,8 @@
 """Which dispatch is the fastest on a CPU: a committed table, so that the choice is never timed and always the same.
 
-`fastest.toml` has, per instruction set of the C++ kernel (none: where it cannot be), number format, direction and rows
-of an average expert, the CPU time of each dispatch over that of `looped`, and the one to take; `python -m
-bench.fastest` says how it is measured and writes it. An entry holds from its number of rows to that of the next one,
-the first from none on.
+`fastest.toml` has, per instruction set of the C++ kernel, number format, direction and rows of an average expert, the
+CPU time of each dispatch over that of `looped`, and the one to take; `python -m bench.fastest` says how it is measured
+and writes it. An entry holds from its number of rows to that of the next one, the first from none on.
 """
 
 import functools
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 TABLE = Path(__file__).with_name("fastest.toml")
+WITHOUT = "none"  # in the place of an instruction set, where the C++ kernel cannot be
 Direction = Literal["forward", "training"]
 Name = Literal["kernel", "grouped", "looped"]
 
@@ -22,7 +22,7 @@ def fastest(instructions: str, dtype: torch.dtype, direction: Direction, rows: f
     """The dispatch to take; `looped` for a format or instructions that are not in the table."""
     found: Name = "looped"
     for least, name in entries(instructions, str(dtype).removeprefix("torch."), direction):
-        if least == 0 or rows >= least:
+        if rows >= least:
             found = name
     return found
 

@@ -44,7 +44,7 @@ def records(dtype: str = "fp32", seeds: int = 6) -> list[Record]:
     ]
 
 
-def test_the_answer_is_of_the_faster_dense_layer_and_over_the_whole_grid() -> None:
+def test_the_answer_is_of_the_fastest_dense_layer_and_over_the_whole_grid() -> None:
     said = Prose.of(moe_speed.answer(records()))
     assert "In fp32 the kernel reaches 1.5 of the fastest dense layer's speed from 256 rows" in said
     assert "and 0.75 at 32 rows" in said

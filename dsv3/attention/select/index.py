@@ -112,7 +112,7 @@ class Index:
             if not bounds(choice):
                 level[:, :, low:high] = _means(part, level.dtype)
             else:
-                # of keys in their own type, and each key once, for the same reason
+                # of keys in their own type, and each key once: no copy of all of them either
                 largest, smallest = part.chunk(2, dim=-1) if at else (part, part)
                 level[:, :, low:high] = torch.cat((largest.amax(dim=3), smallest.amin(dim=3)), dim=-1)
             below, offset, ratio = level, 0, choice.branching if isinstance(choice, Hierarchical) else 1
