@@ -2,8 +2,8 @@
 
 A score is a sum over the node's width, taken as a matrix product where no search has left a node out yet, and as a
 product number by number that is then summed where nodes are gathered. torch's FlopCounterMode sees the former alone;
-here both count, padding included, whatever the search says of itself. A search alone may be one call of the C++ kernel,
-which adds up the scores that it takes. A score is 2 * width FLOPs.
+here both count, padding included, whatever the search says of itself. A search may be one call of the C++ kernel, which
+adds up the scores that it takes. A score is 2 * width FLOPs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +34,8 @@ class _Products(TorchDispatchMode):
         aten, packet = torch.ops.aten, func._overloadpacket
         if packet in (aten.mm, aten.bmm) and args[0].shape[-1] == self.width:
             self.number += result.numel()
-        if func.name() == "dsv3_kernels::choose" and args[0].shape[-1] == self.width:
-            self.number += result[2]
+        if func.name() == "dsv3_kernels::choose" and args[1][0].shape[-1] == self.width:
+            self.number += result[3]
         rows = packet in (aten.mul, aten.mul_) and all(isinstance(x, Tensor) and x.ndim > 1 for x in args[:2])
         if rows and result.is_floating_point() and result.shape[-1] == self.width:
             self.number += result.numel() // self.width

@@ -6,8 +6,8 @@
     4 * pairs * H * width a branch: of each query and each block that ends at or before it, against two means
 
 A node of a best-first search has two numbers a column, so its scores are twice as wide; counted is the beam that finds
-its first threshold, since what it opens then depends on the data. Searches that run side by side are padded to rows of
-one length: `SelectionCost.computed` has that, these do not. Making nodes adds up keys once and multiplies nothing.
+its first threshold, since what it opens then depends on the data. Searches in tensors run side by side, padded to rows
+of one length: `SelectionCost.computed` has that, these do not. Making nodes adds up keys once and multiplies nothing.
 """
 
 from typing import assert_never

@@ -1,6 +1,6 @@
-"""The C++ kernel as operators that torch knows, `dsv3_kernels`: forward, backward, and choosing for a block of queries.
+"""The C++ kernel as operators that torch knows, `dsv3_kernels`: forward, backward, and choosing.
 
-    indices, counts, computed = dsv3_kernels::choose(query, nodes, ...)      blocks of keys for one block of queries
+    indices, counts, opened, computed = dsv3_kernels::choose(query, nodes, ...)    blocks of keys for blocks of queries
 
 Scores of a tile of 64 queries against up to 512 listed keys stay in the L2 cache, softmax and both products work on
 them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only); backward computes them again from lse.
@@ -75,29 +75,32 @@ def block_attention(
 
 
 def block_choice(
-    query: Float[Tensor, "B h 1 W"],
-    nodes: tuple[Float[Tensor, "B g _ W"], ...],
+    query: Float[Tensor, "B h Nq W"],
+    nodes: tuple[Float[Tensor, "B g _ V"], ...],
+    searches: Int[Tensor, "Nq 3"],
     *,
-    complete: int,
-    free: int,
-    beam: int,
-    branching: int,
     own: int,
-    begun: int,
+    newest: int,
+    longest: int,
+    branching: int,
+    bounds: bool = False,
     instructions: str = "",
-) -> tuple[Int[Tensor, "B h 1 K"], Int[Tensor, "B h 1"], int]:
-    """Lists and counts of one block of queries behind `complete` key blocks, and how many scores were computed.
+) -> tuple[Int[Tensor, "B h Nq {longest}"], Int[Tensor, "B h Nq"], Int[Tensor, " levels"], int]:
+    """Lists and counts of blocks of queries, how many nodes a walk by bounds opened on each level, and how many scores
+    were computed in all.
 
-    Listed are the first and the previous block, `begun` of its `own` ones and the `free` best others, found down a tree
-    that keeps `beam` nodes a level, or, where `branching` is 0, among all.
+    A row of `searches`: how many key blocks end before the block of queries, how many of those are seen besides the
+    first and the previous one, and how many nodes of a level are kept. Also seen are the `own` blocks that follow, up
+    to `newest`. branching: of the tree, 0: all leaves are scored. bounds: nodes are the largest and smallest numbers of
+    their keys, V = 2 W.
 
     Raises:
         RuntimeError: where the kernel cannot be built.
-        ValueError: for numbers that are not fp32, or a search without a score.
+        ValueError: for numbers that are not fp32, nodes that are too few, or lists longer than `longest`.
     """
     _demand()
-    found: tuple[Tensor, Tensor, int] = torch.ops.dsv3_kernels.choose(
-        query, nodes, complete, free, beam, branching, own, begun, instructions
+    found: tuple[Tensor, Tensor, Tensor, int] = torch.ops.dsv3_kernels.choose(
+        query, nodes, searches, own, newest, longest, branching, bounds, instructions
     )
     return found
 

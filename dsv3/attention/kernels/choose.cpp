@@ -1,8 +1,10 @@
-// torch.ops.dsv3_kernels.choose: which blocks of keys one block of queries sees, in all sequences and heads, in one call.
+// torch.ops.dsv3_kernels.choose: which blocks of keys each block of queries sees, in all sequences and heads, in one call.
 //
-// The walk of `dsv3.attention.select.tree` for a query alone, where torch's operators are too small to be worth their
-// calls: level by level the best `beam` nodes are opened, and the one that the query lies in; of the leaves the best
-// `free` are seen beside the first, the previous and the `begun` own ones. branching=0: one level, all of it scored.
+// The walks of `dsv3.attention.select.tree` one by one, so that no search waits for a longer one beside it: level by
+// level the best `beam` nodes are opened, and the one that the query lies in; of the leaves the best `free` are seen
+// beside the first, the previous and the own ones. branching=0: one level, all of it scored. bounds: what a beam finds
+// gives the threshold that a node must reach to be opened in a second walk. It needs no allowance for rounding as in
+// tensors: all scores are summed in one order, so no bound falls below that of what lies under it.
 // Equal scores go to the earlier node; a score that is no number chooses no leaf and hides no node.
 
 #include <ATen/core/Tensor.h>
@@ -28,118 +30,210 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t ALONE = 1 << 19;  // numbers that one thread reads in the time that others take to wake up
+constexpr int64_t TOGETHER = 64;    // searches that a thread takes at a time
+constexpr int64_t DEPTH = 64;       // levels that a tree of 2^63 leaves has
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-struct Search {
-  int64_t complete, free, beam, branching, width;
+struct Tree {  // the levels of one, leaves first, and how it is walked
+  const float* const* level;
+  int64_t width, branching;
+  bool bounds;
   const Kernels* kernels;
+};
+
+struct Room {
+  int32_t *nodes, *other, *key;
+  float *score, *query;
+};
+
+struct Looked {  // scores taken: by the second walk of each level, and in all
+  int64_t opened[DEPTH] = {}, computed = 0;
+};
+
+struct Walk {
+  const Tree& tree;
+  Room room;
+  int64_t complete, free, beam;
 
   // nodes of a level that end before the query; also the number of the node that it lies in
   int64_t ending(int64_t level) const {
     int64_t count = complete;
-    for (; level > 0; --level) count /= branching;
+    for (; level > 0; --level) count /= tree.branching;
     return count;
   }
   // the highest level on which a node has to be left out, or the leaves
   int64_t first() const {
     int64_t found = 0;
-    if (branching)
+    if (tree.branching)
       for (int64_t level = 1; ending(level); ++level)
         if (ending(level) > beam) found = level;
     return found;
   }
-  int64_t most_nodes() const { return branching ? branching * (beam + 1) : complete; }
-};
-
-// The places of the `most` best of `count` scores, ascending; a heap of those kept so far, the worst on top.
-int64_t best(const float* score, int64_t count, int64_t most, int32_t* place) {
-  auto better = [score](int32_t a, int32_t b) { return score[a] > score[b] || (score[a] == score[b] && a < b); };
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(score[i] > NONE)) continue;
-    if (kept == most) {
-      if (!(score[i] > score[place[0]])) continue;
-      std::pop_heap(place, place + kept--, better);
+  void score(int64_t level, int64_t count, Looked* looked) const {
+    tree.kernels->scores(room.query, tree.level[level], tree.width, room.nodes, count, room.score);
+    looked->computed += count;
+  }
+  int64_t best(int64_t count, int64_t most) const {
+    return tree.kernels->best(room.score, count, most, room.key, room.other);
+  }
+  // the children of `opened` nodes, which stand in room.other, that end before the query, into room.nodes
+  int64_t children(int64_t opened, int64_t below) const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < opened; ++i) {
+      int64_t child = room.other[i] * tree.branching, last = std::min(child + tree.branching, below);
+      for (; child < last; ++child) room.nodes[count++] = child;
     }
-    place[kept++] = i;
-    std::push_heap(place, place + kept, better);
+    return count;
   }
-  std::sort(place, place + kept);
-  return kept;
-}
-
-struct Room {
-  int32_t *nodes, *place;
-  float *score, *query;
+  // of `count` scored leaves the best, ascending, into room.nodes; the worst of them, if they are as many as asked for
+  int64_t leaves(int64_t count, float* worst) const {
+    for (int64_t i = 0; i < count; ++i)
+      if (room.nodes[i] == 0 || room.nodes[i] >= complete - 1) room.score[i] = NONE;
+    int64_t found = best(count, free);
+    *worst = found < free ? NONE : std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < found; ++i) {
+      *worst = std::min(*worst, room.score[room.other[i]]);
+      room.nodes[i] = room.nodes[room.other[i]];
+    }
+    return found;
+  }
+  int64_t along_beam(float* worst, Looked* looked) const {
+    int64_t level = first(), count = tree.branching ? ending(level) : complete - 2;
+    std::iota(room.nodes, room.nodes + count, tree.branching ? 0 : 1);
+    for (;; --level) {
+      score(level, count, looked);
+      if (level == 0) return leaves(count, worst);
+      for (int64_t i = 0; i < count; ++i)
+        if (!(room.score[i] > NONE)) room.score[i] = std::numeric_limits<float>::lowest();
+      int64_t opened = best(count, beam);
+      for (int64_t i = 0; i < opened; ++i) room.other[i] = room.nodes[room.other[i]];
+      room.other[opened++] = ending(level);
+      count = children(opened, ending(level - 1));
+    }
+  }
+  int64_t above(float threshold, Looked* looked) const {
+    int64_t level = 0, opened = 1;
+    while (ending(level)) ++level;
+    room.other[0] = 0;
+    while (true) {
+      int64_t count = children(opened, ending(--level));
+      score(level, count, looked);
+      looked->opened[level] += count;
+      if (level == 0) return leaves(count, &threshold);
+      opened = 0;
+      for (int64_t i = 0; i < count; ++i)  // nothing is known of what is under a bound that is no number
+        if (!(room.score[i] < threshold)) room.other[opened++] = room.nodes[i];
+      room.other[opened++] = ending(level);
+    }
+  }
+  // which leaves are seen besides the forced ones, into room.nodes; returns how many
+  int64_t find(Looked* looked) const {
+    float worst;
+    int64_t found = along_beam(&worst, looked);
+    return tree.bounds ? above(worst, looked) : found;
+  }
 };
 
-// One search; the chosen leaves ascending into room.nodes. Returns how many, and adds up the scores it took.
-int64_t leaves(const Search& s, const std::vector<const float*>& levels, const Room& room, int64_t* looked_at) {
-  int64_t level = s.first(), count = s.branching ? s.ending(level) : s.complete - 2;
-  std::iota(room.nodes, room.nodes + count, s.branching ? 0 : 1);
-  for (;; --level) {
-    s.kernels->scores(room.query, levels[level], s.width, room.nodes, count, room.score);
-    *looked_at += count;
-    if (level == 0) break;
-    for (int64_t i = 0; i < count; ++i)
-      if (!(room.score[i] > NONE)) room.score[i] = std::numeric_limits<float>::lowest();
-    int64_t opened = best(room.score, count, s.beam, room.place), before = s.ending(level), below = s.ending(level - 1);
-    for (int64_t i = 0; i < opened; ++i) room.place[i] = room.nodes[room.place[i]];
-    room.place[opened++] = before;
-    count = 0;
-    for (int64_t i = 0; i < opened; ++i)
-      for (int64_t child = room.place[i] * s.branching; child < (room.place[i] + 1) * s.branching; ++child)
-        if (child < below) room.nodes[count++] = child;
+// The list of one block of queries, ascending; returns its length.
+int64_t listed(const Walk& walk, int64_t own, int64_t newest, int64_t* list, Looked* looked) {
+  int64_t *to = list, complete = walk.complete, past = std::min<int64_t>(complete, 2) + walk.free;
+  if (past == complete) {
+    for (int64_t block = 0; block < complete; ++block) *to++ = block;
+  } else {
+    int64_t found = walk.free ? walk.find(looked) : 0;
+    *to++ = 0;
+    to = std::copy_n(walk.room.nodes, found, to);
+    *to++ = complete - 1;
   }
-  for (int64_t i = 0; i < count; ++i)
-    if (room.nodes[i] == 0 || room.nodes[i] >= s.complete - 1) room.score[i] = NONE;
-  int64_t found = best(room.score, count, s.free, room.place);
-  for (int64_t i = 0; i < found; ++i) room.nodes[i] = room.nodes[room.place[i]];
-  return found;
+  for (int64_t block = complete; block <= std::min(newest, complete + own - 1); ++block) *to++ = block;
+  return to - list;
 }
 
-std::tuple<Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList nodes, int64_t complete, int64_t free,
-                                           int64_t beam, int64_t branching, int64_t own, int64_t begun,
-                                           std::string_view instructions) {
-  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(2) == 1 && query.scalar_type() == at::kFloat,
-                    "query: must be [B, h, 1, W] in float32");
-  TORCH_CHECK_VALUE(complete > 2 && free > 0 && beam > 0 && branching != 1 && branching >= 0 && own >= begun &&
-                        begun > 0 && complete < (int64_t(1) << 31),
-                    "complete, free, beam, branching, own, begun: must be those of a search that scores");
-  Search s{complete, free, beam, branching, query.size(3), &chosen(std::string(instructions))};
-  std::vector<Tensor> levels;
-  int64_t batch = query.size(0), heads = query.size(1), lists = batch * heads;
-  for (const Tensor& level : nodes) {
-    bool fits = level.dim() == 4 && level.size(0) == batch && heads % level.size(1) == 0 &&
-                level.size(1) == nodes[0].size(1) && level.size(3) == s.width && level.scalar_type() == at::kFloat;
-    TORCH_CHECK_VALUE(fits, "nodes: must be [B, g, n, W] in float32, with g dividing h");
-    levels.push_back(level.contiguous());
+// The query as nodes are multiplied with it: for bounds its positive part, then its negative one.
+void prepare(const float* row, int64_t width, bool bounds, float* query) {
+  int64_t wide = width * (bounds ? 2 : 1);
+  std::fill(query + wide / 16 * 16, query + (wide + 15) / 16 * 16, 0.0f);
+  if (!bounds) std::copy_n(row, width, query);
+  for (int64_t c = 0; bounds && c < width; ++c) {
+    query[c] = row[c] < 0 ? 0 : row[c];  // a query that is no number finds no block
+    query[width + c] = row[c] > 0 ? 0 : row[c];
   }
-  for (int64_t level = s.first(); level >= 0; --level)
-    TORCH_CHECK_VALUE(level < (int64_t)levels.size() && s.ending(level) <= levels[level].size(2),
+}
+
+int64_t nodes_at_most(const int64_t* search, int64_t number, int64_t branching, bool bounds) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < number; ++i) {
+    int64_t complete = search[3 * i], beam = search[3 * i + 2];
+    TORCH_CHECK_VALUE(complete >= 0 && complete < (int64_t(1) << 31) && beam > 0 && search[3 * i + 1] >= 0 &&
+                          search[3 * i + 1] + std::min<int64_t>(complete, 2) <= complete,
+                      "searches: must be complete key blocks, how many others are seen, and a beam");
+    most = std::max(most, branching ? std::max(branching * (beam + 1), bounds ? complete + branching : 0) : complete);
+  }
+  return (most + 16) / 16 * 16;
+}
+
+void check(const Tensor& query, at::TensorList nodes, const Tensor& searches, int64_t branching, bool bounds) {
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.scalar_type() == at::kFloat,
+                    "query: must be [B, h, Nq, W] in float32");
+  TORCH_CHECK_VALUE(searches.dim() == 2 && searches.size(0) == query.size(2) && searches.size(1) == 3 &&
+                        searches.scalar_type() == at::kLong && branching != 1 && branching >= 0,
+                    "searches: must be [Nq, 3] of int64, and branching 0 or more than 1");
+  TORCH_CHECK_VALUE((int64_t)nodes.size() <= DEPTH, "nodes: have more than ", DEPTH, " levels");
+  int64_t complete = searches.size(0) ? searches.select(1, 0).max().item<int64_t>() : 0, level = 0;
+  for (const Tensor& one : nodes) {
+    bool fits = one.dim() == 4 && one.size(0) == query.size(0) && query.size(1) % one.size(1) == 0 &&
+                one.size(1) == nodes[0].size(1) && one.size(3) == query.size(3) * (bounds ? 2 : 1) &&
+                one.scalar_type() == at::kFloat;
+    TORCH_CHECK_VALUE(fits, "nodes: must be [B, g, n, W], or 2 W for bounds, in float32, with g dividing h");
+  }
+  do {
+    TORCH_CHECK_VALUE(level < (int64_t)nodes.size() && complete <= nodes[level++].size(2),
                       "nodes: are fewer than those before the query");
-  Tensor rows = query.contiguous(), counts = at::empty({batch, heads, 1}, at::kLong);
-  Tensor indices = at::zeros({batch, heads, 1, free + 2 + own}, at::kLong);
-  int64_t *list = indices.data_ptr<int64_t>(), *length = counts.data_ptr<int64_t>(), most = s.most_nodes();
-  int64_t groups = nodes[0].size(1), wide = (s.width + 15) / 16 * 16;
-  std::atomic<int64_t> computed{0};
-  auto search = [&](int64_t i, char* scratch) {
-    Room room{(int32_t*)scratch, (int32_t*)scratch + most, (float*)scratch + 2 * most, (float*)scratch + 3 * most};
-    std::fill(std::copy_n(rows.data_ptr<float>() + i * s.width, s.width, room.query), room.query + wide, 0.0f);
-    std::vector<const float*> trees;
-    for (const Tensor& level : levels)
-      trees.push_back(level.data_ptr<float>() + i / (heads / groups) * level.size(2) * s.width);
-    int64_t looked_at = 0, *to = list + i * (free + 2 + own), *begin = to;
-    int64_t found = leaves(s, trees, room, &looked_at);
-    *to++ = 0;
-    to = std::copy_n(room.nodes, found, to);
-    for (int64_t block = complete - 1; block < complete + begun; ++block) *to++ = block;
-    length[i] = to - begin;
-    computed += looked_at;
+  } while (branching && (complete /= branching));
+}
+
+std::tuple<Tensor, Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList nodes, const Tensor& searches,
+                                                   int64_t own, int64_t newest, int64_t longest, int64_t branching,
+                                                   bool bounds, std::string_view instructions) {
+  check(query, nodes, searches, branching, bounds);
+  int64_t batch = query.size(0), heads = query.size(1), number = query.size(2), width = query.size(3);
+  Tensor rows = query.stride(3) == 1 ? query : query.contiguous(), each = searches.contiguous();
+  std::vector<Tensor> levels;
+  for (const Tensor& level : nodes) levels.push_back(level.contiguous());
+  const int64_t* search = each.data_ptr<int64_t>();
+  for (int64_t i = 0; i < number; ++i)
+    TORCH_CHECK_VALUE(search[3 * i + 1] + std::min<int64_t>(search[3 * i], 2) + own <= longest,
+                      "longest: a list has more blocks");
+  int64_t most = nodes_at_most(search, number, branching, bounds), wide = width * (bounds ? 2 : 1);
+  Tensor counts = at::empty({batch, heads, number}, at::kLong);
+  Tensor indices = at::zeros({batch, heads, number, longest}, at::kLong);
+  Tensor opened = at::zeros({bounds ? (int64_t)levels.size() : 0}, at::kLong);
+  int64_t *list = indices.data_ptr<int64_t>(), *length = counts.data_ptr<int64_t>();
+  int64_t share = heads / nodes[0].size(1), chunks = pieces(number, TOGETHER);
+  std::vector<std::atomic<int64_t>> looked_at(levels.size() + 1);
+  auto some = [&](int64_t piece, char* scratch) {
+    int64_t line = piece / chunks, begin = piece % chunks * TOGETHER, end = std::min(begin + TOGETHER, number);
+    const float* at[DEPTH] = {};
+    for (size_t l = 0; l < levels.size(); ++l)
+      at[l] = levels[l].data_ptr<float>() + line / share * levels[l].size(2) * wide;
+    Room room{(int32_t*)scratch, (int32_t*)scratch + most, (int32_t*)scratch + 2 * most, (float*)scratch + 3 * most,
+              (float*)scratch + 4 * most};
+    Tree tree{at, wide, branching, bounds, &chosen(std::string(instructions))};
+    Looked looked;
+    const float* from = rows.data_ptr<float>() + line / heads * rows.stride(0) + line % heads * rows.stride(1);
+    for (int64_t i = begin; i < end; ++i) {
+      prepare(from + i * rows.stride(2), width, bounds, room.query);
+      Walk walk{tree, room, search[3 * i], search[3 * i + 1], search[3 * i + 2]};
+      int64_t row = line * number + i;
+      length[row] = listed(walk, own, newest, list + row * longest, &looked);
+    }
+    for (size_t l = 0; l < levels.size(); ++l) looked_at[l] += looked.opened[l];
+    looked_at.back() += looked.computed;
   };
-  int64_t threads = lists * most * s.width < ALONE ? 1 : at::get_num_threads();
-  shared_out(lists, (3 * most + wide) * 4, search, threads);
-  return {indices, counts, computed.load()};
+  int64_t threads = batch * heads * number * most * wide < ALONE ? 1 : at::get_num_threads();
+  shared_out(batch * heads * chunks, 4 * (4 * most + (wide + 15) / 16 * 16), some, threads);
+  for (int64_t l = 0; l < opened.numel(); ++l) opened.data_ptr<int64_t>()[l] = looked_at[l];
+  return {indices, counts, opened, looked_at.back().load()};
 }
 
 }  // namespace
@@ -147,8 +241,8 @@ std::tuple<Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList n
 
 TORCH_LIBRARY_FRAGMENT(dsv3_kernels, m) {
   m.def(
-      "choose(Tensor query, Tensor[] nodes, int complete, int free, int beam, int branching, int own, int begun, "
-      "str instructions) -> (Tensor, Tensor, int)");
+      "choose(Tensor query, Tensor[] nodes, Tensor searches, int own, int newest, int longest, int branching, "
+      "bool bounds, str instructions) -> (Tensor, Tensor, Tensor, int)");
 }
 
 TORCH_LIBRARY_IMPL(dsv3_kernels, CPU, m) { m.impl("choose", dsv3::choose); }

@@ -10,6 +10,7 @@ outnumber heads, computes scores and the slope of softmax twice in backward: nei
 model's and the same on every machine.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +39,8 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: T
     return 2 * _pairs(q, k, *selected) * (3 * q.shape[3] + 2 * v.shape[3])
 
 
-def _choose(query: Tensor, *_: Any, out_val: tuple[Tensor, Tensor, int]) -> int:
-    return 2 * out_val[2] * query.shape[3]
+def _choose(query: Tensor, nodes: Sequence[Tensor], *_: Any, out_val: tuple[Tensor, Tensor, Tensor, int]) -> int:
+    return 2 * out_val[3] * nodes[0].shape[3]
 
 
 def _pairs(

@@ -62,6 +62,8 @@ struct Kernels {
   void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
   void (*scores)(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count, float* to);
+  // the places of the `most` best of the scores, ascending; key: memory for `count` numbers and a vector
+  int64_t (*best)(const float* score, int64_t count, int64_t most, int32_t* key, int32_t* place);
   // out and lse of one query among many
   void (*forward_one)(const Problem&, int64_t b, int64_t h, int64_t t);
   // grad_q of one query; where sums are given, its part of grad_k and grad_v is added to those rows of whole vectors

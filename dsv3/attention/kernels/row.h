@@ -2,10 +2,13 @@
 //
 //     span     a query against up to SPAN tiles of its list: largest score, sum of weights, weighted sum of values
 //     scores   a query against rows of fp32 by their numbers: what choosing keys looks at
+//     best     which of them are the largest
 //
 // A query's list is cut into spans of the same tiles on every machine, and spans are joined in their order, so that
 // the number of threads changes no bit. A score is summed in one order wherever its row stands among others. bf16 is
 // widened, and softmax weights stay in fp32.
+
+constexpr int32_t NOWHERE = -0x7fffffff - 1;
 
 template <bool HALF>
 INLINE Vector part(const char* row, int64_t column) {
@@ -92,6 +95,57 @@ static void scores(const float* query, const float* rows, int64_t width, const i
     else
       for (int64_t n = i; n < count; ++n) to[n] = found[n - i];
   }
+}
+
+// A score as an integer that is ordered as scores are, -0 and 0 alike; below all others for -inf and what is no number.
+INLINE Ints order(Vector score) {
+  Ints bits = (Ints)(score + 0.0f), key = bits ^ ((bits >> 31) & 0x7fffffff);
+  return (Ints)(score > spread(-__builtin_inff())) & (key ^ NOWHERE) ^ NOWHERE;
+}
+
+INLINE int64_t at_least(const int32_t* key, int64_t count, int32_t bound) {
+#ifdef HAS_AVX512
+  int64_t found = 0;
+  for (int64_t i = 0; i < count; i += LANES)
+    found += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(key + i), _mm512_set1_epi32(bound)));
+  return found;
+#else
+  Ints found = {};
+  for (int64_t i = 0; i < count; i += LANES) found -= *(const LooseInts*)(key + i) >= bound;
+  int64_t sum = 0;
+  for (int n = 0; n < LANES; ++n) sum += found[n];
+  return sum;
+#endif
+}
+
+// Halves the range in which the least of the best lies until as many keys reach it as are wanted; of equal ones the
+// first are taken.
+static int64_t best(const float* score, int64_t count, int64_t most, int32_t* key, int32_t* place) {
+  int32_t top = NOWHERE;
+  for (int64_t i = 0; i < count; i += LANES) {
+    float last[LANES];
+    for (int64_t n = 0; n < LANES; ++n) last[n] = i + n < count ? score[i + n] : -__builtin_inff();
+    *(LooseInts*)(key + i) = order(i + LANES <= count ? load(score + i) : load(last));
+  }
+  for (int64_t i = 0; i < count; ++i) top = top > key[i] ? top : key[i];
+  int32_t low = NOWHERE + 1;  // at least `most` keys reach low, or all that count; fewer reach high
+  int64_t reach = at_least(key, count, low), high = (int64_t)top + 1;
+  while (reach > most && low + 1 < high) {
+    int32_t middle = (int32_t)((low + high) >> 1);
+    int64_t found = at_least(key, count, middle);
+    if (found >= most)
+      low = middle, reach = found;
+    else
+      high = middle;
+  }
+  int64_t equal = reach > most ? most - at_least(key, count, low + 1) : count, kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    bool taken = key[i] > low || (key[i] == low && equal > 0);
+    equal -= key[i] == low;
+    place[kept] = (int32_t)i;
+    kept += taken;
+  }
+  return kept;
 }
 
 // Values from column `c` on, N vectors of them, weighted; two sums of every second key hide the latency of adding.

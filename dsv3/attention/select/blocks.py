@@ -10,9 +10,9 @@ future in training and cannot be repeated when decoding. The first query alone i
 is all that a cache has to remember. `block_q=1` is MoBA's own granularity.
 
 Scoring costs n/block_q * n/block_k / 2 products: quadratic, with a small constant. `hierarchical` prunes them. Blocks
-of queries are scored side by side, all against the blocks before the last of them, which `cost.computed` counts. Ties
-go to the earlier block. The choice has no gradient: see `index`. Ways to learn all the same come on top of this: see
-`learning`.
+of queries are scored one by one in the C++ kernel, where there is one (`by_kernel`), else side by side, all against the
+blocks before the last of them, which `cost.computed` counts. Ties go to the earlier block. The choice has no gradient:
+see `index`. Ways to learn all the same come on top of this: see `learning`.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dsv3.attention.select.alone import alone
 from dsv3.attention.select.best import best, fewest
+from dsv3.attention.select.by_kernel import by_kernel
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index
 from dsv3.attention.select.listed import FAR, complete_blocks, joined, of_complete, selection, unscored
@@ -56,8 +56,8 @@ def blocks(
 @torch.no_grad()
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
     """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
-    if (single := alone(choice, index, start, total)) is not None:
-        return single
+    if (found := by_kernel(choice, index, start, total)) is not None:
+        return found
     complete = complete_blocks(choice, start, total)
     free = of_complete(choice.past, complete) - complete.clamp(max=2)
     heads = index.leaders.shape[:2]
@@ -65,10 +65,10 @@ def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -
     step = max(1, min(CHUNK // max(1, int(complete[-1])), len(complete) // PARTS))
     for i in range(parts[0].shape[2], len(complete), step):
         rows = slice(i, i + step)
-        found, products = _best_blocks(
+        places, products = _best_blocks(
             choice, index.leaders[:, :, rows], index.nodes[0], complete[rows], free[rows], scale
         )
-        parts.append(found)
+        parts.append(places)
         computed += products
     per_level = tuple(heads.numel() * number for number in scored_in_all(choice, start, total))
     return selection(choice, joined(parts), start, total, per_level, computed)

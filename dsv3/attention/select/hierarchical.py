@@ -18,8 +18,8 @@ beam as wide as there are blocks the result is the same.
                 that it runs on tensors. Worst case: all nodes, linear per query; `cost.per_level` counts what was
                 scored, the beam's included.
 
-Searches run side by side, padded to rows of one length: `cost.computed` counts what that adds. A search alone, as in
-decoding, computes what the closed form says and nothing else.
+Where there is a C++ kernel it walks one search after the other (`by_kernel`), and computes what the closed form says
+alone. In tensors searches run side by side, padded to rows of one length: `cost.computed` counts what that adds.
 
 Trees over keys for attention: HiP (arXiv 2406.09827) and LLSA's pyramid, neither both causal and trained. ZETA (arXiv
 2501.14577) sorts keys along a curve, log-linear attention (arXiv 2506.04761) gives every query a fixed hierarchy. top_p
@@ -33,8 +33,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv3.attention.select.alone import alone
 from dsv3.attention.select.best import best, fewest
+from dsv3.attention.select.by_kernel import by_kernel
 from dsv3.attention.select.documents import by_document
 from dsv3.attention.select.index import Index, query_vectors
 from dsv3.attention.select.listed import FAR, complete_blocks, joined, of_complete, selection, unscored
@@ -69,8 +69,8 @@ def hierarchical(
 def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -> Selection:
     """The same for the positions from `start` to `total`, from what an index remembers: their leaders and all nodes."""
     assert isinstance(choice, Hierarchical), "the flat choice has a search of its own"
-    if (single := alone(choice, index, start, total)) is not None:
-        return single
+    if (found := by_kernel(choice, index, start, total)) is not None:
+        return found
     complete = complete_blocks(choice, start, total)
     batch, heads, _, width = index.leaders.shape
     each = max(1, ROWS // (batch * heads))
@@ -79,8 +79,8 @@ def search(choice: Blocks, index: Index, start: int, total: int, scale: float) -
     for i in range(parts[0].shape[2], len(complete), each):
         rows = slice(i, i + each)
         query = query_vectors(choice, index.leaders[:, :, rows].permute(2, 0, 1, 3).reshape(-1, width))
-        found, looked_at, products = _leaves(choice, _walks(choice, index, query, complete[rows]), index, scale)
-        parts.append(found.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3))
+        leaves, looked_at, products = _leaves(choice, _walks(choice, index, query, complete[rows]), index, scale)
+        parts.append(leaves.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3))
         computed += products
         for level, number in enumerate(looked_at):
             scored[level] += number

@@ -68,14 +68,26 @@ def selection(
     indices = torch.cat((chosen, forced.expand(*chosen.shape[:2], -1, -1)), dim=-1).sort(dim=-1).values
     indices = indices[..., : choice.longest(int(complete[-1]))]
     counts = (indices < FAR).sum(dim=-1)
-    kept = _kept(choice, chosen, start, total)
+    if choice.top_p is None:
+        kept = kept_pairs(choice, chosen.shape[:2].numel(), start, total)
+    else:
+        kept = _pairs(choice, start, total, (chosen < FAR).sum(dim=(0, 1, 3)).cpu(), chosen.shape[:2].numel())
+    cost = SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level, computed=computed)
+    return of_lists(choice, indices.masked_fill(indices == FAR, 0), counts, start, total, cost)
+
+
+def of_lists(
+    choice: Blocks,
+    indices: Int[Tensor, "B h Nq K"],
+    counts: Int[Tensor, "B h Nq"],
+    start: int,
+    total: int,
+    cost: SelectionCost,
+) -> Selection:
+    """The lists of blocks of queries as those of the queries at positions `start` to `total`."""
     block, size = _rows(choice, start, total)
     return Selection(
-        indices=indices.masked_fill(indices == FAR, 0)[:, :, block],
-        counts=counts[:, :, block],
-        block_q=size,
-        block_k=choice.block_k,
-        cost=SelectionCost(scored=sum(per_level), kept=kept, per_level=per_level, computed=computed),
+        indices=indices[:, :, block], counts=counts[:, :, block], block_q=size, block_k=choice.block_k, cost=cost
     )
 
 
@@ -99,15 +111,22 @@ def pairs_of_block(choice: Blocks, start: int, total: int, past: int, lists: int
     return (total - start) * past * choice.block_k + lists * own
 
 
-def _kept(choice: Blocks, chosen: Int[Tensor, "B h Nq m"], start: int, total: int) -> int:
-    """Pairs of a query and a key up to its own in the listed blocks."""
+def kept_pairs(choice: Blocks, lists: int, start: int, total: int) -> int:
+    """Pairs of a query from `start` to `total` and a key up to its own in the listed blocks, over so many lists of each
+    block of queries; without top_p.
+    """
+    complete = complete_blocks(choice, start, total)
+    if len(complete) == 1:
+        return pairs_of_block(choice, start, total, lists * choice.past(int(complete[0])), lists)
+    free = of_complete(choice.past, complete) - complete.clamp(max=2)
+    return _pairs(choice, start, total, lists * free, lists)
+
+
+def _pairs(choice: Blocks, start: int, total: int, chosen: Int[Tensor, " Nq"], lists: int) -> int:
+    """The same, where the lists of a block of queries together name so many blocks besides the forced ones."""
     position = torch.arange(start, total)
     block = position // choice.block_q
     complete = block * choice.block_q // choice.block_k
-    inside = int((position - complete * choice.block_k + 1).sum()) * chosen.shape[0] * chosen.shape[1]
-    if choice.top_p is None:
-        past = of_complete(choice.past, complete_blocks(choice, start, total))[block - block[0]]
-        return inside + int(past.sum()) * choice.block_k * chosen.shape[0] * chosen.shape[1]
-    seen = (chosen < FAR).sum(dim=(0, 1, 3)).cpu()[block - block[0]]
-    forced = complete.clamp(max=2) * chosen.shape[0] * chosen.shape[1]
-    return inside + int((seen + forced).sum()) * choice.block_k
+    inside = int((position - complete * choice.block_k + 1).sum()) * lists
+    past = chosen[block - block[0]] + complete.clamp(max=2) * lists
+    return inside + int(past.sum()) * choice.block_k

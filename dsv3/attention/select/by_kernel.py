@@ -1,0 +1,63 @@
+"""The searches of `blocks` and `hierarchical` in one call of the C++ kernel, each on its own.
+
+What it finds is what those two define: the same walks, the same forced blocks, the same ties. Scores are summed in an
+order of their own, as every matrix product has one, so lists may differ where two scores are equal but for rounding.
+It computes the scores of the closed form and no others, where searches in tensors wait for the longest beside them, and
+a token alone, as in decoding, costs one call where torch takes some fifty. top_p is left to the searches in tensors,
+and so is whatever the kernel cannot compute.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dsv3.attention.kernels import blocks as kernel
+from dsv3.attention.select.index import Index, bounds
+from dsv3.attention.select.listed import complete_blocks, kept_pairs, of_lists
+from dsv3.attention.selection import Selection, SelectionCost
+from dsv3.config import Blocks, Hierarchical
+from dsv3.config.counts import scored, scored_in_all
+
+
+def by_kernel(choice: Blocks, index: Index, start: int, total: int) -> Selection | None:
+    """What the positions from `start` to `total` see, where the kernel can search for them and any search has to leave
+    key blocks out; otherwise None.
+    """
+    complete = complete_blocks(choice, start, total)
+    if choice.top_p is not None or scored(choice, int(complete[-1])) == (0,) or not _computable(index):
+        return None
+    indices, counts, opened, computed = kernel.block_choice(
+        index.leaders,
+        index.nodes,
+        _searches(choice, complete),
+        own=choice.own,
+        newest=(total - 1) // choice.block_k,
+        longest=choice.longest(int(complete[-1])),
+        branching=choice.branching if isinstance(choice, Hierarchical) else 0,
+        bounds=bounds(choice),
+    )
+    lists = index.leaders.shape[:2].numel()
+    per_level = [lists * number for number in scored_in_all(choice, start, total)]
+    for level, number in enumerate(opened[: len(per_level)].tolist()):
+        per_level[level] += number
+    while len(per_level) > 1 and per_level[-1] == 0:
+        per_level.pop()
+    kept = kept_pairs(choice, lists, start, total)
+    cost = SelectionCost(scored=sum(per_level), kept=kept, per_level=tuple(per_level), computed=computed)
+    return of_lists(choice, indices, counts, start, total, cost)
+
+
+def _searches(choice: Blocks, complete: Int[Tensor, " Nq"]) -> Int[Tensor, "Nq 3"]:
+    """Of each search: complete key blocks, how many are seen besides the first and the previous one, and the beam."""
+    low = int(complete[0])
+    numbers = [
+        (c, choice.past(c) - min(c, 2), choice.beam(c) if isinstance(choice, Hierarchical) else 1)
+        for c in range(low, int(complete[-1]) + 1)
+    ]
+    return torch.tensor(numbers)[complete - low]
+
+
+def _computable(index: Index) -> bool:
+    """Whether the kernel takes what the index holds; the first time this may compile it."""
+    leaders = index.leaders
+    return leaders.device.type == "cpu" and leaders.dtype == torch.float32 and kernel.why_not() is None
