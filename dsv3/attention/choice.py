@@ -4,7 +4,7 @@ where Triton is there, elsewhere plain PyTorch.
 The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks are left to the
 plain path, and on a GPU those whose blocks of keys are too short for its products; so is dense attention, which torch
 has a kernel for. Each can be had from any by name, as can the Triton kernel on a CPU, in Triton's interpreter, to be
-looked at and tested. A bias for each listed block only the plain path adds.
+looked at and tested. A bias for each listed block the Triton kernel does not add.
 """
 
 from typing import Literal, get_args
@@ -33,10 +33,10 @@ def why_plain(q: Tensor, selection: Selection | None) -> str | None:
         return "torch has a kernel of its own for dense attention"
     if selection.rank is not None:
         return "a rule per token thins out the blocks"
-    if selection.bias is not None:
-        return "each listed block has a bias"
     if q.device.type != "cuda":
         return why_not_kernel(q)
+    if selection.bias is not None:
+        return "each listed block has a bias, which the Triton kernel does not add"
     return "blocks of keys are too short for a GPU's products" if selection.block_k < SHORTEST else why_not_triton(q)
 
 

@@ -1,4 +1,4 @@
-"""A bias for each listed block: as defined in values and gradients, whatever the lists, and in the plain path alone."""
+"""A bias for each listed block: as defined in values and gradients, whatever the lists, in plain PyTorch and in C++."""
 
 from dataclasses import replace
 
@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from dsv3.attention import Selection, attend, implementation, reference
-from tests.attention.lists import SHAPES, close, draw, grads, select
+from dsv3.attention.choice import Implementation
+from dsv3.attention.kernels import blocks, registration
+from tests.attention.lists import SHAPES, by_cpu, close, draw, grads, needs_kernel, select
 from tests.attention.test_contract import FLOAT64
 from tests.attention.test_lists import untidy
 
@@ -23,11 +25,13 @@ def biased(selection: Selection, dtype: torch.dtype = torch.float64) -> Selectio
     return replace(selection, bias=bias.requires_grad_())
 
 
-def defined(leaves: tuple[Tensor, ...], selection: Selection, weights: Tensor | None = None) -> Tensor:
+def defined(
+    leaves: tuple[Tensor, ...], selection: Selection, weights: Tensor | None = None, scale: float = 0.7
+) -> Tensor:
     q, k, v = leaves
     shape = {"heads": q.shape[1], "queries": q.shape[2], "total": k.shape[2]}
     seen, bias = reference.selected(selection, **shape), reference.selected_bias(selection, **shape)
-    return reference.attention(q, k, v, seen, scale=0.7, weights=weights, bias=bias)
+    return reference.attention(q, k, v, seen, scale=scale, weights=weights, bias=bias)
 
 
 @pytest.mark.parametrize("keep", [0.4, 1.0], ids=["some", "all"])  # all: runs of neighbours, sliced
@@ -53,23 +57,85 @@ def test_a_bias_and_weights_add_up() -> None:
         close(mine, exact, FLOAT64)
 
 
-def test_lists_out_of_order_carry_their_bias() -> None:
+@by_cpu
+def test_lists_out_of_order_carry_their_bias(implementation: Implementation) -> None:
     shape = (2, 2, 2, 2, 200, 200, 16, 16, 64, 32)
-    leaves, selection = draw(shape, torch.float64), select(shape)
+    leaves, selection = draw(shape), select(shape)
     mixed = untidy(selection, future=6)
-    by_block = torch.randn(7, generator=torch.Generator().manual_seed(5), dtype=torch.float64)  # alike for all lists
-    one, two = (attend(*leaves, replace(s, bias=by_block[s.indices])) for s in (selection, mixed))
-    assert torch.equal(one, two)
-    assert not torch.equal(one, attend(*leaves, selection))
+    by_block = torch.randn(7, generator=torch.Generator().manual_seed(5)).requires_grad_()  # alike for all lists
+
+    def found(lists: Selection) -> tuple[Tensor, ...]:
+        out = attend(*leaves, replace(lists, bias=by_block[lists.indices]), implementation=implementation)
+        return out, *grads(out, (*leaves, by_block))
+
+    assert all(torch.equal(one, two) for one, two in zip(found(selection), found(mixed), strict=True))
+    assert not torch.equal(found(selection)[0], attend(*leaves, selection, implementation=implementation))
 
 
-def test_the_kernels_leave_it_to_the_plain_path_and_refuse_it_by_name() -> None:
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "instructions"),
+    [(name, "") for name in (*SHAPES, *MORE)]
+    + [(name, more) for name in ("one by one", "long blocks") for more in ("avx512", "avx2", "portable")],
+)
+def test_the_kernel_computes_the_definition(name: str, dtype: torch.dtype, instructions: str) -> None:
+    if instructions and instructions not in blocks.instruction_sets():
+        pytest.skip(f"this processor lacks {instructions}")
+    shape = (SHAPES | MORE)[name]
+    leaves, selection = draw(shape, dtype), biased(select(shape), torch.float32)
+    weights = torch.randn(shape[0], shape[3], shape[5], generator=torch.Generator().manual_seed(6)).requires_grad_()
+    both = replace(selection, weights=weights)
+    ours = blocks.block_attention(*leaves, both, scale=0.3, instructions=instructions)
+    theirs = defined(leaves, selection, weights.repeat_interleave(shape[1] // shape[3], dim=1), scale=0.3)
+    given, error = (*leaves, weights, selection.bias), 3e-6 if dtype == torch.float32 else 2e-2
+    close(ours, theirs, error)
+    *pairs, (mine, exact) = zip(grads(ours, given), grads(theirs, given), strict=True)
+    close(mine, exact, 10 * error)  # a sum over all pairs of two blocks, most of which cancel
+    for mine, exact in pairs:
+        close(mine, exact, error)
+
+
+@needs_kernel
+@pytest.mark.parametrize("groups", [1, 4], ids=["tile by tile", "head by head"])
+@pytest.mark.parametrize(("block_q", "block_k"), [(1, 5), (3, 9), (100, 48), (100, 200)])
+def test_the_number_of_threads_changes_no_bit(groups: int, block_q: int, block_k: int) -> None:
+    shape = (2 if groups == 4 else 1, 4, groups, 4, 350, 350, 20, 32, block_q, block_k)
+    leaves, selection, found = draw(shape), biased(select(shape), torch.float32), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            out = attend(*leaves, selection, implementation="kernel")
+            found.append((out, *grads(out, (*leaves, selection.bias))))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_the_triton_kernel_refuses_it_by_name() -> None:
     shape = (1, 2, 2, 2, 100, 100, 16, 16, 64, 32)
     leaves, selection = draw(shape), biased(select(shape), torch.float32)
-    assert implementation(leaves[0], selection) == "plain"
-    for name in ("kernel", "triton"):
-        with pytest.raises(ValueError, match=rf"implementation='{name}': (must be 'plain' for|cannot be used here)"):
-            attend(*leaves, selection, implementation=name)
+    assert implementation(leaves[0], selection) == implementation(leaves[0], replace(selection, bias=None))
+    with pytest.raises(ValueError, match=r"implementation='triton': (must be 'plain' or|cannot be used here)"):
+        attend(*leaves, selection, implementation="triton")
+
+
+@needs_kernel
+def test_the_operator_refuses_lists_in_which_a_bias_has_no_place() -> None:
+    shape = (1, 2, 2, 2, 100, 100, 16, 16, 64, 32)
+    leaves, selection = draw(shape), biased(select(shape, keep=1.0), torch.float32)
+    given = registration.arguments(*leaves, selection, 0.3)
+    forward = torch.ops.dsv3_kernels.forward
+    forward(*given, "")
+    for wrong in (selection.indices.flip(-1), torch.zeros_like(selection.indices)):
+        with pytest.raises(ValueError, match="indices: with a bias must be ascending"):
+            forward(*given[:3], wrong, *given[4:], "")
+    with pytest.raises(ValueError, match="bias: must be"):
+        forward(*given[:-1], given[-1][..., 1:], "")
+    with pytest.raises(ValueError, match="bias: belongs to listed blocks"):
+        forward(*given[:3], None, None, *given[5:], "")
 
 
 def test_a_bias_of_another_shape_is_refused() -> None:

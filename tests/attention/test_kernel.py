@@ -225,7 +225,8 @@ def test_the_kernel_is_one_operator_to_the_compiler() -> None:
     ours, eager = compiled(*leaves, selection), attend(*leaves, selection)
     assert torch.equal(ours, eager)
     assert all(torch.equal(one, two) for one, two in zip(grads(ours, leaves), grads(eager, leaves), strict=True))
-    lists = (selection.indices, selection.counts, 64, 64, 0.25, torch.randn(2, 2, 100).requires_grad_(), None, None)
+    weights, bias = (torch.randn(size).requires_grad_() for size in ((2, 2, 100), selection.indices.shape))
+    lists = (selection.indices, selection.counts, 64, 64, 0.25, weights, None, None, bias)
     torch.library.opcheck(torch.ops.dsv3_kernels.forward.default, (*leaves, *lists, ""))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 from bench.meters.memory import peak_bytes
 from bench.meters.scores import scores
 from dsv3.attention import Selection
-from dsv3.attention.select import blocks, hierarchical, leading, remember
+from dsv3.attention.select import blocks, by_kernel, hierarchical, leading, remember
 from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, bounds
 from dsv3.attention.select.indexer import indexer
 from dsv3.config import Blocks, Hierarchical, vary
 from dsv3.config.counts import scored, scored_in_all
+from tests.attention.lists import needs_kernel
 from tests.attention.test_blocks import choices, listed, seeds
 
 MILLION = 2**20
@@ -106,15 +108,21 @@ def test_the_closed_form_is_what_is_computed_at_positions_up_to_a_million(kind: 
         assert count >= closed if kind == "best_first" else count == closed
 
 
+@pytest.mark.parametrize("searched", [pytest.param("by the kernel", marks=needs_kernel), "in tensors"])
 @pytest.mark.parametrize("kind", ["flat", "beam"])
-def test_all_blocks_of_a_million_tokens_compute_little_more_than_the_closed_form(kind: str) -> None:
+def test_all_blocks_of_a_million_tokens_compute_the_closed_form_or_little_more(kind: str, searched: str) -> None:
     choice = KINDS[kind]
     q, k = drawn(MILLION, heads=1, width=2)
     index = remember(choice, q[:, :, leading(choice, 0)], k, 0, MILLION)
-    found, count = run(choice, index, 0, MILLION)
+    if searched == "by the kernel":
+        found, count = run(choice, index, 0, MILLION)
+        assert count == found.cost.computed == found.cost.scored
+    else:
+        with mock.patch.object(by_kernel, "_computable", return_value=False):
+            found, count = run(choice, index, 0, MILLION)
+        # side by side are 64 (flat) or 1024 searches of 16384
+        assert found.cost.scored < count == found.cost.computed < 1.1 * found.cost.scored
     assert found.cost.scored == sum(scored_in_all(choice, 0, MILLION))
-    # side by side are 64 (flat) or 1024 searches of 16384
-    assert found.cost.scored < count == found.cost.computed < 1.1 * found.cost.scored
 
 
 @pytest.mark.parametrize("queries", [1, 5, 120])

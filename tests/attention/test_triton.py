@@ -208,7 +208,7 @@ def test_the_kernel_is_one_operator_to_the_compiler() -> None:
     assert all(torch.equal(one, two) for one, two in zip(compiled, plain, strict=True))
     for heads in (1, 2):  # lists, and weights, of all heads and of each
         weights = torch.randn(1, heads, 20, device=DEVICE).requires_grad_()
-        lists = (selection.indices[:, :heads], selection.counts[:, :heads], 16, 16, 0.25, weights, None, None)
+        lists = (selection.indices[:, :heads], selection.counts[:, :heads], 16, 16, 0.25, weights, None, None, None)
         torch.library.opcheck(torch.ops.dsv3_triton.forward.default, (*leaves, *lists))
 
 

@@ -1,4 +1,4 @@
-// torch.ops.dsv3_kernels.choose: which blocks of keys each block of queries sees, in all sequences and heads, in one call.
+// torch.ops.dsv3_kernels.choose: which blocks of keys each block of queries sees, in all sequences and heads.
 //
 // The walks of `dsv3.attention.select.tree` one by one, so that no search waits for a longer one beside it: level by
 // level the best `beam` nodes are opened, and the one that the query lies in; of the leaves the best `free` are seen

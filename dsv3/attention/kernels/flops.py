@@ -54,7 +54,7 @@ def _pairs(
     weights: Tensor | None,
     rank: Tensor | None,
     limit: Tensor | None,
-    *own: str,
+    *rest: object,
 ) -> int:
     (batch, heads, queries, _), total = q.shape, k.shape[2]
     if indices is None or counts is None:

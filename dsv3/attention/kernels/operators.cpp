@@ -133,9 +133,22 @@ void read_lists(Call& call, const Tensor& indices, const Tensor& counts) {
   p.listed = list, p.counts = length;
 }
 
+// A number for each listed block: the lists have to stand as they are given.
+void read_bias(Call& call, const Tensor& bias, const Tensor& indices, const Tensor& counts) {
+  Problem& p = call.p;
+  TORCH_CHECK_VALUE(bias.sizes() == indices.sizes(), "bias: must be ", indices.sizes(), ", as indices are");
+  Tensor given = integers(indices, "indices"), numbers = integers(counts, "counts");
+  for (int64_t i = 0; i < numbers.numel(); ++i) {
+    const int64_t *one = given.data_ptr<int64_t>() + i * p.most, *stop = one + p.counts[i];
+    bool stands = p.counts[i] == numbers.data_ptr<int64_t>()[i] && std::equal(one, stop, p.listed + i * p.most);
+    TORCH_CHECK_VALUE(stands, "indices: with a bias must be ascending, each block once, and none in the future");
+  }
+  p.bias = call.keep(bias.to(at::kFloat).contiguous()).data_ptr<float>();
+}
+
 Call prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices, const Optional& counts,
               int64_t block_q, int64_t block_k, double scale, const Optional& weights, const Optional& rank,
-              const Optional& limit) {
+              const Optional& limit, const Optional& bias) {
   check(q, k, v, block_q, block_k);
   Call call;
   Problem& p = call.p;
@@ -145,7 +158,9 @@ Call prepared(const Tensor& q, const Tensor& k, const Tensor& v, const Optional&
   p.q = rows_of(call.keep(in_rows(q))), p.k = rows_of(call.keep(in_rows(k))), p.v = rows_of(call.keep(in_rows(v)));
   TORCH_CHECK_VALUE(indices.has_value() == counts.has_value(), "indices, counts: give both or neither");
   TORCH_CHECK_VALUE(rank.has_value() == limit.has_value(), "rank, limit: give both or neither");
+  TORCH_CHECK_VALUE(indices.has_value() || !bias.has_value(), "bias: belongs to listed blocks");
   if (indices) read_lists(call, *indices, *counts);
+  if (bias) read_bias(call, *bias, *indices, *counts);
   if (rank) read_rule(call, *rank, *limit);
   if (weights) {
     check_shape(p, *weights, "weights", p.keys);
@@ -201,14 +216,14 @@ void forward_of_one(const Problem& p, const Kernels& kernels) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices,
                                    const Optional& counts, int64_t block_q, int64_t block_k, double scale,
                                    const Optional& weights, const Optional& rank, const Optional& limit,
-                                   std::string_view instructions) {
+                                   const Optional& bias, std::string_view instructions) {
   const Kernels& kernels = chosen(std::string(instructions));
-  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit);
+  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit, bias);
   Problem& p = call.p;
   Tensor out = at::empty({p.batch, p.heads, p.queries, p.value}, q.options());
   Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
-  if (p.queries == 1 && !p.rank && (!p.listed || p.block_k >= 16)) {
+  if (p.queries == 1 && !p.rank && !p.bias && (!p.listed || p.block_k >= 16)) {
     forward_of_one(p, kernels);
     return {out, lse};
   }
@@ -236,16 +251,21 @@ void invert(Call& call) {
   auto each = [&](auto&& act) {
     for (int64_t i = 0; i < lists * blocks_q; ++i)
       for (int64_t j = 0; j < p.counts[i]; ++j)
-        act(i / blocks_q * blocks_k + p.listed[i * p.most + j], int32_t(i % blocks_q));
+        act(i / blocks_q * blocks_k + p.listed[i * p.most + j], int32_t(i % blocks_q), int32_t(j));
   };
-  each([&](int64_t key, int32_t) { ++start[key + 1]; });
+  each([&](int64_t key, int32_t, int32_t) { ++start[key + 1]; });
   for (int64_t i = 0; i < lists * blocks_k; ++i) start[i + 1] += start[i];
   int32_t* blocks = call.keep(at::empty({start[lists * blocks_k]}, at::kInt)).data_ptr<int32_t>();
   Tensor next = at::empty({lists * blocks_k}, at::kLong);
   int64_t* filled = next.data_ptr<int64_t>();
   std::copy_n(start, lists * blocks_k, filled);
-  each([&](int64_t key, int32_t block) { blocks[filled[key]++] = block; });
-  p.inverse_start = start, p.inverse = blocks;
+  int64_t named = p.bias ? start[lists * blocks_k] : 0;
+  int32_t* places = call.keep(at::empty({named}, at::kInt)).data_ptr<int32_t>();
+  each([&](int64_t key, int32_t block, int32_t place) {
+    if (named) places[filled[key]] = place;
+    blocks[filled[key]++] = block;
+  });
+  p.inverse_start = start, p.inverse = blocks, p.inverse_place = places;
 }
 
 // grad_q of one head, from rows of fp32.
@@ -317,12 +337,13 @@ void singly_by_row(const Problem& p, const Kernels& kernels) {
            [&](int64_t head, int64_t j) { kernels.key_one(p, head / p.groups, head % p.groups, j); });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Optional& indices, const Optional& counts, int64_t block_q, int64_t block_k, double scale,
-    const Optional& weights, const Optional& rank, const Optional& limit, std::string_view instructions) {
+    const Optional& weights, const Optional& rank, const Optional& limit, const Optional& bias,
+    std::string_view instructions) {
   const Kernels& kernels = chosen(std::string(instructions));
-  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit);
+  Call call = prepared(q, k, v, indices, counts, block_q, block_k, scale, weights, rank, limit, bias);
   Problem& p = call.p;
   Tensor pull = grad.to(q.scalar_type());
   Tensor grad_q = at::empty(q.sizes(), q.options()), grad_k = at::empty(k.sizes(), k.options());
@@ -333,6 +354,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_q = rows_of(grad_q), p.grad_k = rows_of(grad_k), p.grad_v = rows_of(grad_v);
   p.lse = logs.data_ptr<float>(), p.delta = delta.data_ptr<float>();
   p.grad_weights = weights ? grad_w.data_ptr<float>() : nullptr;
+  p.parts = one_by_one(p) ? p.block_q : pieces(p.block_k, TILE);
+  int64_t rows = pieces(p.queries, p.block_q);
+  Tensor grad_b = at::zeros({bias ? p.batch : 0, p.heads, rows, p.most, p.parts}, logs.options());
+  p.grad_bias = bias ? grad_b.data_ptr<float>() : nullptr;
   if (p.listed) invert(call);
   int64_t pieces_q = pieces(p.queries, TILE);
   shared_out(p.batch * p.heads * pieces_q, 0, [&](int64_t i, char*) {
@@ -346,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     by_head ? singly_by_head(p, kernels) : singly_by_row(p, kernels);
   else
     by_head ? backward_by_head(p, kernels) : backward_by_tile(p, kernels);
-  return {grad_q, grad_k, grad_v, grad_w};
+  return {grad_q, grad_k, grad_v, grad_w, grad_b.sum(-1)};
 }
 
 }  // namespace
@@ -355,11 +380,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 TORCH_LIBRARY(dsv3_kernels, m) {
   m.def(
       "forward(Tensor q, Tensor k, Tensor v, Tensor? indices, Tensor? counts, int block_q, int block_k, float scale, "
-      "Tensor? weights, Tensor? rank, Tensor? limit, str instructions) -> (Tensor, Tensor)");
+      "Tensor? weights, Tensor? rank, Tensor? limit, Tensor? bias, str instructions) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? indices, Tensor? counts, "
-      "int block_q, int block_k, float scale, Tensor? weights, Tensor? rank, Tensor? limit, str instructions) -> "
-      "(Tensor, Tensor, Tensor, Tensor)");
+      "int block_q, int block_k, float scale, Tensor? weights, Tensor? rank, Tensor? limit, Tensor? bias, "
+      "str instructions) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("instructions() -> str", dsv3::names);
 }
 

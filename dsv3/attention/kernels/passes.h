@@ -100,17 +100,18 @@ static void turned(const Rows& x, int64_t b, int64_t h, int64_t first, int64_t r
 // A tile of queries and its list; walks the tiles of keys that some of its queries may see, in ascending order.
 struct Walk {
   const int32_t* blocks;
-  int64_t count, last, size, keys, block, begin;
+  int64_t count, last, size, keys, block, begin, list;  // list: where it begins among all
 
-  Walk(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows) : block(0), begin(0) {
+  Walk(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows) : block(0), begin(0), list(0) {
     last = p.keys - p.queries + first + rows - 1;
     size = p.block_k;
     keys = p.keys;
     if (p.listed) {
       int64_t blocks_q = (p.queries + p.block_q - 1) / p.block_q;
-      int64_t list = (b * p.shared + h * p.shared / p.heads) * blocks_q + first / p.block_q;
-      blocks = p.listed + list * p.most;
-      count = p.counts[list];
+      int64_t number = (b * p.shared + h * p.shared / p.heads) * blocks_q + first / p.block_q;
+      list = number * p.most;
+      blocks = p.listed + list;
+      count = p.counts[number];
     } else {
       blocks = nullptr;
       count = last / size + 1;
@@ -129,6 +130,7 @@ struct Walk {
     }
     return false;
   }
+  int64_t place() const { return list + block; }  // of the last tile's block among all lists
   void skip(int64_t tiles) {
     if (size <= TILE)
       block += tiles;  // each block is one
@@ -137,14 +139,18 @@ struct Walk {
   }
 };
 
-struct KeyFacts {  // of a tile of keys, padded so that vectors may be read
+INLINE bool weighed(const Problem& p) { return p.weights || p.bias; }
+
+struct KeyFacts {  // of a tile of keys, padded so that vectors may be read; its block stands at `place` of all lists
   float weight[TILE];
   int32_t rank[TILE];
 };
-INLINE void read_keys(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count, KeyFacts& facts) {
+INLINE void read_keys(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t count, int64_t place,
+                      KeyFacts& facts) {
   int64_t row = (b * p.shared + h * p.shared / p.heads) * p.keys + first;
+  float bias = p.bias ? p.bias[place] * LOG2E : 0.0f;
   for (int64_t i = 0; i < TILE; ++i) {
-    if (p.weights) facts.weight[i] = i < count ? p.weights[row + i] * LOG2E : 0.0f;
+    if (weighed(p)) facts.weight[i] = (p.weights && i < count ? p.weights[row + i] * LOG2E : 0.0f) + bias;
     if (p.rank) facts.rank[i] = i < count ? p.rank[row + i] : 0;
   }
 }
@@ -238,14 +244,14 @@ static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, in
   turned<HALF>(p.q, b, h, first, rows, p.width, lead, q);
   read_queries(p, b, h, first, rows, false, queries);
   Walk walk(p, b, h, first, rows);
-  int64_t begins[LONG / LANES], counts[LONG / LANES];
+  int64_t begins[LONG / LANES], counts[LONG / LANES], places[LONG / LANES];
   bool more = true, fresh = true;
   while (more) {
     float before[TILE];
     for (int64_t i = 0; i < TILE; ++i) before[i] = top[i];
     int64_t tiles = 0, filled = 0;
     while (tiles < LONG / LANES && filled + TILE <= LONG && (more = walk.next(&begins[tiles], &counts[tiles])))
-      filled += counts[tiles++];
+      places[tiles] = walk.place(), filled += counts[tiles++];
     filled = 0;
     for (int64_t t = 0; t < tiles; ++t) {
       int64_t begin = begins[t], count = counts[t];
@@ -254,9 +260,9 @@ static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, in
       else
         fetch<HALF>(p.v, b, g, begins[0], counts[0], p.value);
       Matrix k = as_left<HALF>(p.k, b, g, begin, count, p.width, left);
-      if (p.weights || p.rank) read_keys(p, b, h, begin, count, keys);
+      if (weighed(p) || p.rank) read_keys(p, b, h, begin, count, places[t], keys);
       Logits logits{score + filled * lead, lead,
-                    p.scale * LOG2E,       p.weights ? keys.weight : nullptr,
+                    p.scale * LOG2E,       weighed(p) ? keys.weight : nullptr,
                     seen(p, first, begin, count, keys, queries),
                     top};
       product<HALF, true>(count, lead, deep, k.data, k.lead, q, lead, logits);
@@ -326,6 +332,15 @@ static void narrowed(const float* x, int64_t rows, int64_t lead, Word* pair, uin
     }
 }
 
+// The sum of `count` numbers, whole vectors of them.
+static float total(const float* x, int64_t count) {
+  Vector sums = {};
+  float sum = 0.0f;
+  for (int64_t i = 0; i < count; i += LANES) sums += load(x + i);
+  for (int n = 0; n < LANES; ++n) sum += sums[n];
+  return sum;
+}
+
 template <bool HALF>
 static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, int64_t count, float* grad_q,
                         int64_t stride, char* scratch) {
@@ -355,7 +370,7 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
   int64_t blocks_k = (p.keys + p.block_k - 1) / p.block_k;
   bool fresh = true;
   for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-    if (p.weights || p.rank) read_keys(p, b, h, first, count, keys);
+    if (!p.bias && (p.weights || p.rank)) read_keys(p, b, h, first, count, 0, keys);
     float pull[TILE] = {};
     int64_t from = (first > offset ? first - offset : 0) / p.block_q, stop = blocks_q;
     if (p.listed) {
@@ -365,6 +380,9 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
     for (int64_t at_list = from; at_list < stop; ++at_list) {
       int64_t block = p.listed ? p.inverse[at_list] : at_list;
       int64_t end = least((block + 1) * p.block_q, p.queries);
+      int64_t place = p.bias ? block * p.most + p.inverse_place[at_list] : 0;
+      if (p.bias)
+        read_keys(p, b, h, first, count, (b * p.shared + h * p.shared / p.heads) * blocks_q * p.most + place, keys);
       for (int64_t row = block * p.block_q; row < end; row += TILE) {
         int64_t rows = least(TILE, end - row);
         if (offset + row + rows - 1 < first) continue;
@@ -383,7 +401,7 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
         Seen which = seen(p, row, first, count, keys, queries);
         Matrix q = as_left<HALF>(p.q, b, h, row, rows, p.width, left);
         product<HALF, true>(rows, lead, deep_k, q.data, q.lead, k_turned, lead,
-                            Softmax<HALF, false>{softmax, lead, p.scale * LOG2E, p.weights ? keys.weight : nullptr,
+                            Softmax<HALF, false>{softmax, lead, p.scale * LOG2E, weighed(p) ? keys.weight : nullptr,
                                                  queries.lse, which});
         Matrix o = as_left<HALF>(p.grad_out, b, h, row, rows, p.value, left);
         product<HALF, true>(rows, lead, deep_v, o.data, o.lead, v_turned, lead,
@@ -405,6 +423,10 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
         if (p.grad_weights)
           for (int64_t i = 0; i < rows; ++i)
             for (int64_t n = 0; n < lead; n += LANES) store(pull + n, load(pull + n) + load(slope + i * lead + n));
+        if (p.grad_bias) {
+          int64_t part = first % p.block_k / TILE;
+          p.grad_bias[((b * p.heads + h) * blocks_q * p.most + place) * p.parts + part] += total(slope, rows * lead);
+        }
         fresh = false;
       }
     }
@@ -442,11 +464,11 @@ static void query_tile_of(const Problem& p, int64_t b, int64_t h, int64_t first,
   Walk walk(p, b, h, first, rows);
   int64_t begin, count;
   while (walk.next(&begin, &count)) {
-    if (p.weights || p.rank) read_keys(p, b, h, begin, count, keys);
+    if (weighed(p) || p.rank) read_keys(p, b, h, begin, count, walk.place(), keys);
     Seen which = seen(p, first, begin, count, keys, queries);
     Matrix k = as_left<HALF>(p.k, b, g, begin, count, p.width, left);
     product<HALF, true>(count, lead, deep_k, k.data, k.lead, q_turned, lead,
-                        Softmax<HALF, true>{softmax, lead, p.scale * LOG2E, p.weights ? keys.weight : nullptr,
+                        Softmax<HALF, true>{softmax, lead, p.scale * LOG2E, weighed(p) ? keys.weight : nullptr,
                                             queries.lse, which});
     Matrix v = as_left<HALF>(p.v, b, g, begin, count, p.value, left);
     product<HALF, true>(count, lead, deep_v, v.data, v.lead, o_turned, lead,

@@ -32,10 +32,14 @@ struct Problem {
   // its inverse: blocks of queries per block of keys
   const int64_t* inverse_start;  // [B * h * Nk + 1]
   const int32_t* inverse;
+  const int32_t* inverse_place;  // where in their lists it stands; only with a bias
   const float* weights;  // [B, h, S] or nullptr
   const int32_t* rank;   // [B, h, S] and
   const int32_t* limit;  // [B, h, T], or nullptr both
   float* grad_weights;   // [B, H, S], one row per query head, or nullptr
+  const float* bias;     // [B, h, Nq, K] of the listed blocks, or nullptr
+  float* grad_bias;      // [B, H, Nq, K, parts], or nullptr
+  int64_t parts;         // those who add to the gradient of a bias: the tiles of a block of keys, or its queries
 };
 
 // The passes over one piece of work. Each writes what no other piece does, in an order of its own alone, so that the

@@ -22,11 +22,12 @@ struct Keys {
     last = p.keys - p.queries + t;
     if (rank) rank += shared * p.keys, limit = p.limit[shared * p.queries + t];
   }
-  int64_t next(int32_t* to) {
+  // numbers of keys, and where among all lists their blocks stand
+  int64_t next(int32_t* to, int64_t* place) {
     int64_t count = 0;
     while (count < NAMED && (left || walk.next(&at, &left)))
       for (; left && count < NAMED; ++at, --left)
-        if (at <= last && (!rank || rank[at] <= limit)) to[count++] = at;
+        if (at <= last && (!rank || rank[at] <= limit)) place[count] = walk.place(), to[count++] = at;
     return count;
   }
 };
@@ -35,22 +36,26 @@ struct Keys {
 struct Queries {
   const Problem& p;
   const int32_t *block, *stop, *limit;
-  int64_t first, at = 0, end = 0;
+  int64_t first, lists, at = 0, end = 0, stands = 0;
   int32_t rank = 0;
 
   Queries(const Problem& p, int64_t b, int64_t h, int64_t key) : p(p), limit(p.limit) {
     int64_t shared = b * p.shared + h * p.shared / p.heads, blocks_k = (p.keys + p.block_k - 1) / p.block_k;
     const int64_t* start = p.inverse_start + shared * blocks_k + key / p.block_k;
     block = p.inverse + start[0], stop = p.inverse + start[1];
-    first = key - (p.keys - p.queries);
+    first = key - (p.keys - p.queries), lists = shared * ((p.queries + p.block_q - 1) / p.block_q);
     if (limit) limit += shared * p.queries, rank = p.rank[shared * p.keys + key];
   }
-  int64_t next(int32_t* to) {
+  // numbers of queries, and where among all lists theirs names the block of the key
+  int64_t next(int32_t* to, int64_t* place) {
     int64_t count = 0;
     while (count < NAMED && (at < end || block < stop)) {
-      if (at == end) at = *block++ * p.block_q, end = least(at + p.block_q, p.queries);
+      if (at == end) {
+        if (p.bias) stands = (lists + *block) * p.most + p.inverse_place[block - p.inverse];
+        at = *block++ * p.block_q, end = least(at + p.block_q, p.queries);
+      }
       for (; at < end && count < NAMED; ++at)
-        if (at >= first && (!limit || rank <= limit[at])) to[count++] = at;
+        if (at >= first && (!limit || rank <= limit[at])) place[count] = stands, to[count++] = at;
     }
     return count;
   }
@@ -108,22 +113,29 @@ INLINE void give(const float* row, int64_t width, const int32_t* number, int64_t
   }
 }
 
+// What is added to a score in base 2, of a key and of its block.
+INLINE float added(const Problem& p, const float* weight, int64_t place) {
+  return ((weight ? *weight : 0.0f) + (p.bias ? p.bias[place] : 0.0f)) * LOG2E;
+}
+
 template <bool HALF>
 static void forward_one_of(const Problem& p, int64_t b, int64_t h, int64_t t) {
   int64_t g = h / (p.heads / p.groups), value = padded(p.value), count;
   const float* weights = p.weights ? p.weights + (b * p.shared + h * p.shared / p.heads) * p.keys : nullptr;
   float query[padded(p.width)], out[value], score[NAMED], top = LOWEST, sum = 0.0f;
   int32_t number[NAMED];
+  int64_t place[NAMED];
   as_floats<HALF>(at<HALF>(p.q, b, h, t), p.width, query);
   for (int64_t c = 0; c < value; ++c) out[c] = 0.0f;
   Keys keys(p, b, h, t);
-  while ((count = keys.next(number))) {
+  while ((count = keys.next(number, place))) {
     Some<HALF> k(p.k, b, g, p.width, number, count), v(p.v, b, g, p.value, number, count);
     Vector tops = spread(top), sums = {};
     for (int64_t i = 0; i < count; i += LANES) {
       Vector x = k.with(query, i) * (p.scale * LOG2E);
-      if (weights)
-        for (int64_t n = 0; n < least(LANES, count - i); ++n) x[n] += weights[number[i + n]] * LOG2E;
+      if (weighed(p))
+        for (int64_t n = i; n < least(i + LANES, count); ++n)
+          x[n - i] += added(p, weights ? weights + number[n] : nullptr, place[n]);
       if (i + LANES > count) x = choose(lanes() < integers(count - i), x, spread(UNSEEN));
       store(score + i, x);
       tops = larger(tops, x);
@@ -163,21 +175,27 @@ struct Slopes {  // of the scores between one row and some others; what is added
 template <bool HALF>
 static void backward_one_of(const Problem& p, int64_t b, int64_t h, int64_t t, float* grad_k, float* grad_v) {
   int64_t g = h / (p.heads / p.groups), width = padded(p.width), value = padded(p.value), count;
-  int64_t line = (b * p.heads + h) * p.queries + t;
+  int64_t line = (b * p.heads + h) * p.queries + t, blocks_q = (p.queries + p.block_q - 1) / p.block_q;
+  int64_t apart = (b * p.heads + h - (b * p.shared + h * p.shared / p.heads)) * blocks_q * p.most;  // of heads' lists
   const float* weights = p.weights ? p.weights + (b * p.shared + h * p.shared / p.heads) * p.keys : nullptr;
   float query[width], grad[value], grad_q[width];
   int32_t number[NAMED];
+  int64_t place[NAMED];
   Slopes of{};
   as_floats<HALF>(at<HALF>(p.q, b, h, t), p.width, query);
   as_floats<HALF>(at<HALF>(p.grad_out, b, h, t), p.value, grad);
   for (int64_t c = 0; c < width; ++c) grad_q[c] = 0.0f;
   Keys keys(p, b, h, t);
-  while ((count = keys.next(number))) {
+  while ((count = keys.next(number, place))) {
     Some<HALF> k(p.k, b, g, p.width, number, count), v(p.v, b, g, p.value, number, count);
-    for (int64_t i = 0; i < count; ++i)
-      of.add[i] = (weights ? weights[number[i]] : 0.0f) * LOG2E - p.lse[line] * LOG2E, of.delta[i] = p.delta[line];
+    for (int64_t i = 0; i < count; ++i) {
+      of.add[i] = added(p, weights ? weights + number[i] : nullptr, place[i]) - p.lse[line] * LOG2E;
+      of.delta[i] = p.delta[line];
+    }
     of.find(query, k, grad, v, p.scale * LOG2E);
     k.add(of.slope, grad_q);
+    if (p.grad_bias)
+      for (int64_t i = 0; i < count; ++i) p.grad_bias[(apart + place[i]) * p.parts + t % p.block_q] += of.slope[i];
     if (!grad_k) continue;
     give(query, width, number, count, of.slope, grad_k);
     give(grad, value, number, count, of.softmax, grad_v);
@@ -192,19 +210,23 @@ static void key_one_of(const Problem& p, int64_t b, int64_t g, int64_t j) {
   int64_t width = padded(p.width), value = padded(p.value), group = p.heads / p.groups, count;
   float key[width], own[value], grad_k[width], grad_v[value];
   int32_t number[NAMED];
+  int64_t place[NAMED];
   Slopes of{};
   as_floats<HALF>(at<HALF>(p.k, b, g, j), p.width, key);
   as_floats<HALF>(at<HALF>(p.v, b, g, j), p.value, own);
   for (int64_t c = 0; c < width; ++c) grad_k[c] = 0.0f;
   for (int64_t c = 0; c < value; ++c) grad_v[c] = 0.0f;
   for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-    float weight = p.weights ? p.weights[(b * p.shared + h * p.shared / p.heads) * p.keys + j] : 0.0f, pull = 0.0f;
+    const float* weight = p.weights ? p.weights + (b * p.shared + h * p.shared / p.heads) * p.keys + j : nullptr;
+    float pull = 0.0f;
     int64_t line = (b * p.heads + h) * p.queries;
     Queries queries(p, b, h, j);
-    while ((count = queries.next(number))) {
+    while ((count = queries.next(number, place))) {
       Some<HALF> q(p.q, b, h, p.width, number, count), grad(p.grad_out, b, h, p.value, number, count);
-      for (int64_t i = 0; i < count; ++i)
-        of.add[i] = weight * LOG2E - p.lse[line + number[i]] * LOG2E, of.delta[i] = p.delta[line + number[i]];
+      for (int64_t i = 0; i < count; ++i) {
+        of.add[i] = added(p, weight, place[i]) - p.lse[line + number[i]] * LOG2E;
+        of.delta[i] = p.delta[line + number[i]];
+      }
       of.find(key, q, own, grad, p.scale * LOG2E);
       q.add(of.slope, grad_k);
       grad.add(of.softmax, grad_v);

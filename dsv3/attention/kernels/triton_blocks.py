@@ -26,7 +26,7 @@ from dsv3.config.rules import require
 NAME = "dsv3_triton"
 SELECTION = (
     "Tensor? indices, Tensor? counts, int block_q, int block_k, float scale, Tensor? weights, Tensor? rank, "
-    "Tensor? limit"
+    "Tensor? limit, Tensor? bias"
 )
 LOG2E = math.log2(math.e)
 LEAST = 16  # rows, columns and widths of a product
@@ -97,7 +97,7 @@ def _define() -> None:
     operands = "Tensor q, Tensor k, Tensor v, "
     torch.library.define(f"{NAME}::forward", f"({operands}{SELECTION}) -> (Tensor, Tensor)")
     operands = f"Tensor grad, {operands}Tensor out, Tensor lse, "
-    torch.library.define(f"{NAME}::backward", f"({operands}{SELECTION}) -> (Tensor, Tensor, Tensor, Tensor)")
+    torch.library.define(f"{NAME}::backward", f"({operands}{SELECTION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
     torch.library.impl(f"{NAME}::forward", ("cpu", "cuda"), _forward)
     torch.library.impl(f"{NAME}::backward", ("cpu", "cuda"), _backward)
     registration.register(NAME, lambda q, k, weights: max(weights.shape[1], k.shape[1]))
@@ -116,7 +116,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from dsv3.attention.kernels import triton_passes
 
-    call = _Call.of(q, k, v, indices, counts, block_q, block_k, rule)
+    call = _Call.of(q, k, v, indices, counts, block_q, block_k, rule[:3])
     out, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
     inputs = (*call.operands, *call.strides, *call.lists, *call.rule)
     grid, tile = call.by_queries()
@@ -141,7 +141,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     from dsv3.attention.kernels import triton_passes
 
-    call = _Call.of(q, k, v, indices, counts, block_q, block_k, rule)
+    call = _Call.of(q, k, v, indices, counts, block_q, block_k, rule[:3])
     grad, out, lse = _in_rows(grad.to(q.dtype)), out.contiguous(), lse.contiguous()
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     batch, apart = (0, q.shape[1]) if rule[0] is None else (q.shape[0], q.shape[1] // call.stack)
@@ -155,7 +155,7 @@ def _backward(
         grid, tile = call.by_keys()
         of_keys = (lse, delta, grad_k, grad_v, grad_w)
         triton_passes.key_grads[grid](*inputs, *call.inverse(), *call.rule, *of_keys, call.shape, *scales, **tile)
-    return grad_q, grad_k, grad_v, grad_w
+    return grad_q, grad_k, grad_v, grad_w, lse.new_empty(0, q.shape[1], 0, 0)
 
 
 @dataclass(frozen=True)
