@@ -107,8 +107,11 @@ def _take(x: Float[Tensor, "B *heads S W"], place: Tensor | slice) -> Float[Tens
     """The keys at a place: of all queries, or [B, *heads, n, m, W] each query's own."""
     if isinstance(place, slice):
         return x[..., place, :]
-    row = place.flatten(1).view(len(x), *[1] * (x.ndim - 3), -1, 1)
-    return x.gather(-2, row.expand(*x.shape[:-2], -1, x.shape[-1])).unflatten(-2, place.shape[1:])
+    # whole rows are copied, and in backward added: `gather` would look up each number of them
+    lead, rows = x.shape[:-2], x.shape[-2]
+    first = torch.arange(lead.numel(), device=x.device).view(*lead, 1, 1) * rows
+    row = place.view(len(x), *[1] * (x.ndim - 3), *place.shape[1:]) + first
+    return x.reshape(-1, x.shape[-1]).index_select(0, row.flatten()).view(*row.shape, x.shape[-1])
 
 
 def _weights(
