@@ -172,6 +172,7 @@ int64_t nodes_at_most(const int64_t* search, int64_t number, int64_t branching, 
   return (most + 16) / 16 * 16;
 }
 
+// searches: in one piece
 void check(const Tensor& query, at::TensorList nodes, const Tensor& searches, int64_t branching, bool bounds) {
   TORCH_CHECK_VALUE(query.dim() == 4 && query.scalar_type() == at::kFloat,
                     "query: must be [B, h, Nq, W] in float32");
@@ -179,7 +180,8 @@ void check(const Tensor& query, at::TensorList nodes, const Tensor& searches, in
                         searches.scalar_type() == at::kLong && branching != 1 && branching >= 0,
                     "searches: must be [Nq, 3] of int64, and branching 0 or more than 1");
   TORCH_CHECK_VALUE((int64_t)nodes.size() <= DEPTH, "nodes: have more than ", DEPTH, " levels");
-  int64_t complete = searches.size(0) ? searches.select(1, 0).max().item<int64_t>() : 0, level = 0;
+  int64_t complete = 0, level = 0;
+  for (int64_t i = 0; i < searches.size(0); ++i) complete = std::max(complete, searches.data_ptr<int64_t>()[3 * i]);
   for (const Tensor& one : nodes) {
     bool fits = one.dim() == 4 && one.size(0) == query.size(0) && query.size(1) % one.size(1) == 0 &&
                 one.size(1) == nodes[0].size(1) && one.size(3) == query.size(3) * (bounds ? 2 : 1) &&
@@ -195,9 +197,10 @@ void check(const Tensor& query, at::TensorList nodes, const Tensor& searches, in
 std::tuple<Tensor, Tensor, Tensor, int64_t> choose(const Tensor& query, at::TensorList nodes, const Tensor& searches,
                                                    int64_t own, int64_t newest, int64_t longest, int64_t branching,
                                                    bool bounds, std::string_view instructions) {
-  check(query, nodes, searches, branching, bounds);
+  Tensor each = searches.contiguous();
+  check(query, nodes, each, branching, bounds);
   int64_t batch = query.size(0), heads = query.size(1), number = query.size(2), width = query.size(3);
-  Tensor rows = query.stride(3) == 1 ? query : query.contiguous(), each = searches.contiguous();
+  Tensor rows = query.stride(3) == 1 ? query : query.contiguous();
   std::vector<Tensor> levels;
   for (const Tensor& level : nodes) levels.push_back(level.contiguous());
   const int64_t* search = each.data_ptr<int64_t>();

@@ -371,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     by_head ? singly_by_head(p, kernels) : singly_by_row(p, kernels);
   else
     by_head ? backward_by_head(p, kernels) : backward_by_tile(p, kernels);
-  return {grad_q, grad_k, grad_v, grad_w, grad_b.sum(-1)};
+  return {grad_q, grad_k, grad_v, grad_w, bias ? grad_b.sum(-1) : grad_b.select(-1, 0)};
 }
 
 }  // namespace

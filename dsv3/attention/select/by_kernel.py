@@ -16,30 +16,31 @@ from dsv3.attention.select.index import Index, bounds
 from dsv3.attention.select.listed import complete_blocks, kept_pairs, of_lists
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Blocks, Hierarchical
-from dsv3.config.counts import scored, scored_in_all
+from dsv3.config.counts import scored_in_all
 
 
 def by_kernel(choice: Blocks, index: Index, start: int, total: int) -> Selection | None:
     """What the positions from `start` to `total` see, where the kernel can search for them and any search has to leave
     key blocks out; otherwise None.
     """
-    complete = complete_blocks(choice, start, total)
-    if choice.top_p is not None or scored(choice, int(complete[-1])) == (0,) or not _computable(index):
+    most = (total - 1) // choice.block_q * choice.block_q // choice.block_k
+    leaves_out = 2 < choice.past(most) < most
+    if choice.top_p is not None or not leaves_out or not _computable(index):
         return None
     indices, counts, opened, computed = kernel.block_choice(
         index.leaders,
         index.nodes,
-        _searches(choice, complete),
+        _searches(choice, start, total),
         own=choice.own,
         newest=(total - 1) // choice.block_k,
-        longest=choice.longest(int(complete[-1])),
+        longest=choice.longest(most),
         branching=choice.branching if isinstance(choice, Hierarchical) else 0,
         bounds=bounds(choice),
     )
     lists = index.leaders.shape[:2].numel()
     per_level = [lists * number for number in scored_in_all(choice, start, total)]
-    for level, number in enumerate(opened[: len(per_level)].tolist()):
-        per_level[level] += number
+    if bounds(choice):
+        per_level = [sum(both) for both in zip(per_level, opened.tolist(), strict=False)]
     while len(per_level) > 1 and per_level[-1] == 0:
         per_level.pop()
     kept = kept_pairs(choice, lists, start, total)
@@ -47,14 +48,18 @@ def by_kernel(choice: Blocks, index: Index, start: int, total: int) -> Selection
     return of_lists(choice, indices, counts, start, total, cost)
 
 
-def _searches(choice: Blocks, complete: Int[Tensor, " Nq"]) -> Int[Tensor, "Nq 3"]:
+def _searches(choice: Blocks, start: int, total: int) -> Int[Tensor, "Nq 3"]:
     """Of each search: complete key blocks, how many are seen besides the first and the previous one, and the beam."""
-    low = int(complete[0])
-    numbers = [
-        (c, choice.past(c) - min(c, 2), choice.beam(c) if isinstance(choice, Hierarchical) else 1)
-        for c in range(low, int(complete[-1]) + 1)
-    ]
-    return torch.tensor(numbers)[complete - low]
+    first, last = (t // choice.block_q * choice.block_q // choice.block_k for t in (start, total - 1))
+    numbers = torch.tensor(
+        [
+            (c, choice.past(c) - min(c, 2), choice.beam(c) if isinstance(choice, Hierarchical) else 1)
+            for c in range(first, last + 1)
+        ]
+    )
+    if start // choice.block_q == (total - 1) // choice.block_q:
+        return numbers
+    return numbers[complete_blocks(choice, start, total) - first]
 
 
 def _computable(index: Index) -> bool:

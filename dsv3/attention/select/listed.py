@@ -115,9 +115,11 @@ def kept_pairs(choice: Blocks, lists: int, start: int, total: int) -> int:
     """Pairs of a query from `start` to `total` and a key up to its own in the listed blocks, over so many lists of each
     block of queries; without top_p.
     """
+    first, last = start // choice.block_q, (total - 1) // choice.block_q
+    if first == last:
+        past = choice.past(first * choice.block_q // choice.block_k)
+        return pairs_of_block(choice, start, total, lists * past, lists)
     complete = complete_blocks(choice, start, total)
-    if len(complete) == 1:
-        return pairs_of_block(choice, start, total, lists * choice.past(int(complete[0])), lists)
     free = of_complete(choice.past, complete) - complete.clamp(max=2)
     return _pairs(choice, start, total, lists * free, lists)
 
