@@ -1,8 +1,8 @@
 """What choosing blocks takes by itself, and how far the time of attention follows the pairs that are left.
 
-A tree scores fewer nodes than a flat search (`attention_hierarchical` counts them), but a flat search is one large
-product, at which a processor is at its best. So both are timed alone, in one head, for blocks of queries and for single
-ones: the tree pays from where its curve crosses the other.
+A tree scores fewer nodes than a flat search (`attention_hierarchical` counts them), but a flat search reads its nodes
+one after the other, at which a processor is at its best. So both are timed alone, in one head, for blocks of queries
+and for single ones: the tree pays from where its curve crosses the other.
 
 At one length the number of blocks seen varies, choosing inside the time. The lines beside the points are what is left
 when the time of dense attention falls with the pairs: that of this project's kernel, and that of SDPA.

@@ -26,8 +26,8 @@ class SelectionCost:
 
     scored: scores needed to select. kept: (query, key) pairs that remain to attend to; dense causal attention keeps
     T(T+1)/2 per head. per_level: the scores by level of a tree, from the leaves, where a selector has levels.
-    computed: scores that were computed, read off the tensors: searches run side by side as rows of one length, and what
-    fills up the shorter ones is computed too.
+    computed: scores that were computed, read off the search: in tensors searches run side by side as rows of one
+    length, and what fills up the shorter ones is computed too; the C++ kernel computes what is needed alone.
     """
 
     scored: int

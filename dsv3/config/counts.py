@@ -9,8 +9,9 @@ nodes per level (the beam) and opens by force the node that it lies in, so on le
 nodes, and scores them only where it must leave some out: where c_l > w on inner levels; on the leaves where c_0 is
 more than are seen, or top_p weighs them. Where only the forced blocks are seen nothing is scored.
 With w fixed that is at most b * w + b - 1 on each of log_b(c / w) + 1 levels: O(n log n) over a sequence. The flat
-search looks at c - 2 blocks, all but the forced ones: O(n^2). The C++ kernel computes just these scores; searches in
-tensors run side by side, padded to rows of one length (`SelectionCost.computed`). No torch: counts need no tensor.
+search looks at c - 2 blocks, all but the forced ones: O(n^2). The C++ kernel computes no other scores for a
+beam; in tensors searches run side by side, padded to rows of one length (`SelectionCost.computed`). No torch: counts
+need no tensor.
 
 A choice that learns takes the scores of the blocks that it sees once more, past(c) of them; one with a branch reads the
 floor((t + 1) / block_k) blocks that end at or before each token.

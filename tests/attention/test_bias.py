@@ -101,13 +101,14 @@ def test_the_kernel_computes_the_definition(name: str, dtype: torch.dtype, instr
 @pytest.mark.parametrize(("block_q", "block_k"), [(1, 5), (3, 9), (100, 48), (100, 200)])
 def test_the_number_of_threads_changes_no_bit(groups: int, block_q: int, block_k: int) -> None:
     shape = (2 if groups == 4 else 1, 4, groups, 4, 350, 350, 20, 32, block_q, block_k)
-    leaves, selection, found = draw(shape), biased(select(shape), torch.float32), []
-    before = torch.get_num_threads()
+    weights = torch.randn(shape[0], 4, 350, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    leaves, selection = draw(shape), replace(biased(select(shape), torch.float32), weights=weights)
+    before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             out = attend(*leaves, selection, implementation="kernel")
-            found.append((out, *grads(out, (*leaves, selection.bias))))
+            found.append((out, *grads(out, (*leaves, selection.bias, selection.weights))))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -120,6 +121,22 @@ def test_the_triton_kernel_refuses_it_by_name() -> None:
     assert implementation(leaves[0], selection) == implementation(leaves[0], replace(selection, bias=None))
     with pytest.raises(ValueError, match=r"implementation='triton': (must be 'plain' or|cannot be used here)"):
         attend(*leaves, selection, implementation="triton")
+
+
+@by_cpu
+@pytest.mark.parametrize("block_q", [1, 64], ids=["one by one", "tiles"])
+def test_a_query_whose_blocks_all_weigh_nothing_gets_and_gives_nothing(
+    block_q: int, implementation: Implementation
+) -> None:
+    shape = (1, 2, 2, 2, 100, 100, 16, 16, block_q, 8)
+    leaves, selection = draw(shape), select(shape)
+    bias = torch.zeros(selection.indices.shape)
+    bias[:, :, 1] = float("-inf")
+    out = attend(*leaves, replace(selection, bias=bias.requires_grad_()), implementation=implementation)
+    given = grads(out, (*leaves, bias))
+    rows = slice(block_q, 2 * block_q)
+    assert not any(x.any() for x in (out[:, :, rows], given[0][:, :, rows], given[-1][:, :, 1]))
+    assert all(x.isfinite().all() for x in given)
 
 
 @needs_kernel

@@ -77,6 +77,25 @@ def test_the_kernel_finds_what_the_search_in_tensors_finds(
         assert ours.cost.computed == ours.cost.scored <= theirs.cost.computed
 
 
+def test_a_beam_wider_than_the_tree_finds_what_a_flat_search_finds_and_takes_no_more_memory() -> None:
+    q, k = drawn(6, 300, whole=False)
+    wide = Hierarchical(k=9, block_q=1, block_k=2, width=10**13)
+    index = grown(wide, q, k, 0, 300)
+    flat = search(Blocks(k=9, block_q=1, block_k=2), index, 0, 300)
+    assert torch.equal(search(wide, index, 0, 300).indices, flat.indices)
+
+
+def test_flat_searches_over_wide_nodes_are_one_product_in_tensors() -> None:
+    for choice, total, fits in (
+        (Blocks(k=5, block_q=1, block_k=2), 40, False),
+        (Blocks(k=5, block_q=1, block_k=2), 1, True),  # a token alone
+        (Hierarchical(k=5, block_q=1, block_k=2), 40, True),
+    ):
+        q, k = drawn(7, 40, whole=False, width=by_kernel.WIDEST + 1)
+        index = grown(choice, q, k, 40 - total, 40)
+        assert (by_kernel.by_kernel(choice, index, 40 - total, 40) is not None) == fits
+
+
 @pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("width", [3, 16, 37, 64])
 @pytest.mark.parametrize("search", ["beam", "best_first"])
@@ -159,6 +178,10 @@ def test_a_search_that_cannot_be_is_refused() -> None:
         kernel.block_choice(query, nodes, search, **numbers | {"branching": 2})
     with pytest.raises(ValueError, match="must be complete key blocks, how many others are seen, and a beam"):
         kernel.block_choice(query, nodes, torch.tensor([[20, 19, 4]]), **numbers | {"longest": 99})
+    with pytest.raises(ValueError, match="branching=0: must be 0, where all leaves are scored by their means"):
+        kernel.block_choice(query, (torch.zeros(1, 2, 20, 16),), search, **numbers, bounds=True)
+    with pytest.raises(ValueError, match="own=0: must be positive"):
+        kernel.block_choice(query, nodes, search, **numbers | {"own": 0})
     with pytest.raises(ValueError, match="longest: a list has more blocks"):
         kernel.block_choice(query, nodes, search, **numbers | {"longest": 4})
     # the operator itself: the annotations, where a test run checks them, refuse these before it does

@@ -228,6 +228,12 @@ def test_the_kernel_is_one_operator_to_the_compiler() -> None:
     weights, bias = (torch.randn(size).requires_grad_() for size in ((2, 2, 100), selection.indices.shape))
     lists = (selection.indices, selection.counts, 64, 64, 0.25, weights, None, None, bias)
     torch.library.opcheck(torch.ops.dsv3_kernels.forward.default, (*leaves, *lists, ""))
+    results = [x.detach() for x in torch.ops.dsv3_kernels.forward(*leaves, *lists, "")]
+    for added in ((weights.detach(), None, None, bias.detach()), (None,) * 4):
+        given = (torch.ones_like(results[0]), *(x.detach() for x in leaves), *results, *lists[:5], *added, "")
+        torch.library.opcheck(
+            torch.ops.dsv3_kernels.backward.default, given, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @needs_kernel

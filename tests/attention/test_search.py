@@ -1,6 +1,7 @@
 """What a search really computes: products counted by their operands as it runs, against the closed forms."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -33,6 +34,13 @@ KINDS = {
     "best_first": Hierarchical(k=16, search="best_first"),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
+by_both = pytest.mark.parametrize("searched", [pytest.param("by the kernel", marks=needs_kernel), "in tensors"])
+
+
+def searching(searched: str) -> AbstractContextManager[object]:
+    """In tensors: as if there were no kernel."""
+    no_kernel = mock.patch.object(by_kernel, "_computable", return_value=False)
+    return no_kernel if searched == "in tensors" else nullcontext()
 
 
 def drawn(total: int, *, heads: int = 2, groups: int = 1, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,19 +78,23 @@ def test_a_search_alone_computes_the_closed_form_and_says_so(choice: Blocks, see
     assert beams == heads * sum(scored_in_all(choice, 0, total))
 
 
+@by_both
 @every_kind
 @pytest.mark.parametrize("block_q", [1, 64], ids=["per token", "per block"])
 @pytest.mark.parametrize("total", [63, 1025, 4095, 4161])
 def test_searches_side_by_side_compute_what_they_say_and_little_more_than_each_alone(
-    kind: str, block_q: int, total: int
+    kind: str, block_q: int, total: int, searched: str
 ) -> None:
     choice = vary(KINDS[kind], block_q=block_q, block_k=16)
     q, k = drawn(total)
     selector, found = (hierarchical if isinstance(choice, Hierarchical) else blocks), []
-    count = scores(lambda: found.append(selector(q, k, choice)), WIDTH * (2 if bounds(choice) else 1))
+    with searching(searched):
+        count = scores(lambda: found.append(selector(q, k, choice)), WIDTH * (2 if bounds(choice) else 1))
     cost = found[0].cost
     assert count == cost.computed >= cost.scored
-    if kind == "flat":
+    if searched == "by the kernel":
+        assert cost.computed == cost.scored
+    elif kind == "flat":
         # the rows of each of eight parts are as long as its last; the parts of few blocks of queries are uneven
         assert cost.computed <= (1 + 1 / 8) * cost.scored + 2 * total / block_q * 16
     else:
@@ -108,20 +120,20 @@ def test_the_closed_form_is_what_is_computed_at_positions_up_to_a_million(kind: 
         assert count >= closed if kind == "best_first" else count == closed
 
 
-@pytest.mark.parametrize("searched", [pytest.param("by the kernel", marks=needs_kernel), "in tensors"])
+@by_both
 @pytest.mark.parametrize("kind", ["flat", "beam"])
 def test_all_blocks_of_a_million_tokens_compute_the_closed_form_or_little_more(kind: str, searched: str) -> None:
     choice = KINDS[kind]
     q, k = drawn(MILLION, heads=1, width=2)
     index = remember(choice, q[:, :, leading(choice, 0)], k, 0, MILLION)
-    if searched == "by the kernel":
+    with searching(searched):
         found, count = run(choice, index, 0, MILLION)
-        assert count == found.cost.computed == found.cost.scored
+    assert count == found.cost.computed
+    if searched == "by the kernel":
+        assert count == found.cost.scored
     else:
-        with mock.patch.object(by_kernel, "_computable", return_value=False):
-            found, count = run(choice, index, 0, MILLION)
         # side by side are 64 (flat) or 1024 searches of 16384
-        assert found.cost.scored < count == found.cost.computed < 1.1 * found.cost.scored
+        assert found.cost.scored < count < 1.1 * found.cost.scored
     assert found.cost.scored == sum(scored_in_all(choice, 0, MILLION))
 
 
@@ -152,18 +164,22 @@ class _Written(TorchDispatchMode):
         return result
 
 
+@by_both
 @pytest.mark.parametrize("kind", ["beam", "best_first"])
-def test_a_step_of_decoding_writes_hardly_more_where_the_sequence_is_16_times_as_long(kind: str) -> None:
+def test_a_step_of_decoding_computes_and_writes_hardly_more_where_the_sequence_is_16_times_as_long(
+    kind: str, searched: str
+) -> None:
     """Keys that grow along the sequence: the best are the latest, and their bounds say so."""
-    choice, written = vary(KINDS[kind], block_q=1, block_k=1), []
+    choice, written, computed = vary(KINDS[kind], block_q=1, block_k=1), [], []
     for total in (2**10, 2**14):
         k = torch.linspace(0.0, 1.0, total)[None, None, :, None]
         index = remember(choice, torch.ones_like(k), k, 0, total)
         one = replace(index, leaders=index.leaders[:, :, -1:])
-        with _Written() as numbers:
-            search_tree(choice, one, total - 1, total, 1.0)
+        with _Written() as numbers, searching(searched):
+            computed.append(search_tree(choice, one, total - 1, total, 1.0).cost.computed)
         written.append(numbers.total)
     assert written[1] < 2 * written[0]
+    assert computed[1] < 2 * computed[0]
 
 
 @pytest.mark.parametrize("block_q", [1, 4])

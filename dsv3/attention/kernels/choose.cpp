@@ -30,7 +30,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t ALONE = 1 << 19;  // numbers that one thread reads in the time that others take to wake up
-constexpr int64_t TOGETHER = 64;    // searches that a thread takes at a time
+constexpr int64_t TOGETHER = 16;    // searches that a thread takes at a time
 constexpr int64_t DEPTH = 64;       // levels that a tree of 2^63 leaves has
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
@@ -160,14 +160,17 @@ void prepare(const float* row, int64_t width, bool bounds, float* query) {
   }
 }
 
+// The most nodes that a search looks at on one level, and room for a vector more.
 int64_t nodes_at_most(const int64_t* search, int64_t number, int64_t branching, bool bounds) {
   int64_t most = 0;
   for (int64_t i = 0; i < number; ++i) {
-    int64_t complete = search[3 * i], beam = search[3 * i + 2];
-    TORCH_CHECK_VALUE(complete >= 0 && complete < (int64_t(1) << 31) && beam > 0 && search[3 * i + 1] >= 0 &&
-                          search[3 * i + 1] + std::min<int64_t>(complete, 2) <= complete,
-                      "searches: must be complete key blocks, how many others are seen, and a beam");
-    most = std::max(most, branching ? std::max(branching * (beam + 1), bounds ? complete + branching : 0) : complete);
+    int64_t complete = search[3 * i], beam = search[3 * i + 2], past = search[3 * i + 1] + std::min<int64_t>(complete, 2);
+    TORCH_CHECK_VALUE(
+        complete >= 0 && complete < (int64_t(1) << 31) && beam > 0 && search[3 * i + 1] >= 0 && past <= complete,
+        "searches: must be complete key blocks, how many others are seen, and a beam");
+    if (past == complete) continue;  // nothing is left out, so nothing is scored
+    int64_t along_beam = branching * (std::min(beam, complete) + 1), all = complete + branching;
+    most = std::max(most, branching && !bounds ? std::min(along_beam, all) : all);
   }
   return (most + 16) / 16 * 16;
 }
@@ -177,13 +180,15 @@ void check(const Tensor& query, at::TensorList nodes, const Tensor& searches, in
   TORCH_CHECK_VALUE(query.dim() == 4 && query.scalar_type() == at::kFloat,
                     "query: must be [B, h, Nq, W] in float32");
   TORCH_CHECK_VALUE(searches.dim() == 2 && searches.size(0) == query.size(2) && searches.size(1) == 3 &&
-                        searches.scalar_type() == at::kLong && branching != 1 && branching >= 0,
-                    "searches: must be [Nq, 3] of int64, and branching 0 or more than 1");
+                        searches.scalar_type() == at::kLong,
+                    "searches: must be [Nq, 3] of int64");
+  TORCH_CHECK_VALUE(branching > 1 || (branching == 0 && !bounds), "branching=", branching,
+                    ": must be 0, where all leaves are scored by their means, or more than 1");
   TORCH_CHECK_VALUE((int64_t)nodes.size() <= DEPTH, "nodes: have more than ", DEPTH, " levels");
   int64_t complete = 0, level = 0;
   for (int64_t i = 0; i < searches.size(0); ++i) complete = std::max(complete, searches.data_ptr<int64_t>()[3 * i]);
   for (const Tensor& one : nodes) {
-    bool fits = one.dim() == 4 && one.size(0) == query.size(0) && query.size(1) % one.size(1) == 0 &&
+    bool fits = one.dim() == 4 && one.size(0) == query.size(0) && one.size(1) && query.size(1) % one.size(1) == 0 &&
                 one.size(1) == nodes[0].size(1) && one.size(3) == query.size(3) * (bounds ? 2 : 1) &&
                 one.scalar_type() == at::kFloat;
     TORCH_CHECK_VALUE(fits, "nodes: must be [B, g, n, W], or 2 W for bounds, in float32, with g dividing h");
@@ -199,6 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> choose(const Tensor& query, at::Tens
                                                    bool bounds, std::string_view instructions) {
   Tensor each = searches.contiguous();
   check(query, nodes, each, branching, bounds);
+  TORCH_CHECK_VALUE(own > 0, "own=", own, ": must be positive, a query lies in a block");
   int64_t batch = query.size(0), heads = query.size(1), number = query.size(2), width = query.size(3);
   Tensor rows = query.stride(3) == 1 ? query : query.contiguous();
   std::vector<Tensor> levels;
@@ -213,6 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> choose(const Tensor& query, at::Tens
   Tensor opened = at::zeros({bounds ? (int64_t)levels.size() : 0}, at::kLong);
   int64_t *list = indices.data_ptr<int64_t>(), *length = counts.data_ptr<int64_t>();
   int64_t share = heads / nodes[0].size(1), chunks = pieces(number, TOGETHER);
+  const Kernels& kernels = chosen(std::string(instructions));
   std::vector<std::atomic<int64_t>> looked_at(levels.size() + 1);
   auto some = [&](int64_t piece, char* scratch) {
     int64_t line = piece / chunks, begin = piece % chunks * TOGETHER, end = std::min(begin + TOGETHER, number);
@@ -221,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, int64_t> choose(const Tensor& query, at::Tens
       at[l] = levels[l].data_ptr<float>() + line / share * levels[l].size(2) * wide;
     Room room{(int32_t*)scratch, (int32_t*)scratch + most, (int32_t*)scratch + 2 * most, (float*)scratch + 3 * most,
               (float*)scratch + 4 * most};
-    Tree tree{at, wide, branching, bounds, &chosen(std::string(instructions))};
+    Tree tree{at, wide, branching, bounds, &kernels};
     Looked looked;
     const float* from = rows.data_ptr<float>() + line / heads * rows.stride(0) + line % heads * rows.stride(1);
     for (int64_t i = begin; i < end; ++i) {

@@ -2,7 +2,7 @@
 
     forward     scores and their product with the values            2 * pairs * (P + R)
     backward    scores again, and the four products of gradients    2 * pairs * (3 P + 2 R)
-    choose      scores of a query and a node                        2 * scores * W
+    choose      scores of a query and a node of V numbers           2 * scores * V
 
 Pairs are those of the selection's definition, which is what `dsv3.model.cost` counts. The kernels multiply whole
 tiles, with pairs on the diagonal that no query sees, and the one in Triton always, the one in C++ where threads

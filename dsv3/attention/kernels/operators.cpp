@@ -354,9 +354,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.grad_q = rows_of(grad_q), p.grad_k = rows_of(grad_k), p.grad_v = rows_of(grad_v);
   p.lse = logs.data_ptr<float>(), p.delta = delta.data_ptr<float>();
   p.grad_weights = weights ? grad_w.data_ptr<float>() : nullptr;
-  p.parts = one_by_one(p) ? p.block_q : pieces(p.block_k, TILE);
-  int64_t rows = pieces(p.queries, p.block_q);
-  Tensor grad_b = at::zeros({bias ? p.batch : 0, p.heads, rows, p.most, p.parts}, logs.options());
+  p.parts = one_by_one(p) ? std::min(p.block_q, p.queries) : pieces(p.block_k, TILE);
+  int64_t rows = bias ? pieces(p.queries, p.block_q) : 0;
+  Tensor grad_b = at::zeros({bias ? p.batch : 0, p.heads, rows, bias ? p.most : 0, p.parts}, logs.options());
   p.grad_bias = bias ? grad_b.data_ptr<float>() : nullptr;
   if (p.listed) invert(call);
   int64_t pieces_q = pieces(p.queries, TILE);

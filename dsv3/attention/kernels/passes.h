@@ -154,6 +154,8 @@ INLINE void read_keys(const Problem& p, int64_t b, int64_t h, int64_t first, int
     if (p.rank) facts.rank[i] = i < count ? p.rank[row + i] : 0;
   }
 }
+// Of a query that sees nothing any finite number, since its weights are 0.
+INLINE float lse_of(const Problem& p, int64_t row) { return p.lse[row] > -__builtin_inff() ? p.lse[row] : 0.0f; }
 struct QueryFacts {
   float lse[TILE], delta[TILE];
   int32_t limit[TILE];
@@ -164,7 +166,7 @@ INLINE void read_queries(const Problem& p, int64_t b, int64_t h, int64_t first, 
   int64_t shared = (b * p.shared + h * p.shared / p.heads) * p.queries + first;
   for (int64_t i = 0; i < TILE; ++i) {
     bool inside = i < rows;
-    if (known) facts.lse[i] = inside ? p.lse[row + i] * LOG2E : 0.0f;
+    if (known) facts.lse[i] = inside ? lse_of(p, row + i) * LOG2E : 0.0f;
     if (known) facts.delta[i] = inside ? p.delta[row + i] : 0.0f;
     if (p.limit) facts.limit[i] = inside ? p.limit[shared + i] : 0;
   }

@@ -39,7 +39,7 @@ struct Problem {
   float* grad_weights;   // [B, H, S], one row per query head, or nullptr
   const float* bias;     // [B, h, Nq, K] of the listed blocks, or nullptr
   float* grad_bias;      // [B, H, Nq, K, parts], or nullptr
-  int64_t parts;         // those who add to the gradient of a bias: the tiles of a block of keys, or its queries
+  int64_t parts;         // those who add to the gradient of a bias: tiles of its block of keys, or queries of its block
 };
 
 // The passes over one piece of work. Each writes what no other piece does, in an order of its own alone, so that the
@@ -66,7 +66,7 @@ struct Kernels {
   void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
   void (*scores)(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count, float* to);
-  // the places of the `most` best of the scores, ascending; key: memory for `count` numbers and a vector
+  // the places of the `most` best of the scores, ascending; key, place: memory for `count` numbers and a vector
   int64_t (*best)(const float* score, int64_t count, int64_t most, int32_t* key, int32_t* place);
   // out and lse of one query among many
   void (*forward_one)(const Problem&, int64_t b, int64_t h, int64_t t);

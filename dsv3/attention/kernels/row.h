@@ -123,9 +123,9 @@ INLINE int64_t at_least(const int32_t* key, int64_t count, int32_t bound) {
 static int64_t best(const float* score, int64_t count, int64_t most, int32_t* key, int32_t* place) {
   int32_t top = NOWHERE;
   for (int64_t i = 0; i < count; i += LANES) {
-    float last[LANES];
-    for (int64_t n = 0; n < LANES; ++n) last[n] = i + n < count ? score[i + n] : -__builtin_inff();
-    *(LooseInts*)(key + i) = order(i + LANES <= count ? load(score + i) : load(last));
+    Vector some = spread(-__builtin_inff());
+    __builtin_memcpy(&some, score + i, least(LANES, count - i) * 4);
+    *(LooseInts*)(key + i) = order(some);
   }
   for (int64_t i = 0; i < count; ++i) top = top > key[i] ? top : key[i];
   int32_t low = NOWHERE + 1;  // at least `most` keys reach low, or all that count; fewer reach high

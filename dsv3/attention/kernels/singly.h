@@ -113,9 +113,13 @@ INLINE void give(const float* row, int64_t width, const int32_t* number, int64_t
   }
 }
 
-// What is added to a score in base 2, of a key and of its block.
+// What is added to a score, of a key and of its block.
 INLINE float added(const Problem& p, const float* weight, int64_t place) {
-  return ((weight ? *weight : 0.0f) + (p.bias ? p.bias[place] : 0.0f)) * LOG2E;
+  return (weight ? *weight : 0.0f) + (p.bias ? p.bias[place] : 0.0f);
+}
+// The same, less what makes weights of scores; in base 2, by steps that no compiler joins into one in some places only.
+INLINE float off(const Problem& p, const float* weight, int64_t place, int64_t row) {
+  return (added(p, weight, place) - lse_of(p, row)) * LOG2E;
 }
 
 template <bool HALF>
@@ -135,7 +139,7 @@ static void forward_one_of(const Problem& p, int64_t b, int64_t h, int64_t t) {
       Vector x = k.with(query, i) * (p.scale * LOG2E);
       if (weighed(p))
         for (int64_t n = i; n < least(i + LANES, count); ++n)
-          x[n - i] += added(p, weights ? weights + number[n] : nullptr, place[n]);
+          x[n - i] += added(p, weights ? weights + number[n] : nullptr, place[n]) * LOG2E;
       if (i + LANES > count) x = choose(lanes() < integers(count - i), x, spread(UNSEEN));
       store(score + i, x);
       tops = larger(tops, x);
@@ -189,7 +193,7 @@ static void backward_one_of(const Problem& p, int64_t b, int64_t h, int64_t t, f
   while ((count = keys.next(number, place))) {
     Some<HALF> k(p.k, b, g, p.width, number, count), v(p.v, b, g, p.value, number, count);
     for (int64_t i = 0; i < count; ++i) {
-      of.add[i] = added(p, weights ? weights + number[i] : nullptr, place[i]) - p.lse[line] * LOG2E;
+      of.add[i] = off(p, weights ? weights + number[i] : nullptr, place[i], line);
       of.delta[i] = p.delta[line];
     }
     of.find(query, k, grad, v, p.scale * LOG2E);
@@ -224,7 +228,7 @@ static void key_one_of(const Problem& p, int64_t b, int64_t g, int64_t j) {
     while ((count = queries.next(number, place))) {
       Some<HALF> q(p.q, b, h, p.width, number, count), grad(p.grad_out, b, h, p.value, number, count);
       for (int64_t i = 0; i < count; ++i) {
-        of.add[i] = added(p, weight, place[i]) - p.lse[line + number[i]] * LOG2E;
+        of.add[i] = off(p, weight, place[i], line + number[i]);
         of.delta[i] = p.delta[line + number[i]];
       }
       of.find(key, q, own, grad, p.scale * LOG2E);

@@ -83,11 +83,13 @@ def block_attention(
 
     Raises:
         RuntimeError: where the kernel cannot run.
-        ValueError: for another number format, or lists that name blocks which do not exist.
+        ValueError: for another number format, a bias, or lists that name blocks which do not exist.
     """
     reason = why_not(q.device.type, q.shape[3])
     if reason is not None:
         raise RuntimeError(f"the Triton kernel of attention is not at hand: {reason}")
+    biased = selection is not None and selection.bias is not None
+    require(not biased, "selection.bias", "a number for each listed block", "is not added here", "use the plain path")
     out: Tensor = torch.ops.dsv3_triton.forward(*registration.arguments(q, k, v, selection, scale))[0]
     return out
 

@@ -60,6 +60,7 @@ class _Distillation(torch.autograd.Function):
         q, weight, k = (x.detach().to(kind) for x in (q, weight, k))
         grads = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, weight, k)]
         total, queries = k.new_zeros(()), q.shape[1]
+        main_k = main_k if seen is None else main_k.contiguous()  # once, as its rows are taken piece by piece
         for rows in chunks(queries, _numbers_per_query(q, k, main_q, main_k, seen)):
             place, visible = _visible(rows, k.shape[1] - queries, seen, k.device)
             target = _weights(main_q[:, :, rows].to(kind), _take(main_k, place).to(kind), visible, scale)

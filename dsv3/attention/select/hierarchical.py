@@ -18,8 +18,8 @@ beam as wide as there are blocks the result is the same.
                 that it runs on tensors. Worst case: all nodes, linear per query; `cost.per_level` counts what was
                 scored, the beam's included.
 
-Where there is a C++ kernel it walks one search after the other (`by_kernel`), and computes what the closed form says
-alone. In tensors searches run side by side, padded to rows of one length: `cost.computed` counts what that adds.
+Where there is a C++ kernel it walks one search after the other (`by_kernel`). In tensors searches run side by side,
+padded to rows of one length: `cost.computed` counts what that adds.
 
 Trees over keys for attention: HiP (arXiv 2406.09827) and LLSA's pyramid, neither both causal and trained. ZETA (arXiv
 2501.14577) sorts keys along a curve, log-linear attention (arXiv 2506.04761) gives every query a fixed hierarchy. top_p
