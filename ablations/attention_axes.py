@@ -183,6 +183,7 @@ STUDY = Study(
         "A model of two layers and two heads of 32, with a causal convolution of three tokens before attention.",
         "One learning rate for all arms, chosen with dense attention; a loss of distillation has weight 1.",
         "Blocks of other lengths make another tree: of as many levels more or fewer as their number has halvings.",
+        "Where trainings of an arm either succeed or fail, their mean is neither: the records have each seed.",
         "Two heads that share keys and values have fewer weights than two that do not.",
     ),
 )

@@ -49,9 +49,6 @@ def attend(
     if selection is not None:
         _check_selection(q, k, selection)
     chosen = implementation or choice.implementation(q, selection)
-    weighed = selection is not None and selection.bias is not None
-    rule = "must be 'plain' or 'kernel' for a selection with a bias for each listed block"
-    require(chosen != "triton" or not weighed, "implementation", chosen, rule, "leave it out")
     if chosen == "kernel":
         return blocks.block_attention(q, k, v, selection, scale=scale)
     if chosen == "triton":

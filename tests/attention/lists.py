@@ -1,11 +1,15 @@
 """Random inputs of attention and random lists of blocks, and how their results are compared."""
 
+from contextlib import AbstractContextManager
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from dsv3.attention import Selection, SelectionCost, reference
 from dsv3.attention.kernels import blocks, triton_blocks
+from dsv3.attention.select import by_kernel
 
 REASON = blocks.why_not()
 needs_kernel = pytest.mark.skipif(REASON is not None, reason=f"no kernel here: {REASON}")
@@ -14,6 +18,12 @@ needs_interpreter = pytest.mark.skipif(NOT_INTERPRETED is not None, reason=f"no 
 KERNEL = pytest.param("kernel", marks=needs_kernel)
 by_each = pytest.mark.parametrize("implementation", [KERNEL, pytest.param("triton", marks=needs_interpreter), "plain"])
 by_cpu = pytest.mark.parametrize("implementation", [KERNEL, "plain"])  # an interpreter takes milliseconds for a tile
+
+
+def searching_in_tensors() -> AbstractContextManager[object]:
+    """As if there were no C++ kernel to search."""
+    return mock.patch.object(by_kernel, "_computable", return_value=False)
+
 
 # batch, heads, groups, heads of the selection, queries, positions, width, value, block_q, block_k
 SHAPES = {

@@ -88,6 +88,7 @@ def test_the_kernel_computes_the_definition(name: str, dtype: torch.dtype, instr
     both = replace(selection, weights=weights)
     ours = blocks.block_attention(*leaves, both, scale=0.3, instructions=instructions)
     theirs = defined(leaves, selection, weights.repeat_interleave(shape[1] // shape[3], dim=1), scale=0.3)
+    # weights and biases make scores larger than in test_kernel, and a softmax errs as they do
     given, error = (*leaves, weights, selection.bias), 3e-6 if dtype == torch.float32 else 2e-2
     close(ours, theirs, error)
     *pairs, (mine, exact) = zip(grads(ours, given), grads(theirs, given), strict=True)
@@ -119,7 +120,7 @@ def test_the_triton_kernel_refuses_it_by_name() -> None:
     shape = (1, 2, 2, 2, 100, 100, 16, 16, 64, 32)
     leaves, selection = draw(shape), biased(select(shape), torch.float32)
     assert implementation(leaves[0], selection) == implementation(leaves[0], replace(selection, bias=None))
-    with pytest.raises(ValueError, match=r"implementation='triton': (must be 'plain' or|cannot be used here)"):
+    with pytest.raises(ValueError, match=r"adds no bias to listed blocks|cannot be used here"):
         attend(*leaves, selection, implementation="triton")
 
 

@@ -16,7 +16,7 @@ from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import bounds
 from dsv3.config import Blocks, Hierarchical, vary
-from tests.attention.lists import needs_kernel
+from tests.attention.lists import needs_kernel, searching_in_tensors
 from tests.attention.test_blocks import choices, seeds
 
 pytestmark = needs_kernel
@@ -27,7 +27,7 @@ def search(choice: Blocks, index: Index, start: int, total: int) -> Selection:
 
 
 def in_tensors(choice: Blocks, index: Index, start: int, total: int) -> Selection:
-    with mock.patch.object(by_kernel, "_computable", return_value=False):
+    with searching_in_tensors():
         return search(choice, index, start, total)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 import torch
@@ -16,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 from bench.meters.memory import peak_bytes
 from bench.meters.scores import scores
 from dsv3.attention import Selection
-from dsv3.attention.select import blocks, by_kernel, hierarchical, leading, remember
+from dsv3.attention.select import blocks, hierarchical, leading, remember
 from dsv3.attention.select.blocks import search as search_blocks
 from dsv3.attention.select.hierarchical import search as search_tree
 from dsv3.attention.select.index import Index, bounds
 from dsv3.attention.select.indexer import indexer
 from dsv3.config import Blocks, Hierarchical, vary
 from dsv3.config.counts import scored, scored_in_all
-from tests.attention.lists import needs_kernel
+from tests.attention.lists import needs_kernel, searching_in_tensors
 from tests.attention.test_blocks import choices, listed, seeds
 
 MILLION = 2**20
@@ -38,9 +37,7 @@ by_both = pytest.mark.parametrize("searched", [pytest.param("by the kernel", mar
 
 
 def searching(searched: str) -> AbstractContextManager[object]:
-    """In tensors: as if there were no kernel."""
-    no_kernel = mock.patch.object(by_kernel, "_computable", return_value=False)
-    return no_kernel if searched == "in tensors" else nullcontext()
+    return searching_in_tensors() if searched == "in tensors" else nullcontext()
 
 
 def drawn(total: int, *, heads: int = 2, groups: int = 1, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, Tensor]:

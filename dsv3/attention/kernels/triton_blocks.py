@@ -88,8 +88,9 @@ def block_attention(
     reason = why_not(q.device.type, q.shape[3])
     if reason is not None:
         raise RuntimeError(f"the Triton kernel of attention is not at hand: {reason}")
-    biased = selection is not None and selection.bias is not None
-    require(not biased, "selection.bias", "a number for each listed block", "is not added here", "use the plain path")
+    bias = None if selection is None or selection.bias is None else tuple(selection.bias.shape)
+    rule = "must be None: the Triton kernel adds no bias to listed blocks"
+    require(bias is None, "selection.bias.shape", bias, rule, "leave the implementation out")
     out: Tensor = torch.ops.dsv3_triton.forward(*registration.arguments(q, k, v, selection, scale))[0]
     return out
 

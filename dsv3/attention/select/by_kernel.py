@@ -18,15 +18,15 @@ from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Blocks, Hierarchical
 from dsv3.config.counts import scored_in_all
 
-WIDEST = 256  # nodes up to which scores one by one cost less than a product of all: 1.4 times there, 0.65 to 0.9 at 512
+WIDEST = 256  # numbers of a node up to which scores one by one take less time than a product of all
 
 
 def by_kernel(choice: Blocks, index: Index, start: int, total: int) -> Selection | None:
     """What the positions from `start` to `total` see, where the kernel can search for them and any search has to leave
     key blocks out; otherwise None.
     """
-    most = (total - 1) // choice.block_q * choice.block_q // choice.block_k
-    leaves_out = 2 < choice.past(most) < most
+    complete = (total - 1) // choice.block_q * choice.block_q // choice.block_k
+    leaves_out = 2 < choice.past(complete) < complete
     if choice.top_p is not None or not leaves_out or _one_product(choice, index) or not _computable(index):
         return None
     indices, counts, opened, computed = kernel.block_choice(
@@ -35,13 +35,14 @@ def by_kernel(choice: Blocks, index: Index, start: int, total: int) -> Selection
         _searches(choice, start, total),
         own=choice.own,
         newest=(total - 1) // choice.block_k,
-        longest=choice.longest(most),
+        longest=choice.longest(complete),
         branching=choice.branching if isinstance(choice, Hierarchical) else 0,
         bounds=bounds(choice),
     )
     lists = index.leaders.shape[:2].numel()
     per_level = [lists * number for number in scored_in_all(choice, start, total)]
     if bounds(choice):
+        # the index may have more levels than these positions reach
         per_level = [sum(both) for both in zip(per_level, opened.tolist(), strict=False)]
     while len(per_level) > 1 and per_level[-1] == 0:
         per_level.pop()
