@@ -143,6 +143,40 @@ INLINE Part multiplied(Part sum, Word a, PartBits b) {
 #endif
 }
 
+// 16 x 16 words turned, by halves, quarters, eighths and sixteenths.
+INLINE void turn(Bits (&x)[LANES]) {
+#ifdef HAS_AVX512
+  const Bits lane = (Bits)lanes();
+#pragma GCC unroll 4
+  for (uint32_t d = LANES / 2; d; d /= 2) {
+    const Bits lower = (lane & d) == 0 ? lane : lane - d + 16, upper = (lane & d) == 0 ? lane + d : lane + 16;
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < LANES; ++i) {
+      if (i & d) continue;
+      Bits a = x[i], b = x[i + d];
+      x[i] = __builtin_shuffle(a, b, lower);
+      x[i + d] = __builtin_shuffle(a, b, upper);
+    }
+  }
+#else
+  for (int i = 0; i < LANES; ++i)
+    for (int j = 0; j < i; ++j) {
+      uint32_t one = x[i][j];
+      x[i][j] = x[j][i];
+      x[j][i] = one;
+    }
+#endif
+}
+
+#ifdef HAS_AMX
+#include "matrices.h"
+#else
+template <bool HALF>
+struct Matrices {
+  Matrices() {}
+};
+#endif
+
 constexpr int64_t STEPS_AHEAD = 24;
 
 // One panel: M x (16 N) sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column by column.
@@ -208,6 +242,9 @@ static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int6
 template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                     int64_t lead_b, const Finish& finish) {
+#ifdef HAS_AMX
+  if (HALF) return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
+#endif
   int64_t column = 0;
   for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
     strip<WIDE, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);

@@ -5,6 +5,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -13,13 +16,25 @@
 
 namespace dsv3 {
 
+// Whether there are registers of matrices (AMX); Linux lends a process their memory when asked.
+inline bool has_matrices() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  constexpr int ASK = 0x1023, FOR_MATRICES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ASK, FOR_MATRICES) == 0;
+#else
+  return false;
+#endif
+}
+
 inline bool supported(const char* name) {
   if (!std::strcmp(name, "portable")) return true;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool long_vectors = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return long_vectors && (!std::strcmp(name, "avx512") || __builtin_cpu_supports("avx512bf16"));
+  if (!std::strcmp(name, "avx512")) return long_vectors;
+  bool half = long_vectors && __builtin_cpu_supports("avx512bf16");
+  return half && (!std::strcmp(name, "avx512_bf16") || has_matrices());
 #else
   return false;
 #endif

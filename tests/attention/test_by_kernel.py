@@ -96,7 +96,7 @@ def test_flat_searches_over_wide_nodes_are_one_product_in_tensors() -> None:
         assert (by_kernel.by_kernel(choice, index, 40 - total, 40) is not None) == fits
 
 
-@pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("width", [3, 16, 37, 64])
 @pytest.mark.parametrize("search", ["beam", "best_first"])
 def test_each_instruction_set_lists_the_same(instructions: str, width: int, search: str) -> None:

@@ -78,7 +78,7 @@ def test_any_routing_of_any_width_is_right(tokens: int, number: int, wide: int, 
     near(results(kernel(x, routing, *stacked), leaves), exact(leaves, routing), torch.float32)
 
 
-@pytest.mark.parametrize("instructions", ["avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_each_instruction_set_computes_the_same(instructions: str, dtype: torch.dtype) -> None:
     if instructions not in experts.instruction_sets():

@@ -25,7 +25,7 @@ using Optional = std::optional<Tensor>;
 
 std::initializer_list<const Kernels*> every() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  static const std::initializer_list<const Kernels*> all = {&avx512_bf16, &avx512, &avx2, &portable};
+  static const std::initializer_list<const Kernels*> all = {&amx_bf16, &avx512_bf16, &avx512, &avx2, &portable};
 #else
   static const std::initializer_list<const Kernels*> all = {&portable};
 #endif

@@ -231,6 +231,7 @@ INLINE void weigh(float* score, int64_t count, int64_t lead, const float* top, f
 
 template <bool HALF>
 static void forward_of(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   int64_t lead = padded(rows), g = h / (p.heads / p.groups), value = padded(p.value), deep = words<HALF>(p.width);
   Word* q = room.take<Word>(deep * lead);
@@ -346,6 +347,7 @@ static float total(const float* x, int64_t count) {
 template <bool HALF>
 static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, int64_t count, float* grad_q,
                         int64_t stride, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   int64_t lead = padded(count), width = padded(p.width), value = padded(p.value);
   int64_t deep_k = words<HALF>(p.width), deep_v = words<HALF>(p.value), group = p.heads / p.groups;
@@ -448,6 +450,7 @@ static void key_tile_of(const Problem& p, int64_t b, int64_t g, int64_t first, i
 template <bool HALF>
 static void query_tile_of(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t rows, float* grad_q,
                           int64_t stride, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   int64_t lead = padded(rows), width = padded(p.width), value = padded(p.value), g = h / (p.heads / p.groups);
   int64_t deep_k = words<HALF>(p.width), deep_v = words<HALF>(p.value);

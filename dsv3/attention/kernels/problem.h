@@ -76,6 +76,6 @@ struct Kernels {
   void (*key_one)(const Problem&, int64_t b, int64_t g, int64_t j);
 };
 
-extern const Kernels portable, avx2, avx512, avx512_bf16;
+extern const Kernels portable, avx2, avx512, avx512_bf16, amx_bf16;
 
 }  // namespace dsv3

@@ -110,31 +110,6 @@ INLINE Factor as_right(const char* x, int64_t rows, int64_t columns, int64_t lea
   return {room, columns};
 }
 
-// 16 x 16 words turned, by halves, quarters, eighths and sixteenths.
-INLINE void turn(Bits (&x)[LANES]) {
-#ifdef HAS_AVX512
-  const Bits lane = (Bits)lanes();
-#pragma GCC unroll 4
-  for (uint32_t d = LANES / 2; d; d /= 2) {
-    const Bits lower = (lane & d) == 0 ? lane : lane - d + 16, upper = (lane & d) == 0 ? lane + d : lane + 16;
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < LANES; ++i) {
-      if (i & d) continue;
-      Bits a = x[i], b = x[i + d];
-      x[i] = __builtin_shuffle(a, b, lower);
-      x[i + d] = __builtin_shuffle(a, b, upper);
-    }
-  }
-#else
-  for (int i = 0; i < LANES; ++i)
-    for (int j = 0; j < i; ++j) {
-      uint32_t one = x[i][j];
-      x[i][j] = x[j][i];
-      x[j][i] = one;
-    }
-#endif
-}
-
 // Rows of words, `lead` apart, as columns; `columns` is whole vectors, and rows up to whole vectors are zeros.
 static void turned(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
   for (int64_t r = 0; r < rows; r += LANES)
@@ -185,6 +160,7 @@ static float backward_row(const float* g, const char* h, int64_t inner, float we
 
 template <bool HALF>
 static void hidden_of(const Problem& p, int64_t e, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   constexpr int64_t size = size_of<HALF>();
   int64_t first = p.start[e], stop = p.start[e + 1], d = p.hidden, f = p.inner, deep = words<HALF>(d);
@@ -205,6 +181,7 @@ static void hidden_of(const Problem& p, int64_t e, char* scratch) {
 
 template <bool HALF>
 static void out_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  Matrices<HALF> registers;
   constexpr int64_t size = size_of<HALF>();
   int64_t d = p.hidden, f = p.inner, deep = words<HALF>(f);
   for (int64_t e = 0; e < p.experts; ++e) {
@@ -222,6 +199,7 @@ static void out_of(const Problem& p, int64_t column, int64_t columns, char* scra
 
 template <bool HALF>
 static void weights_of(const Problem& p, int64_t e, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   constexpr int64_t size = size_of<HALF>();
   int64_t first = p.start[e], count = p.start[e + 1] - first, d = p.hidden, f = p.inner, deep = words<HALF>(d);
@@ -268,6 +246,7 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
 
 template <bool HALF>
 static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
+  Matrices<HALF> registers;
   Scratch room{scratch};
   int64_t d = p.hidden, f = p.inner, deep = words<HALF>(2 * f);
   Word* turned_dh = room.take<Word>(deep * TILE);

@@ -40,6 +40,6 @@ struct Kernels {
   void (*inputs)(const Problem&, int64_t column, int64_t columns, char* scratch);
 };
 
-extern const Kernels portable, avx2, avx512, avx512_bf16;
+extern const Kernels portable, avx2, avx512, avx512_bf16, amx_bf16;
 
 }  // namespace dsv3::experts
