@@ -1,11 +1,13 @@
-// Products in the processor's own registers of matrices (AMX): 16 x 16 sums of 16 pairs of bf16 in one instruction.
+// Products in the processor's registers of matrices (AMX): 16 x 16 sums of 16 pairs of bf16 each in one instruction.
 //
-// Both factors lie as `product` takes them, so most are loaded as they are: A in rows of pairs, B in lines of columns. A
-// that lies column by column is turned first; what ends before the register does goes through memory with zeros behind.
-// A sum begins with zero and is added to what `finish` starts with, so it does not depend on how sums are cut.
+//     A    16 rows of 16 pairs           as `product` takes it row by row; what lies column by column is turned before
+//     B    16 lines of 16 pairs          as `product` takes it, one pair of each column in a line
+//     C    16 rows of 16 sums in fp32
+//
+// Two rows of two registers of sums share what is loaded. Where A or B ends before a register does, zeros follow.
 
-constexpr int64_t SIDE = 16;    // rows of a register, and pairs or sums of a row
-constexpr int64_t DEEP = 1024;  // pairs of a factor that are turned once for all columns: 128 KiB of the stack
+constexpr int64_t SIDE = 16;   // rows of a register, and words of a row
+constexpr int64_t SHORT = 32;  // pairs at most along which a factor is turned: it is done again for each product
 
 struct alignas(64) Square {
   Word data[SIDE * SIDE];
@@ -66,13 +68,10 @@ INLINE void turn_lines(const Word* from, int64_t lead, int64_t count, Word* to, 
   for (int64_t i = 0; i < SIDE; ++i) *(LooseBits*)(to + i * lead_to) = x[i];
 }
 
-template <int TO, bool ROWS>
+template <int TO>
 INLINE void fill_left(const Word* a, int64_t lead, int64_t rows, int64_t k, int64_t count) {
-  if (ROWS && rows >= SIDE && count - k >= SIDE) return fill<TO>(a + k, lead);
-  if (ROWS) return fill_part<TO>(a + k, lead, least(rows, SIDE), least(count - k, SIDE));
-  Square part;
-  turn_lines(a + k * lead, lead, count - k, part.data, SIDE);
-  fill<TO>(part.data, SIDE);
+  if (rows >= SIDE && count - k >= SIDE) return fill<TO>(a + k, lead);
+  fill_part<TO>(a + k, lead, least(rows, SIDE), least(count - k, SIDE));
 }
 template <int TO>
 INLINE void fill_right(const Word* b, int64_t lead, int64_t k, int64_t count) {
@@ -80,28 +79,70 @@ INLINE void fill_right(const Word* b, int64_t lead, int64_t k, int64_t count) {
   fill_part<TO>(b + k * lead, lead, count - k, SIDE);
 }
 
-template <class Finish>
-INLINE void finish_square(const float* sums, int64_t rows, const Finish& finish, int64_t row, int64_t column) {
+// N registers of sums side by side begin, and end row by row, so that whole lines of memory are written.
+template <int SUM, int N, class Finish>
+INLINE void begin(int64_t, const Finish&, int64_t, int64_t) {
+  clear<SUM>();
+  if (N > 1) clear<SUM + 1>();
+  if (N > 2) clear<SUM + 2>(), clear<SUM + 3>();
+}
+template <int SUM, int N, class Finish>
+INLINE void end(int64_t rows, const Finish& finish, int64_t row, int64_t column) {
+  constexpr int64_t LEAD = N * SIDE;
+  alignas(64) float sums[SIDE * LEAD];
+  empty<SUM>(sums, LEAD);
+  if (N > 1) empty<SUM + 1>(sums + SIDE, LEAD);
+  if (N > 2) empty<SUM + 2>(sums + 2 * SIDE, LEAD), empty<SUM + 3>(sums + 3 * SIDE, LEAD);
   for (int64_t i = 0; i < least(rows, SIDE); ++i)
-    finish.end(row + i, column, finish.start(row + i, column) + load(sums + i * SIDE));
+    for (int64_t n = 0; n < LEAD; n += SIDE) finish.end(row + i, column + n, load(sums + i * LEAD + n));
+}
+
+// Sums that are added to what is there are loaded from and stored in its place.
+template <int SUM>
+INLINE void begin_in_place(int64_t rows, const float* from, int64_t lead) {
+  if (rows >= SIDE) return fill<SUM>((const Word*)from, lead);
+  fill_part<SUM>((const Word*)from, lead, rows, SIDE);
+}
+template <int SUM>
+INLINE void end_in_place(int64_t rows, float* to, int64_t lead) {
+  if (rows >= SIDE) return empty<SUM>(to, lead);
+  alignas(64) float sums[SIDE * SIDE];
+  empty<SUM>(sums, SIDE);
+  for (int64_t i = 0; i < rows; ++i) store(to + i * lead, load(sums + i * SIDE));
+}
+template <int SUM, int N>
+INLINE void begin(int64_t rows, const Add& finish, int64_t row, int64_t column) {
+  const float* from = finish.c + row * finish.lead + column;
+  if (finish.fresh) return begin<SUM, N, Add>(rows, finish, row, column);
+  begin_in_place<SUM>(rows, from, finish.lead);
+  if (N > 1) begin_in_place<SUM + 1>(rows, from + SIDE, finish.lead);
+  if (N > 2) begin_in_place<SUM + 2>(rows, from + 2 * SIDE, finish.lead);
+  if (N > 2) begin_in_place<SUM + 3>(rows, from + 3 * SIDE, finish.lead);
+}
+template <int SUM, int N>
+INLINE void end(int64_t rows, const Add& finish, int64_t row, int64_t column) {
+  float* to = finish.c + row * finish.lead + column;
+  end_in_place<SUM>(rows, to, finish.lead);
+  if (N > 1) end_in_place<SUM + 1>(rows, to + SIDE, finish.lead);
+  if (N > 2) end_in_place<SUM + 2>(rows, to + 2 * SIDE, finish.lead);
+  if (N > 2) end_in_place<SUM + 3>(rows, to + 3 * SIDE, finish.lead);
 }
 
 // M x N registers of sums over all of K, `rows` of them there; A begins at `row`, B at `column`.
-template <int M, int N, bool ROWS, class Finish>
+template <int M, int N, class Finish>
 INLINE void squares(int64_t rows, const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count,
                     const Finish& finish, int64_t row, int64_t column) {
-  const Word* below = a + SIDE * (ROWS ? lead : 1);
-  for (int64_t i = 0; i < least(rows, M * SIDE); ++i)  // asks for what it will need
-    for (int n = 0; n < N; ++n) finish.start(row + i, column + n * SIDE);
-  clear<0>();
-  if (M * N > 1) clear<1>();
-  if (M * N > 2) clear<2>(), clear<3>();
+  for (int64_t i = 0; i < least(rows, M * SIDE); ++i)
+    for (int n = 0; n < N; ++n) finish.start(row + i, column + n * SIDE);  // asks for what it will need
+  constexpr int BELOW = M > 1 ? N : 0;  // the register of the first sums below
+  begin<0, N>(rows, finish, row, column);
+  if (M > 1) begin<BELOW, N>(rows - SIDE, finish, row + SIDE, column);
   for (int64_t k = 0; k < count; k += SIDE) {
-    fill_left<4, ROWS>(a, lead, rows, k, count);
-    if (M > 1) fill_left<5, ROWS>(below, lead, rows - SIDE, k, count);
+    fill_left<4>(a, lead, rows, k, count);
+    if (M > 1) fill_left<5>(a + SIDE * lead, lead, rows - SIDE, k, count);
     fill_right<6>(b, lead_b, k, count);
     add_product<0, 4, 6>();
-    if (M > 1) add_product<N % 4, 5, 6>();
+    if (M > 1) add_product<BELOW, 5, 6>();
     if (N > 1) {
       fill_right<7>(b + SIDE, lead_b, k, count);
       add_product<1, 4, 7>();
@@ -114,48 +155,35 @@ INLINE void squares(int64_t rows, const Word* a, int64_t lead, const Word* b, in
       add_product<3, 4, 7>();
     }
   }
-  alignas(64) float sums[M * N][SIDE * SIDE];
-  empty<0>(sums[0], SIDE);
-  if (M * N > 1) empty<1>(sums[M * N > 1], SIDE);
-  if (M * N > 2) empty<2>(sums[M * N > 2 ? 2 : 0], SIDE), empty<3>(sums[M * N > 2 ? 3 : 0], SIDE);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n)
-      finish_square(sums[m * N + n], rows - m * SIDE, finish, row + m * SIDE, column + n * SIDE);
+  end<0, N>(rows, finish, row, column);
+  if (M > 1) end<BELOW, N>(rows - SIDE, finish, row + SIDE, column);
 }
 
-// Rows of sums over all columns.
-template <int M, bool ROWS, class Finish>
-static void row_of_squares(int64_t rows, int64_t columns, const Word* a, int64_t lead, const Word* b, int64_t lead_b,
-                           int64_t count, const Finish& finish, int64_t row) {
+template <int M, class Finish>
+static __attribute__((noinline)) void row_of_squares(int64_t rows, int64_t columns, const Word* a, int64_t lead,
+                                                     const Word* b, int64_t lead_b, int64_t count,
+                                                     const Finish& finish, int64_t row) {
   constexpr int N = 4 / M;
   int64_t column = 0;
   for (; column + N * SIDE <= columns; column += N * SIDE)
-    squares<M, N, ROWS>(rows, a, lead, b + column, lead_b, count, finish, row, column);
+    squares<M, N>(rows, a, lead, b + column, lead_b, count, finish, row, column);
   for (; column < columns; column += SIDE)
-    squares<M, 1, ROWS>(rows, a, lead, b + column, lead_b, count, finish, row, column);
+    squares<M, 1>(rows, a, lead, b + column, lead_b, count, finish, row, column);
 }
 
 template <bool ROWS, class Finish>
 static void product_in_squares(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                                int64_t lead_b, const Finish& finish) {
-  alignas(64) Word room[ROWS ? 1 : 2 * SIDE * DEEP];
-  int64_t lead_room = padded(count);
+  alignas(64) Word room[ROWS ? 1 : 2 * SIDE * SHORT];
   for (int64_t row = 0; row < rows; row += 2 * SIDE) {
-    int64_t here = rows - row;
-    const Word* from = a + row * (ROWS ? lead : 1);
-    if (ROWS || count > DEEP) {
-      if (here > SIDE)
-        row_of_squares<2, ROWS>(here, columns, from, lead, b, lead_b, count, finish, row);
-      else
-        row_of_squares<1, ROWS>(here, columns, from, lead, b, lead_b, count, finish, row);
-      continue;
-    }
-    for (int64_t i = 0; i < least(2 * SIDE, here); i += SIDE)
-      for (int64_t k = 0; k < count; k += SIDE)
-        turn_lines(from + i + k * lead, lead, count - k, room + i * lead_room + k, lead_room);
-    if (here > SIDE)
-      row_of_squares<2, true>(here, columns, room, lead_room, b, lead_b, count, finish, row);
+    const Word* from = ROWS ? a + row * lead : room;
+    if (!ROWS)
+      for (int64_t i = 0; i < least(2 * SIDE, rows - row); i += SIDE)
+        for (int64_t k = 0; k < count; k += SIDE)
+          turn_lines(a + k * lead + row + i, lead, count - k, room + i * SHORT + k, SHORT);
+    if (rows - row > SIDE)
+      row_of_squares<2>(rows - row, columns, from, ROWS ? lead : SHORT, b, lead_b, count, finish, row);
     else
-      row_of_squares<1, true>(here, columns, room, lead_room, b, lead_b, count, finish, row);
+      row_of_squares<1>(rows - row, columns, from, ROWS ? lead : SHORT, b, lead_b, count, finish, row);
   }
 }

@@ -19,6 +19,8 @@ typedef uint32_t PartBits __attribute__((vector_size(REGISTER)));
 typedef uint32_t LoosePartBits __attribute__((vector_size(REGISTER), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t ManyHalves __attribute__((vector_size(64)));
+typedef uint16_t LooseManyHalves __attribute__((vector_size(64), aligned(2), may_alias));
 typedef uint32_t Word __attribute__((may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -41,6 +43,8 @@ INLINE float number(Word x) {
 }
 INLINE Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 INLINE Ints integers(int32_t x) { return x - Ints{}; }
+constexpr ManyHalves ZIPPED = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
 INLINE Vector choose(Ints which, Vector yes, Vector no) {
   return (Vector)(((Ints)yes & which) | ((Ints)no & ~which));
 }
@@ -111,12 +115,26 @@ INLINE Bits rounded(Vector x) {
 }
 INLINE Bits pairs(Vector low, Vector high) {
 #ifdef HAS_BF16
-  Bits a = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)low));
-  Bits b = (Bits)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)high));
-  return a | (b << 16);
+  return (Bits)__builtin_shuffle((ManyHalves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low), ZIPPED);
 #else
   return rounded(low) | (rounded(high) << 16);
 #endif
+}
+// The same of two rows of bf16; a whole number of vectors.
+INLINE void zip(const uint16_t* low, const uint16_t* high, int64_t columns, Word* to) {
+  int64_t c = 0;
+#ifdef HAS_AVX512
+  for (; c + 2 * LANES <= columns; c += 2 * LANES) {
+    ManyHalves a = *(const LooseManyHalves*)(low + c), b = *(const LooseManyHalves*)(high + c);
+    *(LooseBits*)(to + c) = (Bits)__builtin_shuffle(a, b, ZIPPED + (ZIPPED & 16));
+    *(LooseBits*)(to + c + LANES) = (Bits)__builtin_shuffle(a, b, ZIPPED + (ZIPPED & 16) + 16);
+  }
+#endif
+  for (; c < columns; c += LANES) {
+    Bits a = __builtin_convertvector(*(const LooseHalves*)(low + c), Bits);
+    Bits b = __builtin_convertvector(*(const LooseHalves*)(high + c), Bits);
+    *(LooseBits*)(to + c) = a | (b << 16);
+  }
 }
 INLINE Halves halves(Vector x) {
 #ifdef HAS_BF16
@@ -168,12 +186,23 @@ INLINE void turn(Bits (&x)[LANES]) {
 #endif
 }
 
+// Add to what is there, or begin with zero.
+struct Add {
+  float* c;
+  int64_t lead;
+  bool fresh;
+  INLINE_MEMBER Vector start(int64_t row, int64_t column) const {
+    return fresh ? Vector{} : load(c + row * lead + column);
+  }
+  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const { store(c + row * lead + column, sum); }
+};
+
 #ifdef HAS_AMX
 #include "matrices.h"
 #else
 template <bool HALF>
 struct Matrices {
-  Matrices() {}
+  Matrices() {}  // nothing to set up
 };
 #endif
 
@@ -243,7 +272,8 @@ template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                     int64_t lead_b, const Finish& finish) {
 #ifdef HAS_AMX
-  if (HALF) return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
+  if (HALF && (ROWS || count <= SHORT))
+    return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
 #endif
   int64_t column = 0;
   for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
@@ -254,14 +284,3 @@ INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a,
   for (; column < columns; column += LANES)
     strip<1, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
 }
-
-// Add to what is there, or begin with zero.
-struct Add {
-  float* c;
-  int64_t lead;
-  bool fresh;
-  INLINE_MEMBER Vector start(int64_t row, int64_t column) const {
-    return fresh ? Vector{} : load(c + row * lead + column);
-  }
-  INLINE_MEMBER void end(int64_t row, int64_t column, Vector sum) const { store(c + row * lead + column, sum); }
-};

@@ -53,8 +53,9 @@ def exact(leaves: tuple[Tensor, ...], routing: Routing) -> list[Tensor]:
 
 def near(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
     for one, other in zip(found, truth, strict=True):
-        # float32: sums of a few thousand products of about 1, eps is 1.2e-7; bfloat16: h, a and dh are rounded to 2^-9
-        bound = (1e-5 if dtype == torch.float32 else 2e-2) * max(other.abs().max().item(), 1.0)
+        # float32: sums of a few thousand products of about 1, eps is 1.2e-7; bfloat16: h, a and dh are rounded to 2^-9,
+        # and of what a hundred such terms leave the error is that of each, times ten
+        bound = (1e-5 if dtype == torch.float32 else 4e-2) * max(other.abs().max().item(), 1.0)
         torch.testing.assert_close(one.double(), other, rtol=0.0, atol=bound)
 
 
@@ -69,13 +70,16 @@ def test_values_and_gradients_are_those_of_float64(
     near(results(y, (x, weights, *stacked)), exact((x, weights, *stacked), routing), dtype)
 
 
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @given(st.integers(1, 130), st.integers(1, 9), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**31))
 @settings(max_examples=25)
-def test_any_routing_of_any_width_is_right(tokens: int, number: int, wide: int, inner: int, seed: int) -> None:
+def test_any_routing_of_any_width_is_right(
+    dtype: torch.dtype, tokens: int, number: int, wide: int, inner: int, seed: int
+) -> None:
     k = seed % number + 1
-    (x, weights, *stacked), routing = drawn((tokens, number, k, 16 * wide, 16 * inner, 1.0), torch.float32)
+    (x, weights, *stacked), routing = drawn((tokens, number, k, 16 * wide, 16 * inner, 1.0), dtype)
     leaves = (x, weights, *stacked)
-    near(results(kernel(x, routing, *stacked), leaves), exact(leaves, routing), torch.float32)
+    near(results(kernel(x, routing, *stacked), leaves), exact(leaves, routing), dtype)
 
 
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])

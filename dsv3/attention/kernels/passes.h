@@ -67,11 +67,7 @@ static Matrix as_right(const Rows& x, int64_t b, int64_t h, int64_t first, int64
       for (int64_t c = 0; c < lead; ++c) to[c] = c < width ? low[c] : 0;
       continue;
     }
-    for (int64_t c = 0; c < whole; c += LANES) {
-      Bits a = __builtin_convertvector(*(const LooseHalves*)(low + c), Bits);
-      Bits b = __builtin_convertvector(*(const LooseHalves*)(high + c), Bits);
-      *(LooseBits*)(to + c) = a | (b << 16);
-    }
+    zip(low, high, whole, to);
     for (int64_t c = whole; c < lead; ++c) to[c] = c < width ? low[c] | (Word)high[c] << 16 : 0;
   }
   return {room, lead};

@@ -91,11 +91,10 @@ static void paired(const char* x, int64_t rows, int64_t columns, int64_t lead, W
       __builtin_prefetch(low + ROWS_AHEAD * lead + c, 0, 2);
       __builtin_prefetch(high + ROWS_AHEAD * lead + c, 0, 2);
     }
-    for (int64_t c = 0; c < columns; c += LANES) {
-      Bits a = __builtin_convertvector(*(const LooseHalves*)(low + c), Bits);
-      Bits b = i + 1 < rows ? __builtin_convertvector(*(const LooseHalves*)(high + c), Bits) : Bits{};
-      *(LooseBits*)(to + c) = a | (b << 16);
-    }
+    if (i + 1 < rows)
+      zip(low, high, columns, to);
+    else
+      for (int64_t c = 0; c < columns; ++c) to[c] = low[c];
   }
 }
 
@@ -121,6 +120,20 @@ static void turned(const Word* from, int64_t lead, int64_t rows, int64_t columns
 #pragma GCC unroll 16
       for (int64_t i = 0; i < LANES; ++i) *(LooseBits*)(to + (c + i) * lead_to + r) = x[i];
     }
+}
+
+#ifdef HAS_AMX
+constexpr bool LEFT_IN_ROWS = true;  // factor A of a product over rows of bf16: registers of matrices want it turned
+#else
+constexpr bool LEFT_IN_ROWS = false;
+#endif
+
+// Rows of bf16 from the `first` one on, in pairs, to where those of A lie; a row of A or a line of columns is `lead`.
+static void paired_left(const char* x, int64_t rows, int64_t columns, int64_t first, Word* to, int64_t lead,
+                        Word* room) {
+  if (!LEFT_IN_ROWS) return paired(x, rows, columns, columns, to + first / 2 * lead);
+  paired(x, rows, columns, columns, room);
+  turned(room, columns, words<true>(rows), columns, to + first / 2, lead);
 }
 
 // ---- SwiGLU
@@ -203,7 +216,9 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
   Scratch room{scratch};
   constexpr int64_t size = size_of<HALF>();
   int64_t first = p.start[e], count = p.start[e + 1] - first, d = p.hidden, f = p.inner, deep = words<HALF>(d);
-  int64_t all = words<HALF>(p.longest);
+  int64_t all = padded(words<HALF>(p.longest));
+  constexpr bool IN_ROWS = HALF && LEFT_IN_ROWS;
+  int64_t lead_a = IN_ROWS ? all : f, lead_x = IN_ROWS ? all : d;
   Word* x = room.take<Word>(all * d);
   Word* dy = room.take<Word>(all * d);
   Word* a = room.take<Word>(all * f);
@@ -212,6 +227,7 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
   Word* turned_dy = room.take<Word>(deep * TILE);
   float* turned_g = room.take<float>(f * TILE);
   float* g = room.take<float>(TILE * f);
+  Word* pairs_room = room.take<Word>(IN_ROWS ? TILE / 2 * (d > f ? d : f) : 0);
   const Word* down = (const Word*)(p.down + e * f * d * size);
   for (int64_t i = 0; i < count; i += TILE) {
     int64_t n = least(TILE, count - i), lead = padded(n), row = first + i;
@@ -226,18 +242,18 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
       p.dweight[row + j] = backward_row<HALF>(g + j * f, p.h + (row + j) * 2 * f * size, f, p.weight[row + j],
                                               p.dh + (row + j) * 2 * f * size, own_a + j * f * size);
     if (HALF) {
-      paired(rows, n, f, f, a + i / 2 * f);
+      paired_left(rows, n, f, i, a, lead_a, pairs_room);
       paired(p.dh + row * 2 * f * size, n, 2 * f, 2 * f, dh + i / 2 * 2 * f);
       gather(p.x, d * size, p.token + row, n, rows);
-      paired(rows, n, d, d, x + i / 2 * d);
+      paired_left(rows, n, d, i, x, lead_x, pairs_room);
     } else {
       gather(p.x, d * size, p.token + row, n, (char*)(x + i * d));
     }
   }
   const Word* slope = HALF ? dh : (const Word*)(p.dh + first * 2 * f * size);
   bool past = p.experts * 3 * f * d * size > CACHED;
-  product<HALF, false>(f, d, words<HALF>(count), a, f, dy, d, PutAway<HALF>{p.ddown + e * f * d * size, d, past});
-  product<HALF, false>(d, 2 * f, words<HALF>(count), x, d, slope, 2 * f,
+  product<HALF, IN_ROWS>(f, d, words<HALF>(count), a, lead_a, dy, d, PutAway<HALF>{p.ddown + e * f * d * size, d, past});
+  product<HALF, IN_ROWS>(d, 2 * f, words<HALF>(count), x, lead_x, slope, 2 * f,
                        PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
 #ifdef HAS_AVX512
   _mm_sfence();
