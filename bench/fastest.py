@@ -7,7 +7,8 @@
 16 experts of which a token takes 2, routing at random. `padded` is no candidate: it pays for the fullest expert's rows
 as often as there are experts, and routing may be uneven. Each set of instructions that this processor has for the C++
 kernel is measured in a process in which torch is held to the same ones, as far as it lets itself be (its MKL on
-processors of AMD does not), and last the other dispatches alone. Entries of other sets stay in the table.
+processors of AMD does not), and last, as the set "none", the other dispatches alone. `--sets` measures some of them.
+Entries of other sets stay in the table.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from dsv3.moe.kernels.experts import instruction_sets, why_not
 
 BASELINE = "looped"
 NARROWER: Mapping[str, Mapping[str, str]] = {  # what holds torch to a set of instructions
+    "avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "portable": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
@@ -50,13 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.fastest", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="SET", help="print the entries of one set of instructions, and write nothing")
-    only = parser.parse_args(arguments).only
+    sets = (*(instruction_sets() if why_not() is None else ()), WITHOUT)
+    parser.add_argument("--sets", nargs="+", choices=sets, default=sets, help="measure these alone; default: all")
+    given = parser.parse_args(arguments)
+    only, sets = given.only, tuple(given.sets)
     if only is not None:
         with threads(1):
             for row in measured(only):
                 print(json.dumps(row), flush=True)
         return 0
-    sets = (*(instruction_sets() if why_not() is None else ()), WITHOUT)
     found = [row for name in sets for row in _in_a_process(name)]
     write(TABLE, HEAD, [*(row for row in table() if row["instructions"] not in sets), *found])
     print(f"{len(found)} entries in {TABLE}")

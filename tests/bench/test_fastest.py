@@ -54,3 +54,17 @@ def test_entries_of_sets_that_the_machine_lacks_stay(tmp_path: Path, monkeypatch
     assert main([]) == 0
     write(wanted := tmp_path / "wanted.toml", HEAD, [{"instructions": "sve", "rows": 8}, *found("none")])
     assert file.read_text() == wanted.read_text()
+
+
+def test_only_the_sets_that_are_asked_for_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, old = tmp_path / "fastest.toml", [{"instructions": name, "rows": 8} for name in ("avx2", "none")]
+    monkeypatch.setattr(fastest, "TABLE", file)
+    monkeypatch.setattr(fastest, "table", lambda: old)
+    monkeypatch.setattr(fastest, "why_not", lambda: None)
+    monkeypatch.setattr(fastest, "instruction_sets", lambda: ("avx512", "avx2"))
+    monkeypatch.setattr(fastest, "_in_a_process", lambda name: iter([{"instructions": name, "rows": 16}]))
+    assert main(["--sets", "avx512"]) == 0
+    write(wanted := tmp_path / "wanted.toml", HEAD, [*old, {"instructions": "avx512", "rows": 16}])
+    assert file.read_text() == wanted.read_text()
+    with pytest.raises(SystemExit):
+        main(["--sets", "sse"])
