@@ -1,7 +1,8 @@
 """Which cells are done, so that none runs twice.
 
 A cell is named by everything its result depends on: the study's name and rule, its arm, seed, axes and configs, the
-profile, the machine (with its Python and torch), and the code that its measuring reaches. When it has run, a line of
+profile, the code that its measuring reaches, and where it measures times, the machine (with its Python and torch):
+counts and losses hold on any, so that several machines can share the seeds of a study. When it has run, a line of
 `<out>/cells.jsonl` lists the ids of its records; it is done while `<out>/records.jsonl` holds them all. Both files
 only grow and are kept together, so that a copy of the folder knows its cells as done.
 
@@ -39,7 +40,7 @@ def cell_key(study: Study, cell: Cell, profile: Profile) -> str:
         "study": study.name,
         "rule": study.rule_digest(),
         "code": code_digest(study.measure),
-        "machine": machine_id(),
+        "machine": machine_id() if cell.timed else None,
         "profile": profile,
         "device": cell.device,
         "arm": cell.arm,

@@ -4,9 +4,9 @@ Ray places the tasks; there is no scheduler of ours. A cell that measures time t
 neighbour stands in it; any other takes one (on a GPU, one GPU). The task measures into a folder of its own and hands
 the records back, and only this process writes, so nodes need no common disk; they do need this code at the same place.
 
-A node is another machine or holds other code exactly if it gives the cell another name (`cache.cell_key`). Its figures
-could not be compared with ours, so they are refused by name. RAY_ADDRESS says which cluster; without it Ray starts one
-on this machine.
+A node gives a cell another name (`cache.cell_key`) exactly if it holds other code or, of a cell that measures times, is
+another machine. Its figures could not be compared with ours, so they are refused by name. RAY_ADDRESS says which
+cluster; without it Ray starts one on this machine.
 """
 
 import json
@@ -24,7 +24,7 @@ from ablations.cell import order
 from ablations.code import ROOT
 from ablations.run import in_fresh_process, label, patience, settle
 from ablations.study import Cell, Study
-from bench.fingerprint import cores
+from bench.fingerprint import cores, save
 from bench.record import Profile, append, load
 from dsv3.config.rules import require
 
@@ -34,13 +34,14 @@ _LOST = -9  # the status of a task that Ray lost: as of a process that was kille
 @dataclass(frozen=True, kw_only=True)
 class There:
     """What came of a cell on its node: the exit status of its process, what it printed, and, where it wrote any
-    records, the cell's name there and the text of the files.
+    records, the cell's name there and the text of the files, that of the machine's fingerprint apart.
     """
 
     status: int
     said: str
     key: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_on_ray(
@@ -86,8 +87,10 @@ def measured_there(text: str, limit: float) -> There:
         told = json.loads(text) | {"out": folder}
         status, said = in_fresh_process(json.dumps(told), limit, threading.Event())
         files = {path.name: path.read_text() for path in Path(folder).glob("*.jsonl")}
+        machine = save(folder)
+        fingerprint = {machine.name: machine.read_text()} if files else {}
     key = cell_key(catalogue.load(told["study"]), Cell(**told["cell"]), told["profile"]) if files else ""
-    return There(status=status, said=said, key=key, files=files)
+    return There(status=status, said=said, key=key, files=files, fingerprint=fingerprint)
 
 
 def _ray() -> Any:
@@ -120,11 +123,14 @@ def _keep(study: Study, cell: Cell, profile: Profile, out: Path, there: There) -
         return ""
     key = cell_key(study, cell, profile)
     if there.key != key:
-        return "refused: its node is another machine than this one, or has other code"
+        return "refused: its node has other code, or is another machine than this one"
     with TemporaryDirectory() as folder:
         for name, text in there.files.items():
             Path(folder, name).write_text(text)
         records, finished = load(Path(folder, "records.jsonl")).records, marks(Path(folder))
+    (out / "machines").mkdir(parents=True, exist_ok=True)
+    for name, text in there.fingerprint.items():
+        (out / "machines" / name).write_text(text)
     append(out / "records.jsonl", records)
     for done in finished:
         mark(out, key, records, done.seconds)

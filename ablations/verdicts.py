@@ -1,8 +1,8 @@
 """The verdict on every claim, from the records that are there.
 
-What may speak: the records of one machine (that of the study's newest figure), each point once (the newest), measured
-under the rules as they stand now; those of an older rule are exploratory. There is no verdict with fewer replicates
-than the rule declares.
+What may speak: each point once (the newest), times of one machine, counts and losses of any (`bench.machines`),
+measured under the rules as they stand now; those of an older rule are exploratory. There is no verdict with fewer
+replicates than the rule declares.
 
 An answer is plain text that knows which records each of its numbers comes from (`ablations.traced.Prose`).
 """
@@ -15,7 +15,8 @@ from ablations.claims import Claim, Outcome, Verdict, ledger
 from ablations.evidence import NoEvidence
 from ablations.study import Rule, Study
 from ablations.traced import Count, Prose, mark, tracing
-from bench.record import Record, speaking
+from bench.machines import speaking
+from bench.record import Record
 
 
 def verdicts(studies: Iterable[Study], records: Sequence[Record]) -> dict[str, Verdict]:
@@ -40,7 +41,7 @@ def verdict(claim: Claim, studies: Mapping[str, Study], records: Sequence[Record
 
 
 def standing(study: Study, records: Iterable[Record]) -> tuple[Record, ...]:
-    """The study's records that stand: of the machine that speaks, the newest of each point, in file order.
+    """The study's records that stand: of those that speak, the newest of each point, in file order.
 
     An error stands until something of its arm and seed is measured where it failed.
     """
@@ -75,7 +76,9 @@ def mixed(records: Sequence[Record], baseline: str) -> str:
         _several(means.values(), "config", "points average records of several configs"),
         _several(means.values(), "revision", "points average records of several revisions"),
         _several(means.values(), "corpus", "points average records of several texts"),
+        _several(means.values(), "machine", "points average records of several machines"),
         _several(pairs, "revision", f"pairs with {baseline} are of two revisions"),
+        _several(pairs, "machine", f"pairs with {baseline} are of two machines"),
         _several(pairs, "corpus", f"pairs with {baseline} are of two texts and left out"),
     ]
     return " ".join(filter(None, said))

@@ -11,7 +11,7 @@ Lines with equal `id` measure the same thing again; the later one stands.
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
@@ -226,26 +226,6 @@ def load(path: Path | str) -> Loaded:
         except (ValueError, TypeError) as error:
             skipped.append(Skipped(line=number, reason=_short(str(error))))
     return Loaded(records=tuple(records), skipped=tuple(skipped))
-
-
-def speaking(records: Sequence[Record]) -> tuple[Record, ...]:
-    """The records of the one machine that speaks: that of the newest figure; of the newest error where nothing was
-    measured.
-    """
-    newest = next((row for row in reversed(records) if row.error is None), records[-1] if records else None)
-    return tuple(row for row in records if newest is not None and row.machine == newest.machine)
-
-
-def other_machines(records: Sequence[Record]) -> str:
-    """Which machine speaks, in one sentence, where several have left records; "" where one has."""
-    counts: dict[str, int] = {}
-    for record in records:
-        counts[record.machine] = counts.pop(record.machine, 0) + 1
-    if len(counts) < 2:
-        return ""
-    speaks = speaking(records)[-1].machine
-    aside = ", ".join(f"{count} of {machine}" for machine, count in counts.items() if machine != speaks)
-    return f"Records of {len(counts)} machines: {speaks}, the newest, speaks; {aside} stand aside."
 
 
 def _take_back(handle: int, written: int) -> None:

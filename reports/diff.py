@@ -4,8 +4,8 @@ An exact figure has changed if it differs at any seed that both have. A noisy on
 have nothing in common. Chance alone does that to one figure in 180 or so (z or t intervals, at any number of
 replicates; to fewer where both runs read the same seeds): of many points some differ though nothing has changed, and
 `by_chance` says how many. Where an interval is missing nothing can be said, nor where it is that of one process, since
-another process of the same code often lies outside it. Of each folder the machine of the newest figure speaks; on two
-machines only figures that transfer between machines are compared.
+another process of the same code often lies outside it. Of each folder what speaks is compared (`bench.machines`); where
+two machines speak, only figures that transfer between machines are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from ablations.evidence import Estimate, summarise
 from bench.fingerprint import saved
+from bench.machines import other_machines, speaker, speaking
 from bench.metrics import metric
-from bench.record import Record, load, other_machines, speaking
+from bench.record import Record, load
 from reports.known import known
 
 Verdict = Literal["changed", "same", "no interval", "one process", "gone", "new"]
@@ -70,7 +71,7 @@ def diff(before: Path, after: Path) -> Diff:
     """
     (old, left_before), (new, left_after) = (_speaking(folder) for folder in (before, after))
     machines = tuple(_unequal(_machine(before, old), _machine(after, new)))
-    elsewhere = old[-1].machine != new[-1].machine
+    elsewhere = speaker(old) != speaker(new)
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
     changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
@@ -93,7 +94,8 @@ def _speaking(folder: Path) -> tuple[tuple[Record, ...], list[str]]:
 
 
 def _machine(folder: Path, records: tuple[Record, ...]) -> dict[str, Any]:
-    name = records[-1].machine
+    name = speaker(records)
+    assert name is not None, "there are records"
     return {"machine": name} | saved(folder, name)
 
 

@@ -21,8 +21,9 @@ from ablations.evidence import NoEvidence
 from ablations.study import Study
 from ablations.traced import Prose, mark, tracing
 from ablations.verdicts import current, mixed, standing, verdicts
+from bench.machines import other_machines, speaking
 from bench.metrics import METRICS, Metric, metric
-from bench.record import Profile, Record, other_machines, speaking
+from bench.record import Profile, Record
 from reports import figures
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
@@ -163,7 +164,7 @@ def stranger_page(name: str, records: Sequence[Record]) -> Page:
 def _bare(
     name: str, records: Sequence[Record], *, title: str, question: str, commands: tuple[str, ...], warning: str = ""
 ) -> Page:
-    """What records say by themselves, of their newest machine, each point once."""
+    """What records say by themselves, those that speak, each point once."""
     rows = list({(r.arm, r.seed, r.metric, tuple(sorted(r.axes.items()))): r for r in speaking(records)}.values())
     used = tuple(dict.fromkeys(record.metric for record in rows))
     arms = tuple(dict.fromkeys(record.arm for record in rows))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ablations.cell import READINGS_FAILED, order
 from ablations.ray_cluster import There, _keep, _require_nodes, _resources, measured_there
 from ablations.run import remaining, run
 from ablations.study import Cell, Study
-from bench.fingerprint import cores
+from bench.fingerprint import cores, machine_id, saved
 from bench.record import Record, load
 
 COIN = Path(__file__).with_name("coin_study.py")
@@ -54,7 +55,8 @@ def test_a_local_cluster_gives_the_records_of_a_local_run_and_runs_no_cell_twice
         assert finished.returncode == 0, finished.stderr
     assert log.read_text().count("start") == 4
     here = tmp_path / "here"
-    assert not [wrong for wrong in run(str(COIN), coin, coin.cells("quick"), "quick", here, print) if wrong]
+    quiet = tuple(replace(cell, timed=False) for cell in coin.cells("quick"))
+    assert not [wrong for wrong in run(str(COIN), coin, quiet, "quick", here, print) if wrong]
     assert told(tmp_path / "ray") == told(here)
     assert done(tmp_path / "ray") == done(here)
 
@@ -88,6 +90,7 @@ def test_a_task_hands_back_what_its_cell_wrote_and_the_driver_keeps_it(coin: Stu
     assert _keep(coin, cell, "quick", tmp_path, there) == ""
     assert cell not in remaining(coin, "quick", tmp_path).left
     assert len(load(tmp_path / "records.jsonl").records) == 2
+    assert saved(tmp_path, machine_id())["machine"] == machine_id()
 
 
 @pytest.mark.parametrize("broken", [{}, {"COIN_NAN": "fair"}])
@@ -102,8 +105,16 @@ def test_what_another_machine_measured_is_refused_also_where_a_reading_failed(
     assert ("cells.jsonl" in there.files) == (not broken)
     monkeypatch.setattr("ablations.cache.machine_id", lambda: "another")
     said = _keep(coin, cell, "quick", tmp_path, there)
-    assert said == "refused: its node is another machine than this one, or has other code"
+    assert said == "refused: its node has other code, or is another machine than this one"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_measures_no_time_may_come_from_another_machine(coin: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = coin.cells("quick")[0]
+    names = [cell_key(coin, cell, "quick") for cell in (timed, replace(timed, timed=False))]
+    monkeypatch.setattr("ablations.cache.machine_id", lambda: "another")
+    assert cell_key(coin, timed, "quick") != names[0]
+    assert cell_key(coin, replace(timed, timed=False), "quick") == names[1]
 
 
 def test_of_a_reading_that_failed_the_good_ones_are_kept_and_the_cell_is_left(

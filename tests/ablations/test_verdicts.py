@@ -75,10 +75,18 @@ def test_the_newest_record_of_a_point_stands(coin: Study) -> None:
     assert verdict(CLAIMS["A3"], {coin.name: coin}, rows[::-1]).outcome is Outcome.FAILS
 
 
-def test_machines_are_not_mixed(coin: Study) -> None:
-    rows = tossed(coin, 5) + tossed(coin, 1, where=replace(HERE, machine="other"))
-    assert {row.machine for row in standing(coin, rows)} == {"other"}
-    assert verdict(CLAIMS["A3"], {coin.name: coin}, rows).answer == "needs the full profile (1 of 6 seeds)"
+def test_losses_of_all_machines_count_and_bytes_of_one(coin: Study) -> None:
+    rows = tossed(coin, 6)[: 4 * 5] + tossed(coin, 6, where=replace(HERE, machine="other"))[4 * 5 :]
+    found = [(row.metric, row.seed, row.machine) for row in standing(coin, rows) if row.arm == "bent"]
+    losses = [("loss", seed, "m") for seed in range(5)] + [("loss", 5, "other")]
+    assert sorted(found) == [*losses, ("peak_bytes", 5, "other")]
+    assert verdict(CLAIMS["A3"], {coin.name: coin}, rows).outcome is Outcome.HOLDS
+    assert mixed(standing(coin, rows), "fair") == "Some points average records of several machines."
+
+
+def test_pairs_of_two_machines_are_told(coin: Study) -> None:
+    fair, bent = tossed(coin, 1)[:2], tossed(coin, 1, where=replace(HERE, machine="other"))[2:]
+    assert mixed(standing(coin, [*fair, *bent]), "fair") == "All pairs with fair are of two machines."
 
 
 def test_an_error_stands_until_its_point_is_measured(coin: Study) -> None:

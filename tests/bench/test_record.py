@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.record import SCHEMA, Record, append, from_line, load, other_machines, speaking, to_line
+from bench.record import SCHEMA, Record, append, from_line, load, to_line
 
 ROOT = Path(__file__).parents[2]
 PLAIN = Record(
@@ -207,18 +207,6 @@ def test_a_line_cut_anywhere_is_one_bad_line_and_its_neighbours_stand(tmp_path: 
         loaded = load(path)
         assert loaded.records == (PLAIN, PLAIN)
         assert [skipped.line for skipped in loaded.skipped] == [2]
-
-
-def test_of_several_machines_the_newest_speaks_and_the_sentence_counts_the_others() -> None:
-    here, there = PLAIN, replace(PLAIN, machine="m2")
-    assert other_machines([]) == other_machines([here, here]) == ""
-    said = other_machines([here, there, here, there])
-    assert said == f"Records of 2 machines: m2, the newest, speaks; 2 of {PLAIN.machine} stand aside."
-    failed = replace(here, value=None, error="lost", n=0, samples=None, interval=None)
-    assert speaking([here, there, failed]) == (there,), "an error says nothing of a machine's figures"
-    assert other_machines([here, there, failed]) == said
-    assert speaking([failed, replace(failed, machine="m2")]) == (replace(failed, machine="m2"),)
-    assert speaking([]) == ()
 
 
 def test_a_torn_last_line_is_closed_before_the_next_record(tmp_path: Path) -> None:
