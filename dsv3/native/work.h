@@ -20,7 +20,8 @@ namespace dsv3 {
 inline bool has_matrices() {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
   constexpr int ASK = 0x1023, FOR_MATRICES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ASK, FOR_MATRICES) == 0;
+  static const bool lent = __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, ASK, FOR_MATRICES) == 0;
+  return lent;
 #else
   return false;
 #endif

@@ -7,9 +7,10 @@ them there (FlashAttention's tiling, arXiv 2205.14135, over listed blocks only);
 Gradients of k and v go over the inverse of the selection, which blocks of queries list a block of keys, so that nobody
 adds to what another thread writes (the inverse index of MoBA's and NSA's kernels, arXiv 2502.13189 and 2502.11089): the
 number of threads changes no bit. Where most lanes of a tile would be empty, dot products take its place: for a single
-query, as in decoding, span by span of its list (Flash-Decoding), and for queries with a list each, one by one. Nothing
-beyond inputs, results and gradients, that of a bias included, grows with the sequence but the lists, the nodes that a
-search by bounds may look at, and in bf16 the fp32 sums of the gradients of the heads at work.
+query, as in decoding, span by span of its list (Flash-Decoding), and for queries with a list each, one by one; but many
+heads that share keys and a list, as a latent's do, are a tile together. Nothing beyond inputs, results and gradients,
+that of a bias included, grows with the sequence but the lists, the nodes that a search by bounds may look at, and in
+bf16 the fp32 sums of the gradients of the heads at work.
 """
 
 import functools

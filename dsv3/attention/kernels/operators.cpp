@@ -213,6 +213,49 @@ void forward_of_one(const Problem& p, const Kernels& kernels) {
     kernels.join(p, i / p.heads, i % p.heads, parts + i * count * stride, stride, count);
 }
 
+// The keys that the only query of each list sees, ascending: [B * h, most] and how many of them.
+struct Named {
+  Tensor numbers, counts;
+  int64_t most;
+};
+Named named(const Problem& p) {
+  int64_t lists = p.batch * p.shared, most = p.listed ? std::min(p.most * p.block_k, p.keys) : p.keys;
+  Named named{at::empty({lists, most}, at::kInt), at::zeros({lists}, at::kLong), most};
+  for (int64_t i = 0; i < lists; ++i) {
+    int32_t* to = named.numbers.data_ptr<int32_t>() + i * most;
+    int64_t& count = named.counts.data_ptr<int64_t>()[i];
+    const int32_t *blocks = p.listed + i * p.most, *rank = p.rank ? p.rank + i * p.keys : nullptr;
+    for (int64_t j = 0; j < (p.listed ? p.counts[i] : pieces(p.keys, p.block_k)); ++j) {
+      int64_t first = (p.listed ? blocks[j] : j) * p.block_k;
+      for (int64_t key = first; key < std::min(first + p.block_k, p.keys); ++key)
+        if (!rank || rank[key] <= p.limit[i]) to[count++] = key;
+    }
+  }
+  return named;
+}
+
+// A single query in every head, where many heads share keys and a list: a span of keys for a tile of heads.
+bool shared_by_many(const Problem& p) {
+  return p.queries == 1 && !p.bias && p.heads / p.groups >= MANY_HEADS && p.shared <= p.groups;
+}
+void forward_together(const Problem& p, const Kernels& kernels) {
+  Named keys = named(p);
+  int64_t group = p.heads / p.groups, tiles = pieces(group, TILE), size = SPAN * TILE;
+  int64_t spans = std::max<int64_t>(pieces(keys.most, size), 1), stride = (p.value + 15) / 16 * 16 + 16;
+  Tensor parts = at::empty({p.batch * p.heads * spans * stride}, at::kFloat);
+  shared_out(p.batch * p.groups * tiles * spans, kernels.room_together(p), [&](int64_t i, char* scratch) {
+    int64_t span = i % spans, tile = i / spans % tiles, g = i / spans / tiles % p.groups, b = i / spans / tiles / p.groups;
+    int64_t list = b * p.shared + g * p.shared / p.groups, head = g * group + tile * TILE;
+    int64_t count = std::min(keys.counts.data_ptr<int64_t>()[list] - span * size, size);
+    float* to = parts.data_ptr<float>() + ((b * p.heads + head) * spans + span) * stride;
+    const int32_t* number = keys.numbers.data_ptr<int32_t>() + list * keys.most + span * size;
+    kernels.together(p, b, head, std::min(TILE, group - tile * TILE), number, count, to, spans * stride, scratch);
+  });
+  shared_out(p.batch * p.heads, 0, [&](int64_t i, char*) {
+    kernels.join(p, i / p.heads, i % p.heads, parts.data_ptr<float>() + i * spans * stride, stride, spans);
+  });
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& indices,
                                    const Optional& counts, int64_t block_q, int64_t block_k, double scale,
                                    const Optional& weights, const Optional& rank, const Optional& limit,
@@ -223,6 +266,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = at::empty({p.batch, p.heads, p.queries, p.value}, q.options());
   Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
+  if (shared_by_many(p)) {
+    forward_together(p, kernels);
+    return {out, lse};
+  }
   if (p.queries == 1 && !p.rank && !p.bias && (!p.listed || p.block_k >= 16)) {
     forward_of_one(p, kernels);
     return {out, lse};

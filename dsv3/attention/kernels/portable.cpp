@@ -9,8 +9,9 @@ constexpr int PANEL = 2, WIDE = 1, REGISTER = 16;  // rows and vectors of a pane
 
 #include "passes.h"
 #include "row.h"
+#include "together.h"
 #include "singly.h"
 }  // namespace
-const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, join, scores,
-                        best, forward_one, backward_one, key_one};
+const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, together,
+                       room_together, join, scores, best, forward_one, backward_one, key_one};
 }  // namespace dsv3

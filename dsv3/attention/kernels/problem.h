@@ -8,6 +8,7 @@
 namespace dsv3 {
 
 constexpr int64_t SPAN = 4;   // tiles that a single query is multiplied with at a time
+constexpr int64_t MANY_HEADS = 8;  // of which one query each is a tile
 constexpr int64_t TILE = 64;  // queries and keys that are multiplied at a time: 64 x 64 scores are half an L1 cache
 
 // A tensor [batch, head, row, width] whose rows lie in one piece each; strides count elements.
@@ -62,6 +63,10 @@ struct Kernels {
                 int64_t rows, int64_t width, float factor);
   // a single query against the SPAN tiles of its list from number * SPAN on: values, padded to vectors, and 2 more
   void (*span)(const Problem&, int64_t b, int64_t h, int64_t number, float* to);
+  // the single queries of up to TILE heads of a group against up to SPAN tiles of keys by their numbers, each as a span
+  void (*together)(const Problem&, int64_t b, int64_t head, int64_t heads, const int32_t* number, int64_t count,
+                   float* to, int64_t stride, char* scratch);
+  int64_t (*room_together)(const Problem&);  // bytes of scratch memory for that
   // out and lse of a single query from its spans, which begin `stride` numbers apart
   void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
