@@ -1,8 +1,9 @@
 """Whose figures speak, where records of several machines meet in one history.
 
 A figure that transfers (a count, a loss; `bench.metrics` says which) holds wherever it was measured, so seeds may be
-gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, and only those
-of one speak: the machine of the newest of them. What failed elsewhere says nothing here.
+gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, as does a loss
+after so many seconds of training, and only those of one machine speak: of the newest of them. What failed elsewhere says
+nothing here.
 """
 
 from collections import Counter
@@ -12,13 +13,15 @@ from functools import cache
 from bench.metrics import METRICS
 from bench.record import Record
 
+BUDGET = "seconds_of_training"  # the axis of what has come as far as its machine let it
+
 
 def speaker(records: Sequence[Record]) -> str | None:
     """The machine that speaks: of the newest figure that belongs to its machine; of the newest figure at all, or the
     newest error, where there is none.
     """
     figures = [row for row in records if row.error is None]
-    for rows in ([row for row in figures if row.metric not in _transferring()], figures, records):
+    for rows in ([row for row in figures if not _transfers(row)], figures, records):
         if rows:
             return rows[-1].machine
     return None
@@ -29,9 +32,7 @@ def speaking(records: Sequence[Record]) -> tuple[Record, ...]:
     speaks = speaker(records)
     newest = {_point(row): row for row in records if row.error is None}
     return tuple(
-        row
-        for row in records
-        if row.machine == speaks or (row.metric in _transferring() and newest.get(_point(row)) is row)
+        row for row in records if row.machine == speaks or (_transfers(row) and newest.get(_point(row)) is row)
     )
 
 
@@ -49,6 +50,10 @@ def other_machines(records: Sequence[Record]) -> str:
     if elsewhere := sum(count for machine, count in kept.items() if machine != speaks):
         said.append(f"{elsewhere} of others hold on any machine and count")
     return f"Records of {len(counts)} machines: {'; '.join(said)}."
+
+
+def _transfers(row: Record) -> bool:
+    return row.metric in _transferring() and BUDGET not in row.axes
 
 
 @cache
