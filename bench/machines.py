@@ -2,8 +2,8 @@
 
 A figure that transfers (a count, a loss; `bench.metrics` says which) holds wherever it was measured, so seeds may be
 gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, as does a loss
-after so many seconds of training, and only those of one machine speak: of the newest of them. What failed elsewhere says
-nothing here.
+after so many seconds of training, and only those of one machine speak: of the newest of them. What failed elsewhere
+says nothing here.
 """
 
 from collections import Counter
