@@ -44,12 +44,12 @@ def other_machines(records: Sequence[Record]) -> str:
     speaks = speaker(records)
     kept = Counter(row.machine for row in speaking(records))
     aside = {machine: count - kept[machine] for machine, count in counts.items() if machine != speaks}
-    said = [f"{speaks}, the newest, speaks"]
-    if any(aside.values()):
-        said.append(", ".join(f"{count} of {name}" for name, count in aside.items() if count) + " stand aside")
-    if elsewhere := sum(count for machine, count in kept.items() if machine != speaks):
-        said.append(f"{elsewhere} of others hold on any machine and count")
-    return f"Records of {len(counts)} machines: {'; '.join(said)}."
+    told = ", ".join(f"{count} of {name}" for name, count in aside.items() if count)
+    if not told:
+        return f"Records of {len(counts)} machines, which hold on any."
+    elsewhere = sum(count for machine, count in kept.items() if machine != speaks)
+    counted = f"; {elsewhere} of others hold on any machine and count" if elsewhere else ""
+    return f"Records of {len(counts)} machines: {speaks}, the newest, speaks; {told} stand aside{counted}."
 
 
 def _transfers(row: Record) -> bool:

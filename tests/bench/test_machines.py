@@ -58,6 +58,7 @@ def test_a_newer_loss_of_another_machine_does_not_take_the_times() -> None:
     rows = [TIME, elsewhere(LOSS)]
     assert speaker(rows) == "m1"
     assert speaking(rows) == tuple(rows)
+    assert other_machines(rows) == "Records of 2 machines, which hold on any."
 
 
 def test_of_one_point_the_newest_machine_counts() -> None:
