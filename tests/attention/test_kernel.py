@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_the_reference(shape: tuple[int, ...],
 @needs_kernel
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize(
-    "name", ["60 of 100", "one by one", *(name for name in SHAPES if name.startswith("decoding "))]
+    "name", ["60 of 100", "one by one", "many heads each", *(name for name in SHAPES if name.startswith("decoding "))]
 )
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_each_instruction_set_computes_the_same(instructions: str, name: str, dtype: torch.dtype) -> None:

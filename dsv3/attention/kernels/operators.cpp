@@ -210,49 +210,79 @@ void forward_of_one(const Problem& p, const Kernels& kernels) {
     kernels.span(p, i / count / p.heads, i / count % p.heads, i % count, parts + i * stride);
   });
   for (int64_t i = 0; i < heads; ++i)
-    kernels.join(p, i / p.heads, i % p.heads, parts + i * count * stride, stride, count);
+    kernels.join(p, i / p.heads, i % p.heads, 0, parts + i * count * stride, stride, count);
 }
 
-// The keys that the only query of each list sees, ascending: [B * h, most] and how many of them.
-struct Named {
-  Tensor numbers, counts;
-  int64_t most;
-};
-Named named(const Problem& p) {
-  int64_t lists = p.batch * p.shared, most = p.listed ? std::min(p.most * p.block_k, p.keys) : p.keys;
-  Named named{at::empty({lists, most}, at::kInt), at::zeros({lists}, at::kLong), most};
-  for (int64_t i = 0; i < lists; ++i) {
-    int32_t* to = named.numbers.data_ptr<int32_t>() + i * most;
-    int64_t& count = named.counts.data_ptr<int64_t>()[i];
-    const int32_t *blocks = p.listed + i * p.most, *rank = p.rank ? p.rank + i * p.keys : nullptr;
-    for (int64_t j = 0; j < (p.listed ? p.counts[i] : pieces(p.keys, p.block_k)); ++j) {
-      int64_t first = (p.listed ? blocks[j] : j) * p.block_k;
-      for (int64_t key = first; key < std::min(first + p.block_k, p.keys); ++key)
-        if (!rank || rank[key] <= p.limit[i]) to[count++] = key;
-    }
-  }
-  return named;
-}
-
-// A single query in every head, where many heads share keys and a list: a span of keys for a tile of heads.
+// Whether many heads share keys, and a query its list with those of the other heads alone.
 bool shared_by_many(const Problem& p) {
-  return p.queries == 1 && !p.bias && p.heads / p.groups >= MANY_HEADS && p.shared <= p.groups;
+  bool alone = p.queries == 1 || (p.listed && p.block_q == 1);
+  return alone && !p.bias && p.heads / p.groups >= MANY_HEADS && p.shared <= p.groups;
 }
-void forward_together(const Problem& p, const Kernels& kernels) {
-  Named keys = named(p);
-  int64_t group = p.heads / p.groups, tiles = pieces(group, TILE), size = SPAN * TILE;
-  int64_t spans = std::max<int64_t>(pieces(keys.most, size), 1), stride = (p.value + 15) / 16 * 16 + 16;
-  Tensor parts = at::empty({p.batch * p.heads * spans * stride}, at::kFloat);
-  shared_out(p.batch * p.groups * tiles * spans, kernels.room_together(p), [&](int64_t i, char* scratch) {
-    int64_t span = i % spans, tile = i / spans % tiles, g = i / spans / tiles % p.groups, b = i / spans / tiles / p.groups;
-    int64_t list = b * p.shared + g * p.shared / p.groups, head = g * group + tile * TILE;
-    int64_t count = std::min(keys.counts.data_ptr<int64_t>()[list] - span * size, size);
-    float* to = parts.data_ptr<float>() + ((b * p.heads + head) * spans + span) * stride;
-    const int32_t* number = keys.numbers.data_ptr<int32_t>() + list * keys.most + span * size;
-    kernels.together(p, b, head, std::min(TILE, group - tile * TILE), number, count, to, spans * stride, scratch);
+
+// A query of all heads of a group, and the keys that it sees.
+struct Together {
+  const Problem& p;
+  int64_t group = p.heads / p.groups, tiles = pieces(group, TILE);
+  int64_t most = p.listed ? std::min(p.most * p.block_k, p.keys) : p.keys;
+  int64_t spans = std::max<int64_t>(pieces(most, SPAN * TILE), 1), stride = (p.value + 15) / 16 * 16 + 16;
+
+  // their numbers, ascending, and how many they are
+  int64_t name(int64_t list, int64_t t, int32_t* to) const {
+    int64_t blocks_q = pieces(p.queries, p.block_q), number = list * blocks_q + t / p.block_q, count = 0;
+    const int32_t *blocks = p.listed + number * p.most, *rank = p.rank ? p.rank + list * p.keys : nullptr;
+    int64_t stop = p.keys - p.queries + t + 1, limit = rank ? p.limit[list * p.queries + t] : 0;
+    for (int64_t j = 0; j < (p.listed ? p.counts[number] : pieces(stop, p.block_k)); ++j) {
+      int64_t first = (p.listed ? blocks[j] : j) * p.block_k;
+      for (int64_t key = first; key < std::min(first + p.block_k, stop); ++key)
+        if (!rank || rank[key] <= limit) to[count++] = key;
+    }
+    return count;
+  }
+  // the span of a tile of heads, where those of the tile's first head begin at `to`
+  void span(const Kernels& kernels, int64_t b, int64_t head, int64_t t, int64_t number, const int32_t* keys,
+            int64_t count, float* to, char* scratch) const {
+    int64_t heads = std::min(TILE, group - head % group), begin = number * SPAN * TILE;
+    kernels.together(p, b, head, heads, t, keys + begin, std::min(count - begin, SPAN * TILE), to + number * stride,
+                     spans * stride, scratch);
+  }
+};
+
+// Of one query its spans apart, so that threads outnumber tiles of heads.
+void one_together(const Problem& p, const Kernels& kernels) {
+  Together all{p};
+  int64_t lists = p.batch * p.shared;
+  Tensor keys = at::empty({lists, all.most}, at::kInt), counts = at::empty({lists}, at::kLong);
+  int32_t* named = keys.data_ptr<int32_t>();
+  int64_t* count = counts.data_ptr<int64_t>();
+  for (int64_t i = 0; i < lists; ++i) count[i] = all.name(i, 0, named + i * all.most);
+  Tensor parts = at::empty({p.batch * p.heads * all.spans * all.stride}, at::kFloat);
+  float* spans = parts.data_ptr<float>();
+  shared_out(p.batch * p.groups * all.tiles * all.spans, kernels.room_together(p), [&](int64_t i, char* scratch) {
+    int64_t tile = i / all.spans, group = tile / all.tiles, b = group / p.groups, g = group % p.groups;
+    int64_t list = b * p.shared + g * p.shared / p.groups, head = g * all.group + tile % all.tiles * TILE;
+    all.span(kernels, b, head, 0, i % all.spans, named + list * all.most, count[list],
+             spans + (b * p.heads + head) * all.spans * all.stride, scratch);
   });
   shared_out(p.batch * p.heads, 0, [&](int64_t i, char*) {
-    kernels.join(p, i / p.heads, i % p.heads, parts.data_ptr<float>() + i * spans * stride, stride, spans);
+    kernels.join(p, i / p.heads, i % p.heads, 0, spans + i * all.spans * all.stride, all.stride, all.spans);
+  });
+}
+
+// Of many queries each apart.
+void each_together(const Problem& p, const Kernels& kernels) {
+  Together all{p};
+  int64_t room = kernels.room_together(p), named = pieces(all.most, 16) * 64, spans = TILE * all.spans * all.stride * 4;
+  shared_out(p.batch * p.groups * all.tiles * p.queries, room + named + spans, [&](int64_t i, char* scratch) {
+    int64_t t = p.queries - 1 - i % p.queries, tile = i / p.queries, group = tile / all.tiles, b = group / p.groups;
+    int64_t g = group % p.groups, head = g * all.group + tile % all.tiles * TILE;
+    int32_t* keys = (int32_t*)(scratch + room);
+    float* parts = (float*)(scratch + room + named);
+    int64_t count = all.name(b * p.shared + g * p.shared / p.groups, t, keys);
+    for (int64_t number = 0; number < std::max<int64_t>(pieces(count, SPAN * TILE), 1); ++number)
+      all.span(kernels, b, head, t, number, keys, count, parts, scratch);
+    for (int64_t h = 0; h < std::min(TILE, all.group - head % all.group); ++h)
+      kernels.join(p, b, head + h, t, parts + h * all.spans * all.stride, all.stride,
+                   std::max<int64_t>(pieces(count, SPAN * TILE), 1));
   });
 }
 
@@ -267,7 +297,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor lse = at::empty({p.batch, p.heads, p.queries}, q.options().dtype(at::kFloat));
   p.out = rows_of(out), p.lse = lse.data_ptr<float>();
   if (shared_by_many(p)) {
-    forward_together(p, kernels);
+    p.queries == 1 ? one_together(p, kernels) : each_together(p, kernels);
     return {out, lse};
   }
   if (p.queries == 1 && !p.rank && !p.bias && (!p.listed || p.block_k >= 16)) {

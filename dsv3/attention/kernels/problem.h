@@ -63,12 +63,12 @@ struct Kernels {
                 int64_t rows, int64_t width, float factor);
   // a single query against the SPAN tiles of its list from number * SPAN on: values, padded to vectors, and 2 more
   void (*span)(const Problem&, int64_t b, int64_t h, int64_t number, float* to);
-  // the single queries of up to TILE heads of a group against up to SPAN tiles of keys by their numbers, each as a span
-  void (*together)(const Problem&, int64_t b, int64_t head, int64_t heads, const int32_t* number, int64_t count,
-                   float* to, int64_t stride, char* scratch);
+  // a query in up to TILE heads of a group against up to SPAN tiles of keys by their numbers, each head's as a span
+  void (*together)(const Problem&, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
+                   int64_t count, float* to, int64_t stride, char* scratch);
   int64_t (*room_together)(const Problem&);  // bytes of scratch memory for that
-  // out and lse of a single query from its spans, which begin `stride` numbers apart
-  void (*join)(const Problem&, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count);
+  // out and lse of a query from its spans, which begin `stride` numbers apart
+  void (*join)(const Problem&, int64_t b, int64_t h, int64_t t, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
   void (*scores)(const float* query, const float* rows, int64_t width, const int32_t* number, int64_t count, float* to);
   // the places of the `most` best of the scores, ascending; key, place: memory for `count` numbers and a vector

@@ -253,7 +253,7 @@ static void span_of(const Problem& p, int64_t b, int64_t h, int64_t span, float*
 
 // out and lse of a head from its spans, one behind the other with `stride` numbers between.
 template <bool HALF>
-static void join_of(const Problem& p, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count) {
+static void join_of(const Problem& p, int64_t b, int64_t h, int64_t t, float* spans, int64_t stride, int64_t count) {
   int64_t value = padded(p.value);
   float top = LOWEST, sum = 0.0f;
   for (int64_t i = 0; i < count; ++i)
@@ -266,13 +266,13 @@ static void join_of(const Problem& p, int64_t b, int64_t h, float* spans, int64_
       store(spans + c, i ? fused(load(one + c), spread(factor), load(spans + c)) : load(one + c) * factor);
   }
   bool none = sum == 0.0f;
-  p.lse[b * p.heads + h] = none ? -__builtin_inff() : (top + __builtin_log2f(sum)) * LN2;
-  put<HALF>(spans, p.value, none ? 0.0f : 1.0f / sum, (char*)at<HALF>(p.out, b, h, 0));
+  p.lse[(b * p.heads + h) * p.queries + t] = none ? -__builtin_inff() : (top + __builtin_log2f(sum)) * LN2;
+  put<HALF>(spans, p.value, none ? 0.0f : 1.0f / sum, (char*)at<HALF>(p.out, b, h, t));
 }
 
 static void span(const Problem& p, int64_t b, int64_t h, int64_t number, float* to) {
   p.half ? span_of<true>(p, b, h, number, to) : span_of<false>(p, b, h, number, to);
 }
-static void join(const Problem& p, int64_t b, int64_t h, float* spans, int64_t stride, int64_t count) {
-  p.half ? join_of<true>(p, b, h, spans, stride, count) : join_of<false>(p, b, h, spans, stride, count);
+static void join(const Problem& p, int64_t b, int64_t h, int64_t t, float* spans, int64_t stride, int64_t count) {
+  p.half ? join_of<true>(p, b, h, t, spans, stride, count) : join_of<false>(p, b, h, t, spans, stride, count);
 }

@@ -1,5 +1,5 @@
-// One query in each of many heads that share keys and a list, as where latent attention decodes: the heads take the
-// place of a tile's queries, so that a key is read once for all of them instead of once for each.
+// One query in many heads that share keys and a list, as the heads of a latent do: they take the place of a tile's
+// queries, so that a key is read once for all of them instead of once for each.
 
 struct Gathered {  // rows of one head, which lie behind each other or have been put there
   Rows rows;
@@ -24,8 +24,8 @@ static Gathered gathered(const Rows& x, int64_t b, int64_t g, const int32_t* num
 // The heads from `head` on, all of one group, against keys by their numbers, ascending; for each head into `to`, `stride`
 // apart, what a span leaves. Nothing is seen where there are no keys.
 template <bool HALF>
-static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads, const int32_t* number, int64_t count,
-                        float* to, int64_t stride, char* scratch) {
+static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
+                        int64_t count, float* to, int64_t stride, char* scratch) {
   Matrices<HALF> registers;
   Scratch room{scratch};
   int64_t lead = padded(heads), value = padded(p.value), g = head / (p.heads / p.groups), deep = words<HALF>(p.width);
@@ -40,7 +40,7 @@ static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads
   float top[TILE], sum[TILE], weight[TILE];
   for (int64_t i = 0; i < TILE; ++i) top[i] = LOWEST, sum[i] = 0.0f;
   if (count <= 0) __builtin_memset(out, 0, TILE * value * 4);
-  turned<HALF>(Rows{p.q.data, p.q.batch, 0, p.q.head}, b, 0, head, heads, p.width, lead, q);
+  turned<HALF>(Rows{p.q.data, p.q.batch, p.q.row, p.q.head}, b, t, head, heads, p.width, lead, q);
   for (int64_t j = 0; j < count; j += TILE) {
     int64_t here = least(TILE, count - j);
     for (int64_t i = 0; weights && i < here; ++i) weight[i] = weights[number[j + i]] * LOG2E;
@@ -64,10 +64,10 @@ static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads
   }
 }
 
-static void together(const Problem& p, int64_t b, int64_t head, int64_t heads, const int32_t* number, int64_t count,
-                     float* to, int64_t stride, char* scratch) {
-  p.half ? together_of<true>(p, b, head, heads, number, count, to, stride, scratch)
-         : together_of<false>(p, b, head, heads, number, count, to, stride, scratch);
+static void together(const Problem& p, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
+                     int64_t count, float* to, int64_t stride, char* scratch) {
+  p.half ? together_of<true>(p, b, head, heads, t, number, count, to, stride, scratch)
+         : together_of<false>(p, b, head, heads, t, number, count, to, stride, scratch);
 }
 static int64_t room_together(const Problem& p) {
   int64_t width = padded(p.width), value = padded(p.value), wide = width > value ? width : value;
