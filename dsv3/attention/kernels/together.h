@@ -21,8 +21,8 @@ static Gathered gathered(const Rows& x, int64_t b, int64_t g, const int32_t* num
   return {{room, 0, 0, width}, 0};
 }
 
-// The heads from `head` on, all of one group, against keys by their numbers, ascending; for each head into `to`, `stride`
-// apart, what a span leaves. Nothing is seen where there are no keys.
+// The heads from `head` on, all of one group, against keys by their numbers, ascending; for each head into `to`,
+// `stride` apart, what a span leaves. Nothing is seen where there are no keys.
 template <bool HALF>
 static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
                         int64_t count, float* to, int64_t stride, char* scratch) {
