@@ -7,7 +7,8 @@ Then the new names of all finished cells of the group point at the old records, 
 and a line per cell in `<out>/adoptions.jsonl` says why. One figure that differs, and nothing of the study is adopted.
 
 A time cannot be shown to be the same. Cells that hold one are left to be run again unless `times` asks for them, and
-then their lines say so. Records of another machine, or under another rule of verdict, are not adopted at all.
+then their lines say so. Not adopted at all are records under another rule of verdict and, of cells that measure times,
+those of another machine.
 """
 
 import json
@@ -89,9 +90,10 @@ def _by_cell(study: Study, profile: Profile, cells: Sequence[Cell], records: Seq
     found: list[dict[Point, Record]] = [{} for _ in cells]
     rule, machine = study.rule_digest(), machine_id()
     for row in records:
-        ours = (row.study, row.profile, row.rule, row.machine) == (study.name, profile, rule, machine)
+        ours = (row.study, row.profile, row.rule) == (study.name, profile, rule)
         if ours and (row.error is None or row.error.startswith(PENDING)):
-            owners = [at for at, cell in enumerate(cells) if _owns(cell, row)]
+            here = [at for at, cell in enumerate(cells) if row.machine == machine or not cell.timed]
+            owners = [at for at in here if _owns(cells[at], row)]
             if owners:  # the axes of one cell may be a part of another's: the record is that of the fuller one
                 at = max(owners, key=lambda at: len(cells[at].axes))
                 found[at][row.arm, row.metric, tuple(sorted(row.axes.items()))] = row

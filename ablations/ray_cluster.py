@@ -87,8 +87,8 @@ def measured_there(text: str, limit: float) -> There:
         told = json.loads(text) | {"out": folder}
         status, said = in_fresh_process(json.dumps(told), limit, threading.Event())
         files = {path.name: path.read_text() for path in Path(folder).glob("*.jsonl")}
-        machine = save(folder)
-        fingerprint = {machine.name: machine.read_text()} if files else {}
+        machine = save(folder) if files else None
+        fingerprint = {machine.name: machine.read_text()} if machine else {}
     key = cell_key(catalogue.load(told["study"]), Cell(**told["cell"]), told["profile"]) if files else ""
     return There(status=status, said=said, key=key, files=files, fingerprint=fingerprint)
 
@@ -130,7 +130,10 @@ def _keep(study: Study, cell: Cell, profile: Profile, out: Path, there: There) -
         records, finished = load(Path(folder, "records.jsonl")).records, marks(Path(folder))
     (out / "machines").mkdir(parents=True, exist_ok=True)
     for name, text in there.fingerprint.items():
-        (out / "machines" / name).write_text(text)
+        path = out / "machines" / name
+        if not path.exists():
+            path.with_suffix(".tmp").write_text(text)
+            path.with_suffix(".tmp").replace(path)
     append(out / "records.jsonl", records)
     for done in finished:
         mark(out, key, records, done.seconds)

@@ -52,15 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write the table."""
     parser = argparse.ArgumentParser(prog="python -m bench.fastest", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", metavar="SET", help="print the entries of one set of instructions, and write nothing")
-    sets = (*(instruction_sets() if why_not() is None else ()), WITHOUT)
-    parser.add_argument("--sets", nargs="+", choices=sets, default=sets, help="measure these alone; default: all")
+    parser.add_argument("--sets", nargs="+", metavar="SET", help="measure these alone; default: all of this machine")
     given = parser.parse_args(arguments)
-    only, sets = given.only, tuple(given.sets)
+    only = given.only
     if only is not None:
         with threads(1):
             for row in measured(only):
                 print(json.dumps(row), flush=True)
         return 0
+    here = (*(instruction_sets() if why_not() is None else ()), WITHOUT)
+    sets = tuple(dict.fromkeys(given.sets or here))
+    if strange := [name for name in sets if name not in here]:
+        parser.error(f"--sets={' '.join(strange)}: must be of {', '.join(here)}, which this machine has")
     found = [row for name in sets for row in _in_a_process(name)]
     write(TABLE, HEAD, [*(row for row in table() if row["instructions"] not in sets), *found])
     print(f"{len(found)} entries in {TABLE}")

@@ -2,13 +2,14 @@
 
 A figure that transfers (a count, a loss; `bench.metrics` says which) holds wherever it was measured, so seeds may be
 gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, as does a loss
-after so many seconds of training, and only those of one machine speak: of the newest of them. What failed elsewhere
-says nothing here.
+after so many seconds of training, and only those of one machine speak: of the newest of them. Errors go with the
+figures that they stand for.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from bench.metrics import METRICS
 from bench.record import Record
@@ -16,23 +17,31 @@ from bench.record import Record
 BUDGET = "seconds_of_training"  # the axis of what has come as far as its machine let it
 
 
+def transfers(metric: str, axes: Mapping[str, Any]) -> bool:
+    """Whether a figure holds on other machines than its own."""
+    return metric in _transferring() and BUDGET not in axes
+
+
 def speaker(records: Sequence[Record]) -> str | None:
     """The machine that speaks: of the newest figure that belongs to its machine; of the newest figure at all, or the
     newest error, where there is none.
     """
     figures = [row for row in records if row.error is None]
-    for rows in ([row for row in figures if not _transfers(row)], figures, records):
+    for rows in ([row for row in figures if not transfers(row.metric, row.axes)], figures, records):
         if rows:
             return rows[-1].machine
     return None
 
 
 def speaking(records: Sequence[Record]) -> tuple[Record, ...]:
-    """The records of the machine that speaks, and those of others that transfer and are the newest of their points."""
+    """The records of the machine that speaks, and of others what transfers: errors, and the newest of each figure."""
     speaks = speaker(records)
     newest = {_point(row): row for row in records if row.error is None}
     return tuple(
-        row for row in records if row.machine == speaks or (_transfers(row) and newest.get(_point(row)) is row)
+        row
+        for row in records
+        if row.machine == speaks
+        or (transfers(row.metric, row.axes) and (row.error is not None or newest[_point(row)] is row))
     )
 
 
@@ -41,19 +50,15 @@ def other_machines(records: Sequence[Record]) -> str:
     counts = Counter(row.machine for row in records)
     if len(counts) < 2:
         return ""
-    speaks = speaker(records)
-    kept = Counter(row.machine for row in speaking(records))
-    aside = {machine: count - kept[machine] for machine, count in counts.items() if machine != speaks}
-    told = ", ".join(f"{count} of {name}" for name, count in aside.items() if count)
-    if not told:
+    speaks, heard = speaker(records), speaking(records)
+    kept = Counter(row.machine for row in heard)
+    aside = ", ".join(f"{count - kept[name]} of {name}" for name, count in counts.items() if count > kept[name])
+    if not aside and all(transfers(row.metric, row.axes) for row in heard):
         return f"Records of {len(counts)} machines, which hold on any."
     elsewhere = sum(count for machine, count in kept.items() if machine != speaks)
-    counted = f"; {elsewhere} of others hold on any machine and count" if elsewhere else ""
-    return f"Records of {len(counts)} machines: {speaks}, the newest, speaks; {told} stand aside{counted}."
-
-
-def _transfers(row: Record) -> bool:
-    return row.metric in _transferring() and BUDGET not in row.axes
+    said = [f"{speaks} speaks", *([f"{aside} stand aside"] if aside else [])]
+    said += [f"{elsewhere} of others hold on any machine and count"] if elsewhere else []
+    return f"Records of {len(counts)} machines: {'; '.join(said)}."
 
 
 @cache

@@ -15,8 +15,7 @@ from typing import Any, Literal
 
 from ablations.evidence import Estimate, summarise
 from bench.fingerprint import saved
-from bench.machines import other_machines, speaker, speaking
-from bench.metrics import metric
+from bench.machines import other_machines, speaker, speaking, transfers
 from bench.record import Record, load
 from reports.known import known
 
@@ -75,7 +74,7 @@ def diff(before: Path, after: Path) -> Diff:
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
     changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
-    kept = tuple(change for change in changes if not elsewhere or metric(change.metric).transfers)
+    kept = tuple(change for change in changes if not elsewhere or transfers(change.metric, change.axes))
     revisions = old[-1].revision, new[-1].revision
     return Diff(machines, revisions, kept, len(changes) - len(kept), (*left_before, *left_after))
 

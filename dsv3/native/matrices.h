@@ -4,7 +4,8 @@
 //     B    16 lines of 16 pairs          as `product` takes it, one pair of each column in a line
 //     C    16 rows of 16 sums in fp32
 //
-// Two rows of two registers of sums share what is loaded. Where A or B ends before a register does, zeros follow.
+// Four registers of sums, two by two or one by four, share what is loaded. Where A or B ends before a register does,
+// zeros follow.
 
 constexpr int64_t SIDE = 16;   // rows of a register, and words of a row
 constexpr int64_t SHORT = 32;  // pairs at most along which a factor is turned: it is done again for each product

@@ -186,6 +186,19 @@ INLINE void turn(Bits (&x)[LANES]) {
 #endif
 }
 
+// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and rows up to whole vectors are zeros.
+static void turn_rows(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
+  for (int64_t r = 0; r < rows; r += LANES)
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Bits x[LANES];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) x[i] = r + i < rows ? *(const LooseBits*)(from + (r + i) * lead + c) : Bits{};
+      turn(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < LANES; ++i) *(LooseBits*)(to + (c + i) * lead_to + r) = x[i];
+    }
+}
+
 // Add to what is there, or begin with zero.
 struct Add {
   float* c;
@@ -267,7 +280,7 @@ static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int6
   if (row < rows) panel<1, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
 }
 
-// `columns` is a multiple of 16.
+// `columns` is a multiple of 16, and a Matrices<HALF> is alive.
 template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                     int64_t lead_b, const Finish& finish) {

@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_the_reference(shape: tuple[int, ...],
 @needs_kernel
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize(
-    "name", ["60 of 100", "one by one", "many heads each", *(name for name in SHAPES if name.startswith("decoding "))]
+    "name", ["60 of 100", "one by one", "many heads far", *(name for name in SHAPES if name.startswith("decoding "))]
 )
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_each_instruction_set_computes_the_same(instructions: str, name: str, dtype: torch.dtype) -> None:
@@ -54,7 +54,8 @@ def test_each_instruction_set_computes_the_same(instructions: str, name: str, dt
 
 @needs_kernel
 @every_shape
-def test_weights_and_a_rule_per_token_are_those_of_the_reference(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_weights_and_a_rule_per_token_are_those_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     generator, (batch, _, _, shared, queries, total, *_) = torch.Generator().manual_seed(3), shape
     selection = select(shape)
     # a key's rank is its age, so that every query sees itself
@@ -63,12 +64,12 @@ def test_weights_and_a_rule_per_token_are_those_of_the_reference(shape: tuple[in
     limit = reach - torch.arange(total - queries, total)
     weights = torch.randn(batch, shared, total, generator=generator).requires_grad_()
     ruled = Selection(**{**vars(selection), "rank": rank, "limit": limit, "weights": weights})
-    leaves = (*draw(shape), weights)
+    leaves = (*draw(shape, dtype), weights)
     ours = attend(*leaves[:3], ruled, implementation="kernel")
     theirs = right(leaves, shape, ruled, shape[6] ** -0.5)
-    close(ours, theirs, 1e-6)
+    close(ours, theirs, 1e-6 if dtype == torch.float32 else 1e-2)
     for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
-        close(mine, exact, 3e-6)
+        close(mine, exact, 3e-6 if dtype == torch.float32 else 3e-2)
 
 
 @needs_kernel
@@ -87,12 +88,16 @@ def test_any_blocks_of_any_sequence_equal_the_plain_path(
 
 @needs_kernel
 @pytest.mark.parametrize("queries", [1, 300])
-@pytest.mark.parametrize("groups", [1, 4], ids=["tile by tile", "head by head"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "shared"), [(4, 1, 4), (4, 4, 4), (16, 1, 1)], ids=["tile by tile", "head by head", "together"]
+)
 @pytest.mark.parametrize("block_q", [1, 4, 100])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_the_number_of_threads_changes_no_bit(groups: int, queries: int, block_q: int, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_no_bit(
+    heads: int, groups: int, shared: int, queries: int, block_q: int, dtype: torch.dtype
+) -> None:
     total, block_k = 350 if queries > 1 else 1700, 48 if block_q != 4 else 5
-    shape = (2 if groups == 4 else 1, 4, groups, 4, queries, total, 20, 32, block_q, block_k)
+    shape = (2 if groups == 4 else 1, heads, groups, shared, queries, total, 20, 32, block_q, block_k)
     leaves, selection, found = draw(shape, dtype), select(shape), []
     before = torch.get_num_threads()
     try:
@@ -161,9 +166,10 @@ def test_a_chunk_of_scores_after_another_is_rescaled_by_the_larger_maximum(block
 
 
 @needs_kernel
+@pytest.mark.parametrize("heads", [1, 16])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_nan_reaches_the_queries_that_see_it_and_no_other(dtype: torch.dtype) -> None:
-    shape = (2, 1, 1, 1, 192, 192, 16, 16, 64, 64)
+def test_nan_reaches_the_queries_that_see_it_and_no_other(heads: int, dtype: torch.dtype) -> None:
+    shape = (2, heads, 1, 1, 192, 192, 16, 16, 64, 64)
     q, k, v = (x.detach() for x in draw(shape, dtype))
     listed = torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3).clone()
     listed[:, :, 2, 0] = True  # the third block of queries sees the first block of keys, the second does not
@@ -171,14 +177,15 @@ def test_nan_reaches_the_queries_that_see_it_and_no_other(dtype: torch.dtype) ->
     expected = torch.zeros(2, 192, dtype=torch.bool)
     expected[0, 40:64] = expected[0, 128:] = True
     for selection in (of_lists(listed, 64, 64), of_lists(listed.repeat_interleave(64, dim=2), 1, 64)):
-        found = attend(q, k, v, selection).isnan().any(-1)[:, 0]
-        assert torch.equal(found, expected)
+        found = attend(q, k, v, selection).isnan().any(-1)
+        assert all(torch.equal(one, expected) for one in found.unbind(1))
 
 
 @needs_kernel
+@pytest.mark.parametrize("heads", [1, 16])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_a_single_query_sees_nan_only_in_its_list_and_nothing_in_an_empty_one(dtype: torch.dtype) -> None:
-    shape = (3, 1, 1, 1, 1, 640, 16, 24, 64, 64)
+def test_a_single_query_sees_nan_only_in_its_list_and_nothing_in_an_empty_one(heads: int, dtype: torch.dtype) -> None:
+    shape = (3, heads, 1, 1, 1, 640, 16, 24, 64, 64)
     q, k, v = (x.detach() for x in draw(shape, dtype))
     listed = torch.ones(3, 1, 1, 10, dtype=torch.bool)
     listed[:, :, :, 7] = False
@@ -193,6 +200,14 @@ def test_a_single_query_sees_nan_only_in_its_list_and_nothing_in_an_empty_one(dt
     out = attend(q.abs(), k, v, of_lists(listed, 64, 64))
     assert out[0].isnan().all()
     assert (out[1] == 1.0).all()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_a_single_query_of_many_heads_may_see_everything(dtype: torch.dtype) -> None:
+    q, k, v = (x.detach() for x in draw((2, 70, 1, 1, 1, 700, 24, 40, 1, 1), dtype))
+    ours = attend(q, k, v, implementation="kernel")
+    close(ours, attend(q.double(), k.double(), v.double()), 1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @needs_kernel

@@ -63,7 +63,7 @@ def test_only_the_sets_that_are_asked_for_are_measured(tmp_path: Path, monkeypat
     monkeypatch.setattr(fastest, "why_not", lambda: None)
     monkeypatch.setattr(fastest, "instruction_sets", lambda: ("avx512", "avx2"))
     monkeypatch.setattr(fastest, "_in_a_process", lambda name: iter([{"instructions": name, "rows": 16}]))
-    assert main(["--sets", "avx512"]) == 0
+    assert main(["--sets", "avx512", "avx512"]) == 0
     write(wanted := tmp_path / "wanted.toml", HEAD, [*old, {"instructions": "avx512", "rows": 16}])
     assert file.read_text() == wanted.read_text()
     with pytest.raises(SystemExit):

@@ -51,11 +51,10 @@ def exact(leaves: tuple[Tensor, ...], routing: Routing) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, wide, toward)]
 
 
-def near(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
+def near(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype, half: float = 2e-2) -> None:
     for one, other in zip(found, truth, strict=True):
-        # float32: sums of a few thousand products of about 1, eps is 1.2e-7; bfloat16: h, a and dh are rounded to 2^-9,
-        # and of what a hundred such terms leave the error is that of each, times ten
-        bound = (1e-5 if dtype == torch.float32 else 4e-2) * max(other.abs().max().item(), 1.0)
+        # float32: sums of a few thousand products of about 1, eps is 1.2e-7; bfloat16: h, a and dh are rounded to 2^-9
+        bound = (1e-5 if dtype == torch.float32 else half) * max(other.abs().max().item(), 1.0)
         torch.testing.assert_close(one.double(), other, rtol=0.0, atol=bound)
 
 
@@ -79,7 +78,9 @@ def test_any_routing_of_any_width_is_right(
     k = seed % number + 1
     (x, weights, *stacked), routing = drawn((tokens, number, k, 16 * wide, 16 * inner, 1.0), dtype)
     leaves = (x, weights, *stacked)
-    near(results(kernel(x, routing, *stacked), leaves), exact(leaves, routing), dtype)
+    near(
+        results(kernel(x, routing, *stacked), leaves), exact(leaves, routing), dtype, half=4e-2
+    )  # of single numbers too
 
 
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])

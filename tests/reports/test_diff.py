@@ -104,7 +104,7 @@ def test_what_of_a_folder_does_not_speak_is_told(tmp_path: Path, capsys: pytest.
     (after / "records.jsonl").write_text((after / "records.jsonl").read_text() + "{torn")
     found = diff(before, after)
     assert found.notes == (
-        f"{before}: Records of 2 machines: m, the newest, speaks; 1 of old stand aside.",
+        f"{before}: Records of 2 machines: m speaks; 1 of old stand aside.",
         f"{after}: 1 of 2 lines are no records and were left out: line 2 (Expecting property name enclosed in double "
         "quotes: line 1 column 2 (char 1)).",
     )
@@ -128,14 +128,15 @@ def test_the_newest_record_of_a_seed_speaks_and_errors_do_not(tmp_path: Path) ->
 
 def test_on_two_machines_times_are_left_out_and_the_machine_is_named(tmp_path: Path) -> None:
     seconds = {"metric": "cpu_seconds", "unit": "s", "noise": "absolute"}
+    late = {"axes": {"seconds_of_training": 600}}
     before, after = (
-        [record(1.0), record(1.0, **seconds)],
-        [record(1.0, machine="n"), record(9.0, machine="n", **seconds)],
+        [record(1.0), record(1.0, **seconds), record(1.0, **late)],
+        [record(1.0, machine="n"), record(9.0, machine="n", **seconds), record(0.5, machine="n", **late)],
     )
     found = diff(*runs(tmp_path, before, after))
     assert found.machines == (("machine", "m", "n"),)
     assert [point.metric for point in found.points] == ["loss"]
-    assert found.left_out == 1
+    assert found.left_out == 2
 
 
 def test_the_command_prints_the_machines_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@
 // ascending order, and all that goes into it is computed by the same chains.
 
 constexpr int64_t LONG = 512;  // keys whose scores are kept at a time: 64 x 512 of them are 128 KiB of the L2 cache
+#ifdef HAS_AMX
+static_assert(TILE / 2 <= SHORT, "a tile's products along the rows are done in registers of matrices");
+#endif
 
 // ---- where things lie
 
@@ -77,16 +80,23 @@ static Matrix as_right(const Rows& x, int64_t b, int64_t h, int64_t first, int64
 template <bool HALF>
 static void turned(const Rows& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width, int64_t lead,
                    Word* to) {
-  int64_t count = words<HALF>(width);
-  __builtin_memset(to, 0, count * lead * 4);
+  int64_t count = words<HALF>(width), done = 0;
+#ifdef HAS_AVX512
+  const Word* whole = (const Word*)at<HALF>(x, b, h, first);
+  if (!HALF || (width % 2 == 0 && x.row % 2 == 0 && (uintptr_t)whole % 4 == 0)) {
+    done = count / LANES * LANES;
+    turn_rows(whole, HALF ? x.row / 2 : x.row, rows, done, to, lead);
+  }
+#endif
+  __builtin_memset(to + done * lead, 0, (count - done) * lead * 4);
   for (int64_t i = 0; i < rows; ++i) {
     const char* from = at<HALF>(x, b, h, first + i);
     if (!HALF) {
-      for (int64_t c = 0; c < count; ++c) to[c * lead + i] = ((const Word*)from)[c];
+      for (int64_t c = done; c < count; ++c) to[c * lead + i] = ((const Word*)from)[c];
       continue;
     }
     const uint16_t* x16 = (const uint16_t*)from;
-    for (int64_t c = 0; c + 1 < width; c += 2) to[c / 2 * lead + i] = x16[c] | (Word)x16[c + 1] << 16;
+    for (int64_t c = 2 * done; c + 1 < width; c += 2) to[c / 2 * lead + i] = x16[c] | (Word)x16[c + 1] << 16;
     if (width % 2) to[width / 2 * lead + i] = x16[width - 1];
   }
 }

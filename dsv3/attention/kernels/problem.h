@@ -8,8 +8,8 @@
 namespace dsv3 {
 
 constexpr int64_t SPAN = 4;   // tiles that a single query is multiplied with at a time
-constexpr int64_t MANY_HEADS = 8;  // of which one query each is a tile
 constexpr int64_t TILE = 64;  // queries and keys that are multiplied at a time: 64 x 64 scores are half an L1 cache
+constexpr int64_t MANY_HEADS = 8;  // from which on one query of each is a tile
 
 // A tensor [batch, head, row, width] whose rows lie in one piece each; strides count elements.
 struct Rows {

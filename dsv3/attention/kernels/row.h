@@ -6,7 +6,7 @@
 //
 // A query's list is cut into spans of the same tiles on every machine, and spans are joined in their order, so that
 // the number of threads changes no bit. A score is summed in one order wherever its row stands among others. bf16 is
-// widened, and softmax weights stay in fp32.
+// widened, and softmax weights stay in fp32. Spans of together.h, which are joined here too, are a tile's products.
 
 constexpr int32_t NOWHERE = -0x7fffffff - 1;
 

@@ -109,31 +109,18 @@ INLINE Factor as_right(const char* x, int64_t rows, int64_t columns, int64_t lea
   return {room, columns};
 }
 
-// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and rows up to whole vectors are zeros.
-static void turned(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
-  for (int64_t r = 0; r < rows; r += LANES)
-    for (int64_t c = 0; c < columns; c += LANES) {
-      Bits x[LANES];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) x[i] = r + i < rows ? *(const LooseBits*)(from + (r + i) * lead + c) : Bits{};
-      turn(x);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) *(LooseBits*)(to + (c + i) * lead_to + r) = x[i];
-    }
-}
-
 #ifdef HAS_AMX
 constexpr bool LEFT_IN_ROWS = true;  // factor A of a product over rows of bf16: registers of matrices want it turned
 #else
 constexpr bool LEFT_IN_ROWS = false;
 #endif
 
-// Rows of bf16 from the `first` one on, in pairs, to where those of A lie; a row of A or a line of columns is `lead`.
+// Rows of bf16 in pairs as factor A, which begins with rows before the `first`; `lead` words apart.
 static void paired_left(const char* x, int64_t rows, int64_t columns, int64_t first, Word* to, int64_t lead,
                         Word* room) {
   if (!LEFT_IN_ROWS) return paired(x, rows, columns, columns, to + first / 2 * lead);
   paired(x, rows, columns, columns, room);
-  turned(room, columns, words<true>(rows), columns, to + first / 2, lead);
+  turn_rows(room, columns, words<true>(rows), columns, to + first / 2, lead);
 }
 
 // ---- SwiGLU
@@ -234,9 +221,9 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
     char* own_dy = HALF ? rows : (char*)(dy + i * d);
     gather(p.dy, d * size, p.token + row, n, own_dy);
     if (HALF) paired(rows, n, d, d, dy + i / 2 * d);
-    turned((const Word*)own_dy, deep, n, deep, turned_dy, lead);
+    turn_rows((const Word*)own_dy, deep, n, deep, turned_dy, lead);
     product<HALF, true, Far::a>(f, lead, deep, down, deep, turned_dy, lead, Put<false>{(char*)turned_g, lead});
-    turned((const Word*)turned_g, lead, f, lead, (Word*)g, f);
+    turn_rows((const Word*)turned_g, lead, f, lead, (Word*)g, f);
     char* own_a = HALF ? rows : (char*)(a + i * f);
     for (int64_t j = 0; j < n; ++j)
       p.dweight[row + j] = backward_row<HALF>(g + j * f, p.h + (row + j) * 2 * f * size, f, p.weight[row + j],
@@ -254,7 +241,7 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
   bool past = p.experts * 3 * f * d * size > CACHED;
   product<HALF, IN_ROWS>(f, d, words<HALF>(count), a, lead_a, dy, d, PutAway<HALF>{p.ddown + e * f * d * size, d, past});
   product<HALF, IN_ROWS>(d, 2 * f, words<HALF>(count), x, lead_x, slope, 2 * f,
-                       PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
+                         PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
 #ifdef HAS_AVX512
   _mm_sfence();
 #endif
@@ -272,9 +259,9 @@ static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* s
     const Word* weights = (const Word*)(p.gate_up + (e * d + column) * 2 * f * size_of<HALF>());
     for (int64_t first = p.start[e]; first < p.start[e + 1]; first += TILE) {
       int64_t n = least(TILE, p.start[e + 1] - first), lead = padded(n);
-      turned((const Word*)(p.dh + first * 2 * f * size_of<HALF>()), deep, n, deep, turned_dh, lead);
+      turn_rows((const Word*)(p.dh + first * 2 * f * size_of<HALF>()), deep, n, deep, turned_dh, lead);
       product<HALF, true, Far::a>(columns, lead, deep, weights, deep, turned_dh, lead, Put<false>{(char*)turned_dx, lead});
-      turned((const Word*)turned_dx, lead, columns, lead, (Word*)dx, columns);
+      turn_rows((const Word*)turned_dx, lead, columns, lead, (Word*)dx, columns);
       for (int64_t i = 0; i < n; ++i) {
         float* to = p.dx + p.token[first + i] * d + column;
         float* later = p.dx + p.token[first + least(i + SUMS_AHEAD, n - 1)] * d + column;
