@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from bench.block_attention import Inputs
 
-LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (4096,), "full": (4096, 16384, 32768, 65536)}
+LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (2048,), "full": (4096, 16384, 32768, 65536)}
 DTYPES: Mapping[Profile, tuple[str, ...]] = {"quick": ("fp32",), "full": ("fp32", "bf16")}
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 COUNTED = tuple(2**power for power in range(12, 21))

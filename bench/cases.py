@@ -25,7 +25,7 @@ from bench.meters.paired import Block, Clock, cuda_clock, plan, process_clock, s
 from bench.record import Profile, append
 from bench.speed import model_flops_utilisation, rate
 
-BLOCKS: Mapping[Profile, int] = {"quick": 7, "full": 15}
+BLOCKS: Mapping[Profile, int] = {"quick": 6, "full": 15}
 SECONDS: Mapping[Profile, float] = {"quick": 1.0, "full": 5.0}  # of blocks, where they are short
 
 Arms = Mapping[str, Callable[[], object]]
