@@ -59,16 +59,6 @@ INLINE void fill_part(const Word* from, int64_t lead, int64_t rows, int64_t colu
   fill<TO>(part.data, SIDE);
 }
 
-// 16 columns of A as rows; of its lines, which are `lead` apart, up to 16 are there.
-INLINE void turn_lines(const Word* from, int64_t lead, int64_t count, Word* to, int64_t lead_to) {
-  Bits x[SIDE];
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < SIDE; ++i) x[i] = i < count ? *(const LooseBits*)(from + i * lead) : Bits{};
-  turn(x);
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < SIDE; ++i) *(LooseBits*)(to + i * lead_to) = x[i];
-}
-
 template <int TO>
 INLINE void fill_left(const Word* a, int64_t lead, int64_t rows, int64_t k, int64_t count) {
   if (rows >= SIDE && count - k >= SIDE) return fill<TO>(a + k, lead);
@@ -180,8 +170,7 @@ static void product_in_squares(int64_t rows, int64_t columns, int64_t count, con
     const Word* from = ROWS ? a + row * lead : room;
     if (!ROWS)
       for (int64_t i = 0; i < least(2 * SIDE, rows - row); i += SIDE)
-        for (int64_t k = 0; k < count; k += SIDE)
-          turn_lines(a + k * lead + row + i, lead, count - k, room + i * SHORT + k, SHORT);
+        turn_rows(a + row + i, lead, count, SIDE, room + i * SHORT, SHORT);
     if (rows - row > SIDE)
       row_of_squares<2>(rows - row, columns, from, ROWS ? lead : SHORT, b, lead_b, count, finish, row);
     else

@@ -4,26 +4,9 @@ from dataclasses import replace
 
 from bench.machines import other_machines, speaker, speaking
 from bench.record import Record
+from tests.statistics.draws import record
 
-LOSS = Record(
-    study="coin",
-    arm="bent",
-    baseline="fair",
-    seed=0,
-    metric="loss",
-    unit="nats",
-    noise="paired",
-    value=1.0,
-    n=1,
-    over=None,
-    interval=None,
-    samples=None,
-    machine="m1",
-    revision="r",
-    profile="full",
-    time="2026-01-01T00:00:00+00:00",
-    axes={},
-)
+LOSS = record(1.0, metric="loss", unit="nats", machine="m1")
 TIME = replace(LOSS, metric="cpu_seconds", unit="s", noise="absolute")
 
 

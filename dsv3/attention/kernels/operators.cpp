@@ -19,7 +19,7 @@
 
 namespace dsv3 {
 
-bool shared_by_many(const Problem& p);
+bool shared_by_many(const Problem& p);  // of together.cpp, as the next
 void forward_together(const Problem& p, const Kernels& kernels);
 
 namespace {
