@@ -47,10 +47,16 @@ def standing(study: Study, records: Iterable[Record]) -> tuple[Record, ...]:
     """
     ours = speaking([record for record in records if record.study == study.name])
     points: dict[tuple[object, ...], Record] = {}
+    errors: dict[tuple[object, ...], set[tuple[object, ...]]] = {}  # of an arm and seed, those that stand
     for row in ours:
-        if row.error is None:
-            points = {key: old for key, old in points.items() if not _repairs(row, old)}
         key = (row.arm, row.seed, *_place(row), row.error is None)
+        failed = errors.setdefault((row.arm, row.seed), set())
+        if row.error is None:
+            for repaired in [old for old in failed if points[old].axes.items() <= row.axes.items()]:
+                failed.remove(repaired)
+                del points[repaired]
+        else:
+            failed.add(key)
         points.pop(key, None)
         points[key] = row
     return tuple(points.values())
@@ -91,11 +97,6 @@ def _place(record: Record) -> tuple[object, ...]:
 def _several(groups: Iterable[Sequence[Record]], part: str, what: str) -> str:
     found = [len({getattr(row, part) for row in rows}) > 1 for rows in groups]
     return f"{'All' if all(found) else 'Some'} {what}." if any(found) else ""
-
-
-def _repairs(row: Record, old: Record) -> bool:
-    same = old.error is not None and (old.arm, old.seed) == (row.arm, row.seed)
-    return same and old.axes.items() <= row.axes.items()
 
 
 def _judge(claim: Claim, study: Study, rule: Rule, records: Sequence[Record]) -> Verdict:

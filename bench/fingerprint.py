@@ -1,8 +1,9 @@
 """Where a figure comes from: the machine, the software on it and the revision of this code. Nothing here imports torch.
 
 `fingerprint()` is everything that explains a timing. `machine_id()` digests only what stays put between two runs on one
-machine (processor, cores, memory, GPU, versions of Python and torch), because a history keyed on load or clock would
-never meet itself again. `revision()` names the commit and, by a digest, uncommitted changes of the code that measures.
+machine (processor and its instruction sets, cores, memory, GPU, versions of Python and torch), because a history keyed
+on load or clock would never meet itself again. `revision()` names the commit and, by a digest, uncommitted changes of
+the code that measures.
 """
 
 import json
@@ -167,6 +168,7 @@ def _stable() -> dict[str, Any]:
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "vendor": cpu_vendor(),
         "architecture": platform.machine(),
+        "instruction_sets": instruction_sets(),  # a virtual machine may call two processors by one name
         "system": platform.system(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),

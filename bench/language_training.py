@@ -1,11 +1,10 @@
-"""A byte language model trained for some seconds of CPU time, and what it has learnt on the way.
+"""A byte language model, and what it has learnt on the way.
 
-    seconds    CPU time of the training steps alone, on one thread; looks at held-out text do not count
     trailing   the loss over the last quarter of each row, where only what was said long before can still help
 
 The rate of learning is constant after a short rise, so that a run that ends early is no other run cut short, and every
-look is fair at its own number of tokens and of seconds. Looks are at a moving average of the weights: the constant rate
-leaves noise in them that a fall would have taken out.
+look is fair at its own number of tokens. Looks are at a moving average of the weights: the constant rate leaves noise
+in them that a fall would have taken out.
 """
 
 from collections.abc import Callable
@@ -30,19 +29,17 @@ TRAILING = 4  # the last fourth of a row
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The averaged model after some steps: seconds that they took, and nats per token over whole rows and trailing."""
+    """The averaged model after some steps: nats per token over whole rows and trailing."""
 
     step: int
-    cpu_seconds: float
     loss: float
     trailing_loss: float
 
 
 def learn(
-    config: Config, prepared: Prepared, seed: int, *, seconds: float, every: int, held_out: int
+    config: Config, prepared: Prepared, seed: int, *, steps: int, every: int, held_out: int
 ) -> tuple[list[Look], Transformer]:
-    """Train until the steps have taken `seconds`; looks at `held_out` validation rows every so many steps and at the
-    end, and the averaged model.
+    """Train some steps; looks at `held_out` validation rows every few of them and at the end, and the averaged model.
 
     Raises:
         FloatingPointError: when an update is not finite.
@@ -54,24 +51,19 @@ def learn(
     assert isinstance(averaged, Transformer), "an average of models is one"
     batches = Batches(prepared.train, train.batch_size, train.sequence_length, seed)
     rows, _ = heldout_rows(prepared.validation, train.sequence_length, held_out)
-    looks, taken = list[Look](), 0.0
-    while taken < seconds and state.step < train.steps:
-        report = train_step(state, batches.next())
-        if sick := sick_steps([report]):
+    looks = list[Look]()
+    while state.step < steps:
+        if sick := sick_steps([train_step(state, batches.next())]):
             raise FloatingPointError(sick)
-        taken += report.cpu_seconds
         average.update_parameters(state.model)
-        if state.step % every == 0:
-            looks.append(_look(averaged, rows, state.step, taken))
-    if not looks or looks[-1].step < state.step:
-        looks.append(_look(averaged, rows, state.step, taken))
+        if state.step % every == 0 or state.step == steps:
+            looks.append(_look(averaged, rows, state.step))
     return looks, averaged
 
 
-def _look(model: Transformer, rows: Int[Tensor, "R T1"], step: int, taken: float) -> Look:
+def _look(model: Transformer, rows: Int[Tensor, "R T1"], step: int) -> Look:
     nats = nats_of(lambda row: model.eval()(row).logits, rows)
-    loss, trailing = nats.mean().item(), last_part(nats).mean().item()
-    return Look(step=step, cpu_seconds=taken, loss=loss, trailing_loss=trailing)
+    return Look(step=step, loss=nats.mean().item(), trailing_loss=last_part(nats).mean().item())
 
 
 @torch.no_grad()

@@ -1,25 +1,21 @@
 """Whose figures speak, where records of several machines meet in one history.
 
 A figure that transfers (a count, a loss; `bench.metrics` says which) holds wherever it was measured, so seeds may be
-gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, as does a loss
-after so many seconds of training, and only those of one machine speak: of the newest of them. Errors go with the
-figures that they stand for.
+gathered on whatever machine is at hand: of each point the newest speaks. A time belongs to its machine, and only those
+of one machine speak: of the newest of them. Errors go with the figures that they stand for.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 from bench.metrics import METRICS
 from bench.record import Record
 
-BUDGET = "seconds_of_training"  # the axis of what has come as far as its machine let it
 
-
-def transfers(metric: str, axes: Mapping[str, Any]) -> bool:
+def transfers(metric: str) -> bool:
     """Whether a figure holds on other machines than its own."""
-    return metric in _transferring() and BUDGET not in axes
+    return metric in _transferring()
 
 
 def speaker(records: Sequence[Record]) -> str | None:
@@ -27,7 +23,7 @@ def speaker(records: Sequence[Record]) -> str | None:
     newest error, where there is none.
     """
     figures = [row for row in records if row.error is None]
-    for rows in ([row for row in figures if not transfers(row.metric, row.axes)], figures, records):
+    for rows in ([row for row in figures if not transfers(row.metric)], figures, records):
         if rows:
             return rows[-1].machine
     return None
@@ -41,7 +37,7 @@ def speaking(records: Sequence[Record]) -> tuple[Record, ...]:
         row
         for row in records
         if row.machine == speaks
-        or (transfers(row.metric, row.axes) and (row.error is not None or newest[_point(row)] is row))
+        or (transfers(row.metric) and (row.error is not None or newest[_point(row)] is row))
     )
 
 
@@ -53,7 +49,7 @@ def other_machines(records: Sequence[Record]) -> str:
     speaks, heard = speaker(records), speaking(records)
     kept = Counter(row.machine for row in heard)
     aside = ", ".join(f"{count - kept[name]} of {name}" for name, count in counts.items() if count > kept[name])
-    if not aside and all(transfers(row.metric, row.axes) for row in heard):
+    if not aside and all(transfers(row.metric) for row in heard):
         return f"Records of {len(counts)} machines, which hold on any."
     elsewhere = sum(count for machine, count in kept.items() if machine != speaks)
     said = [f"{speaks} speaks", *([f"{aside} stand aside"] if aside else [])]

@@ -74,7 +74,7 @@ def diff(before: Path, after: Path) -> Diff:
     points, theirs = _points(old), _points(new)
     keys = sorted(points.keys() | theirs.keys(), key=str)
     changes = [_change(key, points.get(key, {}), theirs.get(key, {})) for key in keys]
-    kept = tuple(change for change in changes if not elsewhere or transfers(change.metric, change.axes))
+    kept = tuple(change for change in changes if not elsewhere or transfers(change.metric))
     revisions = old[-1].revision, new[-1].revision
     return Diff(machines, revisions, kept, len(changes) - len(kept), (*left_before, *left_after))
 

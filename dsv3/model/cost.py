@@ -191,6 +191,9 @@ def kept_pairs(select: Select, length: int) -> int:
     """Pairs of a query and a key that one head computes over a causal sequence of `length` tokens; with `top_p` or
     entmax, at most.
     """
+    full = _kept(select, length)
+    if full == length or isinstance(select, Window | Indexer) or (isinstance(select, PerHead) and select.keep is None):
+        return full * (full + 1) // 2 + (length - full) * full  # every visible key until `full` are seen, then so many
     return sum(_kept(select, visible) for visible in range(1, length + 1))
 
 

@@ -1,5 +1,6 @@
 """The study of language models: what its arms share, what a cell measures, and what it makes of records."""
 
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -7,13 +8,13 @@ import pytest
 
 from ablations import STUDIES
 from ablations.attention_language import (
+    FURTHER,
     KEYS,
-    SECONDS,
     SELECTS,
     STUDY,
-    TRAINED,
     answer,
     configured,
+    gap_at_equal_time,
     learning,
     measure,
 )
@@ -39,13 +40,23 @@ def kept(arm: str, value: float, seed: int, metric: str = "trailing_loss", **axe
     return record(point, WHERE, Measurement(metric=metric, value=value))
 
 
+def look(arm: str, value: float, seed: int, steps: int) -> Record:
+    return kept(arm, value, seed, at="a look", steps=steps, steps_of_dense=100)
+
+
 def records() -> list[Record]:
-    rows = []
+    """Dense attention ends at 2.0 after 100 steps; a window's steps take its time, a tree's half of it."""
+    rows = [
+        kept(arm, ratio, seed, "step_cpu_ratio", part="step", threads=1)
+        for arm, ratio in (("window", 1.0), ("hierarchical", 0.5))
+        for seed in range(2)
+    ]
     for seed in range(7):
         noise = 0.001 * (seed % 3)
-        for arm, time, tokens in (("dense", 2.0, 2.0), ("window", 2.1, 2.2), ("hierarchical", 1.9, 2.005)):
-            rows.append(kept(arm, time + noise * (arm == "hierarchical"), seed, at="equal time"))
-            rows.append(kept(arm, tokens + noise * (arm == "hierarchical"), seed, at="equal tokens"))
+        rows += [look("dense", 2.0, seed, 100), look("window", 2.2, seed, 100)]
+        rows += [look("hierarchical", 2.1 - 0.1 * part + noise, seed, 150 + 20 * part) for part in (0, 1, 2, 3)]
+        for arm, tokens in (("dense", 2.0), ("window", 2.2), ("hierarchical", 2.005 + noise)):
+            rows.append(kept(arm, tokens, seed, at="equal tokens"))
         for arm, mass in (("hierarchical", 0.6), ("blocks", 0.61), ("random", 0.2)):
             for part in (1, 2):
                 axes = {"tokens": 8192 // part, "of": "free keys"}
@@ -58,8 +69,8 @@ def test_it_is_run_by_its_path_and_has_the_seeds_that_its_comparisons_need() -> 
     assert load(str(ROOT / "ablations" / "attention_language.py")).name == STUDY.name
     assert all(STUDY.seeds["full"] >= seeds_needed(len(compared.arms)) for compared in STUDY.compared)
     cells = STUDY.cells("full")
-    assert {cell.arm for cell in cells if cell.axes["part"] == "training"} == set(TRAINED)
-    assert {cell.axes.get("seconds_of_training", SECONDS["full"]) for cell in cells} == {600}, "ten minutes each"
+    assert {cell.arm for cell in cells if cell.axes["part"] == "training"} == FURTHER.keys()
+    assert {cell.axes["part"] for cell in cells if cell.timed} == {"step"}, "what is learnt is no matter of the machine"
 
 
 def test_sparse_arms_see_as_many_keys_and_differ_from_dense_attention_in_the_choice_alone() -> None:
@@ -77,15 +88,24 @@ def test_sparse_arms_see_as_many_keys_and_differ_from_dense_attention_in_the_cho
         assert vary(configured("dense", length=8192), **{"model.attention.select": select}) == STUDY.configs[arm]
 
 
-def test_a_training_is_looked_at_at_equal_time_and_equal_tokens_and_its_attention_is_weighed() -> None:
-    axes = {"part": "training", "length": 256, "seconds_of_training": 1}
-    cell = Cell(arm="dense", seed=0, axes=axes, seconds=1.0)
-    rows = [to_record(STUDY, cell, reading, provenance("quick"), None) for reading in measure(cell)]
-    assert {row.axes["at"] for row in rows if row.metric == "trailing_loss"} == {"a look", "equal time", "equal tokens"}
+def trained(arm: str) -> list[Record]:
+    cell = Cell(arm=arm, seed=0, axes={"part": "training", "length": 256, "steps_of_dense": 2}, seconds=1.0)
+    return [to_record(STUDY, cell, reading, provenance("quick"), None) for reading in measure(cell)]
+
+
+def test_every_training_is_looked_at_where_dense_attention_ends_whose_weights_are_looked_at() -> None:
+    rows = trained("dense")
+    looks = {row.axes["steps"]: row.value for row in rows if row.axes.get("at") == "a look" and row.metric == "loss"}
+    assert list(looks) == [1, 2]
+    (equal,) = (row.value for row in rows if row.axes.get("at") == "equal tokens" and row.metric == "loss")
+    assert equal == looks[2]
     masses = [row for row in rows if row.metric == "attention_mass"]
     assert {row.axes["tokens"] for row in masses} == {64, 128, 256}
     assert {row.arm for row in masses} == {"blocks", "hierarchical", "best_first", "random", "oracle", "forced"}
     assert 0.0 < fmean(float(row.value or 0) for row in masses) < 1.0
+    tree = trained("hierarchical")
+    assert max(int(row.axes["steps"]) for row in tree if row.axes["at"] == "a look") == 5
+    assert [row.metric for row in tree if row.axes["at"] == "equal tokens"] == ["trailing_loss", "loss"]
 
 
 def test_a_step_of_every_arm_is_timed_against_dense_attention() -> None:
@@ -102,29 +122,12 @@ def test_the_bigram_stands_on_the_same_text() -> None:
     assert 2.0 < row.measurement.value < 3.0, "nats per byte of English prose and Python"
 
 
-def test_a_training_that_has_not_read_as_much_as_the_others_has_no_loss_at_equal_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from bench import language_training
-
-    whole = language_training.learn
-
-    def cut_short(*given: Any, **limits: Any) -> Any:
-        return whole(*given, **limits | {"seconds": 1e-9})
-
-    monkeypatch.setattr(language_training, "learn", cut_short)
-    axes = {"part": "training", "length": 256, "seconds_of_training": 1}
-    rows = measure(Cell(arm="window", seed=0, axes=axes, seconds=1.0))
-    (late,) = [row for row in rows if row.axes["at"] == "equal tokens"]
-    assert late.pending == "only 1 of 8 steps fitted into 1 seconds here"
-
-
 def test_without_the_kernel_nothing_is_trained_or_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     import dsv3.attention
 
     monkeypatch.setattr(dsv3.attention, "why_not_kernel", lambda q: "there is no C++ compiler")
     for arm, part in (("hierarchical", "training"), (None, "step")):
-        axes: dict[str, Any] = {"part": part, "length": 256, "seconds_of_training": 1}
+        axes: dict[str, Any] = {"part": part, "length": 256, "steps_of_dense": 2}
         (row,) = measure(Cell(arm=arm, seed=0, axes=axes, seconds=1.0))
         assert row.pending == "there is no C++ compiler"
 
@@ -136,17 +139,27 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
         raise FloatingPointError("step 3: gradient that is not finite")
 
     monkeypatch.setattr(language_training, "learn", diverge)
-    axes = {"part": "training", "length": 256, "seconds_of_training": 1}
+    axes = {"part": "training", "length": 256, "steps_of_dense": 2}
     (reading,) = measure(Cell(arm="window", seed=0, axes=axes, seconds=1.0))
     assert (reading.metric, reading.failed) == ("trailing_loss", "step 3: gradient that is not finite")
+
+
+def test_at_equal_time_an_arm_has_read_as_much_more_as_its_steps_are_shorter_and_no_more_than_it_read() -> None:
+    gap = gap_at_equal_time(records(), "hierarchical", "dense")
+    assert gap.value == pytest.approx(2.1 - 0.25 + 0.006 / 7 - 2.0), "200 steps lie between the looks at 190 and 210"
+    faster = [replace(row, value=0.1) if row.metric == "step_cpu_ratio" else row for row in records()]
+    assert gap_at_equal_time(faster, "hierarchical", "dense").value == pytest.approx(2.1 - 0.3 + 0.006 / 7 - 2.0)
+    with pytest.raises(NoEvidence, match="step_cpu_ratio of hierarchical"):
+        gap_at_equal_time([row for row in records() if row.metric != "step_cpu_ratio"], "hierarchical", "dense")
 
 
 def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_text() -> None:
     text = Prose.of(answer(records()))
     for words in (
-        "by -0.0991 [",
+        "by -0.149 [",
         "by 0.00586 [",
-        "keys by -0.194 [",
+        "keys by -0.349 [",
+        "and -0.194 [",
         "At 8192 tokens",
         "catches 0.6 ",
         "random one 0.2.",
@@ -156,17 +169,12 @@ def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_tex
 
 def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> None:
     rows = [kept("bigram", 2.6, 0)]
-    for arm in TRAINED:
-        for steps in (64, 128):
-            rows.append(kept(arm, 3.0 - steps / 100, 0, at="a look", steps=steps))
-            rows.append(kept(arm, 2.0 * steps, 0, "cpu_seconds", at="a look", steps=steps))
-    # a last look of one seed alone would bend the line of both
-    for seed, steps in ((1, 64), (1, 128), (1, 150)):
-        rows.append(kept("dense", 3.0 - steps / 100, seed, at="a look", steps=steps))
-        rows.append(kept("dense", 2.0 * steps, seed, "cpu_seconds", at="a look", steps=steps))
+    for arm in FURTHER:
+        rows += [look(arm, 3.0 - steps / 100, 0, steps) for steps in (64, 128)]
+        rows.append(kept(arm, 2.0, 0, "cpu_seconds", part="step", phase="step"))
     picture = learning(summary(rows))
     left, right = picture.axes
-    assert [line.get_label() for line in left.lines] == [*TRAINED, "bigram"]
+    assert [line.get_label() for line in left.lines] == [*FURTHER, "bigram"]
     assert list(left.lines[0].get_xdata()) == [64 * 8192 / 1e6, 128 * 8192 / 1e6]
     assert list(right.lines[0].get_xdata()) == [128.0, 256.0]
     assert left.get_ylim() == right.get_ylim()
@@ -175,6 +183,6 @@ def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> 
 
 def test_without_records_there_is_neither_answer_nor_picture() -> None:
     with pytest.raises(NoEvidence):
-        answer([kept("dense", 2.0, 0, at="equal time")])
+        answer([kept("dense", 2.0, 0, at="equal tokens")])
     with pytest.raises(NoEvidence):
-        learning(summary([kept("dense", 2.0, 0, at="equal time")]))
+        learning(summary([kept("dense", 2.0, 0, at="equal tokens")]))

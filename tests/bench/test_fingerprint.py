@@ -30,6 +30,14 @@ def test_another_torch_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert fingerprint.machine_id() != before
 
 
+def test_a_processor_that_can_do_less_is_another_machine_though_it_has_the_same_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = fingerprint.machine_id()
+    monkeypatch.setattr(fingerprint, "instruction_sets", lambda: ["another"])
+    assert fingerprint.machine_id() != before
+
+
 def test_the_fingerprint_is_saved_under_the_machine(tmp_path: Path) -> None:
     path = fingerprint.save(tmp_path)
     assert path == tmp_path / "machines" / f"{fingerprint.machine_id()}.json"

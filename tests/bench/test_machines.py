@@ -53,8 +53,3 @@ def test_of_one_point_the_newest_machine_counts() -> None:
     assert speaking([LOSS, TIME, elsewhere(LOSS)]) == (LOSS, TIME, elsewhere(LOSS)), "the machine's own stays its own"
     assert speaking([elsewhere(LOSS), LOSS, TIME]) == (LOSS, TIME)
     assert speaking([LOSS, elsewhere(LOSS)]) == (elsewhere(LOSS),)
-
-
-def test_a_loss_after_seconds_of_training_belongs_to_its_machine() -> None:
-    late = replace(LOSS, axes={"seconds_of_training": 600})
-    assert speaking([late, elsewhere(late, seed=1)]) == (elsewhere(late, seed=1),)
