@@ -31,7 +31,10 @@ PATIENT = {"OMP_WAIT_POLICY": "passive"}
 # Tests multiply small matrices: threads would wait for each other longer than they work, above all on a shared machine.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # A worker per core; a file's tests stay together, since they share what is dear to make. `-- -n 0` runs them in turn.
-SIDE_BY_SIDE = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadscope", "--durations", "25")
+SIDE_BY_SIDE = (
+    *("-n", "logical", "--maxprocesses", "8", "--dist", "loadscope", "--no-loadscope-reorder"),
+    *("--durations", "25"),
+)
 CHECKED = ",".join(f"dsv3.{room}" for room in SHAPED)
 
 job = nox.session(requires=["environment"], venv_backend="none")

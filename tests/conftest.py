@@ -4,6 +4,12 @@ import pytest
 from jaxtyping import config as jaxtyping_config
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: what a worker takes last must not be what takes longest."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture
 def annotations_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The annotations, where a test run checks them, refuse before our own words do and are no code for a compiler."""

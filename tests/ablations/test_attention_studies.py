@@ -121,6 +121,7 @@ def test_growth_is_drawn_with_slopes_or_not_at_all() -> None:
         sparsity.growth(summary([row for row in timed(EXPONENTS, 0.6) if row.metric == "peak_bytes"]))
 
 
+@pytest.mark.slow
 def test_one_short_cell_measures_every_arm() -> None:
     cell = Cell(arm=None, seed=0, axes={"length": 256, "threads": 1}, seconds=5)
     readings = sparsity.measure(cell)

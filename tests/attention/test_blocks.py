@@ -62,7 +62,7 @@ def listed(selection: Selection) -> list[list[list[int]]]:
 
 
 @given(seeds, st.one_of(choices(Blocks), choices()), st.integers(1, 70), st.booleans())
-@settings(max_examples=80)
+@settings(max_examples=50)
 def test_every_query_sees_the_keys_of_the_loops_on_random_numbers_and_on_ties(
     seed: int, choice: Blocks, total: int, whole: bool
 ) -> None:

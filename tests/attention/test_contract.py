@@ -114,7 +114,7 @@ def test_a_selection_that_keeps_everything_is_dense_attention(attention: Select,
 
 
 @every_variant
-@pytest.mark.parametrize("length", [7, 300])
+@pytest.mark.parametrize("length", [7, 150])
 def test_gradients_are_those_of_finite_differences(model: Model, length: int) -> None:
     made, x = module(model), hidden(length, batch=2).requires_grad_()
     names = [name for name, _ in made.named_parameters()]
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_finite_differences(model: Model, length: int) ->
 
 @every_select
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (3, 1)])
-@pytest.mark.parametrize("queries, total", [(1, 1), (1, 30), (63, 63), (60, 63), (17, 100)])
+@pytest.mark.parametrize("queries, total", [(1, 1), (1, 30), (35, 35), (20, 23), (17, 60)])
 @pytest.mark.parametrize("width, value", [(6, 6), (7, 4), (4, 7)])
 def test_attend_equals_the_reference_in_values_and_gradients(
     select: Select, heads: int, groups: int, queries: int, total: int, width: int, value: int

@@ -28,6 +28,7 @@ def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None
 
 @needs_kernel  # a compiler, that is
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.slow
 def test_the_compiled_peer_equals_the_reference() -> None:
     """The compiled dense layer is not compiled here: checks of its shapes, which tests turn on, stand in the way."""
     assert set(COMPILED.values()) == {PEER, "dense"}

@@ -78,6 +78,7 @@ def test_two_processes_move_the_biases_by_the_loads_of_the_whole_batch(both: tup
     assert one["max_vio"] == two["max_vio"]
 
 
+@pytest.mark.slow
 def test_torchrun_trains_like_one_process_and_only_rank_0_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

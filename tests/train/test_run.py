@@ -58,6 +58,7 @@ def kill_after(arguments: list[str], out: Path, step: int) -> None:
     assert process.wait() == -signal.SIGKILL, "it was killed before it ended"
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits_as_one_that_was_not(text: Data, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(command(text, whole), cwd=ROOT, check=True)
