@@ -36,8 +36,7 @@ def speaking(records: Sequence[Record]) -> tuple[Record, ...]:
     return tuple(
         row
         for row in records
-        if row.machine == speaks
-        or (transfers(row.metric) and (row.error is not None or newest[_point(row)] is row))
+        if row.machine == speaks or (transfers(row.metric) and (row.error is not None or newest[_point(row)] is row))
     )
 
 

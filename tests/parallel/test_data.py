@@ -82,7 +82,7 @@ def test_two_processes_move_the_biases_by_the_loads_of_the_whole_batch(both: tup
 def test_torchrun_trains_like_one_process_and_only_rank_0_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", small.cache(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     data = small.book(tmp_path)
     fields = f"--data {data.paths[0]} --steps 4 --data.validation 0.2 --data.test 0.2 --model.vocab-size 300 "

@@ -1,4 +1,6 @@
-"""A config with every part in the smallest size, a text to train it on, and how far two tensors are apart."""
+"""A config with every part in the smallest size, a text to train it on and a cache for it, and how far two tensors are
+apart.
+"""
 
 import random
 from pathlib import Path
@@ -21,6 +23,7 @@ from dsv3.config import (
     Train,
     vary,
 )
+from dsv3.data.prepare import cache_folder
 
 VOCABULARY = 300
 
@@ -62,6 +65,15 @@ def rows(config: Config, seed: int = 0, batches: int = 1) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shape = (config.train.batch_size, config.train.sequence_length + 1)
     return [torch.randint(0, VOCABULARY, shape, generator=generator) for _ in range(batches)]
+
+
+def cache(folder: Path) -> str:
+    """A user's cache without texts; its kernels are those that this machine has built, which takes minutes."""
+    built = cache_folder() / "kernels"
+    built.mkdir(parents=True, exist_ok=True)
+    (folder / "dsv3").mkdir(parents=True)
+    (folder / "dsv3" / "kernels").symlink_to(built)
+    return str(folder)
 
 
 def book(folder: Path, words: int = 20_000) -> Data:

@@ -23,7 +23,7 @@ from tests.train import small
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", small.cache(tmp_path_factory.mktemp("cache")))
         data: Data = small.book(tmp_path_factory.mktemp("text"))
         run(vary(small.config(), data=data, **{"train.steps": 3}), out=out, progress=False)
         yield out
