@@ -356,8 +356,8 @@ STUDY = Study(
     limits=(
         "A model of four layers and a million parameters that has read a few million bytes: what it wants from far "
         "away is little, and a better one may want more.",
-        "Time is CPU time of one thread; the window is computed in plain PyTorch, the trees by the kernel. At equal time "
-        "the interval is over seeds: that of the ratio of times, far smaller, is not in it.",
+        "Time is CPU time of one thread; the window is computed in plain PyTorch, the trees by the kernel. At equal "
+        "time the interval is over seeds: that of the ratio of times, far smaller, is not in it.",
         "One learning rate for all arms.",
     ),
 )
