@@ -266,13 +266,13 @@ def _at_equal_time(records: Sequence[Record], arm: str) -> dict[int, float]:
     import numpy as np
 
     looks = [row for row in records if row.axes.get("at") == "a look" and row.metric == "trailing_loss"]
-    points: dict[int, list[tuple[int, float]]] = {}
+    paths: dict[int, dict[int, float]] = {}
     for step in sorted({int(row.axes["steps"]) for row in looks if row.arm == arm}):
         for seed, row in replicates(looks, arm=arm, metric="trailing_loss", steps=step).items():
-            points.setdefault(seed or 0, []).append((step, float(row.value or 0.0)))
+            paths.setdefault(seed or 0, {})[step] = float(row.value or 0.0)
     ratio = 1.0 if arm == "dense" else estimate(records, arm=arm, metric="step_cpu_ratio").value
     dense = max((int(row.axes["steps"]) for row in looks if row.arm == "dense"), default=0)
-    return {seed: float(np.interp(dense / ratio, *zip(*path, strict=True))) for seed, path in points.items()}
+    return {seed: float(np.interp(dense / ratio, [*path], [*path.values()])) for seed, path in paths.items()}
 
 
 def _gap(records: Sequence[Record], arm: str, baseline: str) -> Estimate:
