@@ -1,50 +1,50 @@
 // Products of small matrices in registers, and what is done to them before they are stored.
 //
-//     C[M, N] = A[M, K] B[K, N]      A is read number by number and spread over a vector, B in vectors of 16
+//     C[M, N] = A[M, K] B[K, N]      A is read number by number and spread over a vector, B in vectors
 //
 // so that A may lie row by row or column by column, as it does in memory; only B must have its N neighbours together.
 // In bf16 a "number" is the pair of neighbours along K in 32 bits, which is what the processor's instruction multiplies.
-// Vectors are the compiler's own: it turns 16 floats into one, two or four registers of the processor at hand. Where it
-// takes several it keeps them in memory between operations, so the sums of a product are vectors of a register each.
+// Vectors are the compiler's own, and a register each: longer ones it would keep in memory between operations. Rows are
+// padded to 16 numbers whatever the register.
 
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Loose __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef int32_t LooseInts __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint32_t LooseBits __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float Part __attribute__((vector_size(REGISTER), may_alias));
-typedef float LoosePart __attribute__((vector_size(REGISTER), aligned(4), may_alias));
-typedef uint32_t PartBits __attribute__((vector_size(REGISTER)));
-typedef uint32_t LoosePartBits __attribute__((vector_size(REGISTER), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint16_t LooseHalves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef uint16_t ManyHalves __attribute__((vector_size(64)));
-typedef uint16_t LooseManyHalves __attribute__((vector_size(64), aligned(2), may_alias));
+typedef float Vector __attribute__((vector_size(REGISTER)));
+typedef float Loose __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(REGISTER)));
+typedef int32_t LooseInts __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(REGISTER)));
+typedef uint32_t LooseBits __attribute__((vector_size(REGISTER), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(REGISTER / 2)));
+typedef uint16_t LooseHalves __attribute__((vector_size(REGISTER / 2), aligned(2), may_alias));
 typedef uint32_t Word __attribute__((may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
-constexpr int LANES = 16, PARTS = 64 / REGISTER;
+constexpr int LANES = REGISTER / 4, WHOLE = 16;  // numbers of a vector, and those to which rows are padded
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
+INLINE int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 INLINE Vector spread(float x) { return x - Vector{}; }  // -0 and NaN stay what they are
 INLINE Vector load(const float* x) { return *(const Loose*)x; }
-INLINE void store(float* x, Vector y) {
-#pragma GCC unroll 4
-  for (int i = 0; i < PARTS; ++i) *(LoosePart*)(x + LANES / PARTS * i) = ((const Part*)&y)[i];
-}
+INLINE void store(float* x, Vector y) { *(Loose*)x = y; }
 INLINE float number(Word x) {
   float y;
   __builtin_memcpy(&y, &x, 4);
   return y;
 }
-INLINE Ints lanes() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE Ints lanes() {
+  Ints x = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; ++i) x[i] = i;
+  return x;
+}
 INLINE Ints integers(int32_t x) { return x - Ints{}; }
+#ifdef HAS_AVX512
+typedef uint16_t ManyHalves __attribute__((vector_size(64)));
+typedef uint16_t LooseManyHalves __attribute__((vector_size(64), aligned(2), may_alias));
 constexpr ManyHalves ZIPPED = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+                               8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#endif
 INLINE Vector choose(Ints which, Vector yes, Vector no) {
   return (Vector)(((Ints)yes & which) | ((Ints)no & ~which));
 }
@@ -71,7 +71,11 @@ INLINE Vector fused(Vector a, Vector b, Vector c) { return (Vector)_mm512_fmadd_
 INLINE Vector larger(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
 #else
 INLINE Vector fused(Vector a, Vector b, Vector c) { return a * b + c; }
+#ifdef HAS_AVX2
+INLINE Vector larger(Vector a, Vector b) { return (Vector)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
 INLINE Vector larger(Vector a, Vector b) { return choose(a > b, a, b); }
+#endif
 #endif
 
 // 2^x for x <= 0: 2^round(x) times a polynomial, least relative error on [-1/2, 1/2]: 7.5e-8, or 2.6e-6 where the result
@@ -146,28 +150,23 @@ INLINE Halves halves(Vector x) {
 INLINE Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Bits) << 16); }
 
 template <bool HALF>
-INLINE Part multiplied(Part sum, Word a, PartBits b) {
-#ifdef HAS_AVX512
-  if (!HALF) return (Part)fused(spread(number(a)), (Vector)b, (Vector)sum);
-#else
-  if (!HALF) return number(a) * (Part)b + sum;
-#endif
-#ifdef HAS_BF16
+INLINE Vector multiplied(Vector sum, Word a, Bits b) {
+  if (!HALF) return fused(spread(number(a)), (Vector)b, sum);
   Bits both = a - Bits{};
-  return (Part)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+#ifdef HAS_BF16
+  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
 #else
-  sum = multiplied<false>(sum, a & 0xffff0000u, b & 0xffff0000u);
-  return multiplied<false>(sum, a << 16, b << 16);
+  sum = fused((Vector)(both & 0xffff0000u), (Vector)(b & 0xffff0000u), sum);
+  return fused((Vector)(both << 16), (Vector)(b << 16), sum);
 #endif
 }
 
-// 16 x 16 words turned, by halves, quarters, eighths and sixteenths.
+// As many vectors of words as they have lanes turned, by halves, quarters and so on.
 INLINE void turn(Bits (&x)[LANES]) {
-#ifdef HAS_AVX512
   const Bits lane = (Bits)lanes();
 #pragma GCC unroll 4
   for (uint32_t d = LANES / 2; d; d /= 2) {
-    const Bits lower = (lane & d) == 0 ? lane : lane - d + 16, upper = (lane & d) == 0 ? lane + d : lane + 16;
+    const Bits lower = (lane & d) == 0 ? lane : lane - d + LANES, upper = (lane & d) == 0 ? lane + d : lane + LANES;
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < LANES; ++i) {
       if (i & d) continue;
@@ -176,19 +175,11 @@ INLINE void turn(Bits (&x)[LANES]) {
       x[i + d] = __builtin_shuffle(a, b, upper);
     }
   }
-#else
-  for (int i = 0; i < LANES; ++i)
-    for (int j = 0; j < i; ++j) {
-      uint32_t one = x[i][j];
-      x[i][j] = x[j][i];
-      x[j][i] = one;
-    }
-#endif
 }
 
-// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and rows up to whole vectors are zeros.
+// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and what pads the rows is zeros.
 static void turn_rows(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
-  for (int64_t r = 0; r < rows; r += LANES)
+  for (int64_t r = 0; r < padded(rows); r += LANES)
     for (int64_t c = 0; c < columns; c += LANES) {
       Bits x[LANES];
 #pragma GCC unroll 16
@@ -221,47 +212,39 @@ struct Matrices {
 
 constexpr int64_t STEPS_AHEAD = 24;
 
-// One panel: M x (16 N) sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column by column.
-// What comes from memory is asked for on the way: of A the rows of the next panel, of B the lines some steps ahead.
+// One panel: M rows of N vectors of sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column
+// by column. What comes from memory is asked for on the way: of A the rows of the next panel, of B the lines some steps
+// ahead.
 enum class Far { none, a, b };
 template <int M, int N, bool HALF, bool ROWS, Far FAR, class Finish>
 INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count, const Finish& finish,
                   int64_t row, int64_t column) {
-  Part sum[M][N * PARTS];
+  Vector sum[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      Vector start = finish.start(row + m, column + LANES * n);
-#pragma GCC unroll 4
-      for (int part = 0; part < PARTS; ++part) sum[m][n * PARTS + part] = ((const Part*)&start)[part];
-    }
+    for (int n = 0; n < N; ++n) sum[m][n] = finish.start(row + m, column + LANES * n);
   for (int64_t k = 0; k < count; ++k) {
-    if (FAR == Far::a && k % LANES == 0)
+    if (FAR == Far::a && k % WHOLE == 0)
 #pragma GCC unroll 8
       for (int m = M; m < 2 * M; ++m) __builtin_prefetch(a + m * lead + k, 0, 2);
     if (FAR == Far::b)
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) __builtin_prefetch(b + (k + STEPS_AHEAD) * lead_b + LANES * n, 0, 2);
-    PartBits line[N * PARTS];
+    Bits line[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N * PARTS; ++n) line[n] = *(const LoosePartBits*)(b + k * lead_b + LANES / PARTS * n);
+    for (int n = 0; n < N; ++n) line[n] = *(const LooseBits*)(b + k * lead_b + LANES * n);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       Word one = ROWS ? a[m * lead + k] : a[k * lead + m];
 #pragma GCC unroll 8
-      for (int n = 0; n < N * PARTS; ++n) sum[m][n] = multiplied<HALF>(sum[m][n], one, line[n]);
+      for (int n = 0; n < N; ++n) sum[m][n] = multiplied<HALF>(sum[m][n], one, line[n]);
     }
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      Vector end;
-#pragma GCC unroll 4
-      for (int part = 0; part < PARTS; ++part) ((Part*)&end)[part] = sum[m][n * PARTS + part];
-      finish.end(row + m, column + LANES * n, end);
-    }
+    for (int n = 0; n < N; ++n) finish.end(row + m, column + LANES * n, sum[m][n]);
 }
 
 template <int N, bool HALF, bool ROWS, Far FAR, class Finish>

@@ -81,13 +81,11 @@ template <bool HALF>
 static void turned(const Rows& x, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t width, int64_t lead,
                    Word* to) {
   int64_t count = words<HALF>(width), done = 0;
-#ifdef HAS_AVX512
   const Word* whole = (const Word*)at<HALF>(x, b, h, first);
   if (!HALF || (width % 2 == 0 && x.row % 2 == 0 && (uintptr_t)whole % 4 == 0)) {
     done = count / LANES * LANES;
     turn_rows(whole, HALF ? x.row / 2 : x.row, rows, done, to, lead);
   }
-#endif
   __builtin_memset(to + done * lead, 0, (count - done) * lead * 4);
   for (int64_t i = 0; i < rows; ++i) {
     const char* from = at<HALF>(x, b, h, first + i);
@@ -180,7 +178,7 @@ INLINE void read_queries(const Problem& p, int64_t b, int64_t h, int64_t first, 
 INLINE Seen seen(const Problem& p, int64_t first_q, int64_t first_k, int64_t count, const KeyFacts& keys,
                  const QueryFacts& queries) {
   int64_t ahead = first_k - (p.keys - p.queries + first_q);
-  bool all = ahead + count <= 1 && !p.rank && count % LANES == 0;
+  bool all = ahead + count <= 1 && !p.rank && count % WHOLE == 0;
   return {ahead, count, p.rank ? keys.rank : nullptr, queries.limit, all};
 }
 

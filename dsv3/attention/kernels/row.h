@@ -37,8 +37,7 @@ INLINE void as_floats(const char* row, int64_t width, float* to) {
 
 // Lane i: the sum over all lanes of x[i]; neighbours are added, then neighbours of those.
 INLINE Vector sums_of(const Vector (&x)[LANES]) {
-#ifdef HAS_AVX512
-  const Ints even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+  const Ints even = 2 * lanes(), odd = even + 1;
   Vector y[LANES];
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) y[i] = x[i];
@@ -48,20 +47,9 @@ INLINE Vector sums_of(const Vector (&x)[LANES]) {
     for (int i = 0; i < n; ++i)
       y[i] = __builtin_shuffle(y[2 * i], y[2 * i + 1], even) + __builtin_shuffle(y[2 * i], y[2 * i + 1], odd);
   return y[0];
-#else
-  Vector sum;
-  for (int i = 0; i < LANES; ++i) {
-    float y[LANES];
-    store(y, x[i]);
-    for (int n = LANES / 2; n; n /= 2)
-      for (int j = 0; j < n; ++j) y[j] = y[2 * j] + y[2 * j + 1];
-    sum[i] = y[0];
-  }
-  return sum;
-#endif
 }
 
-// query . row of 16 rows; the query is padded with zeros to whole vectors.
+// query . row of as many rows as a vector has lanes; the query is padded with zeros to whole vectors.
 template <bool HALF>
 INLINE Vector dots(const float* query, const char* const* row, int64_t width) {
   Vector sum[LANES] = {};

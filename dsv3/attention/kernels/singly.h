@@ -1,7 +1,7 @@
 // Passes over queries one by one, where each has a list of its own or few share one of short blocks: most lanes of a tile
 // would multiply in vain.
 //
-//     forward_one     out and lse of a query: dot products with the keys that its list names, 16 of them at a time
+//     forward_one     out and lse of a query: dot products with the keys that its list names, a few of them at a time
 //     backward_one    its grad_q, and its part of grad_k and grad_v where one thread has all queries of the keys
 //     key_one         grad_k and grad_v of a key over the queries that list it, where another thread has those
 //
@@ -75,7 +75,7 @@ struct Some {
   INLINE_MEMBER void fetch(int64_t i) const {
     for (int64_t c = 0; c < width * (HALF ? 2 : 4); c += 64) __builtin_prefetch(row(i) + c, 0, 3);
   }
-  // one . row, for the 16 rows from i on
+  // one . row, for the rows from i on, one a lane
   INLINE_MEMBER Vector with(const float* one, int64_t i) const {
     const char* rows[LANES];
     for (int64_t n = 0; n < LANES; ++n) rows[n] = row(i + n), fetch(i + n + LANES);

@@ -87,7 +87,7 @@ static void paired(const char* x, int64_t rows, int64_t columns, int64_t lead, W
   const uint16_t* low = (const uint16_t*)x;
   for (int64_t i = 0; i < rows; i += 2, low += 2 * lead, to += columns) {
     const uint16_t* high = low + lead;
-    for (int64_t c = 0; c < columns; c += 2 * LANES) {
+    for (int64_t c = 0; c < columns; c += 2 * WHOLE) {  // a line of the cache
       __builtin_prefetch(low + ROWS_AHEAD * lead + c, 0, 2);
       __builtin_prefetch(high + ROWS_AHEAD * lead + c, 0, 2);
     }

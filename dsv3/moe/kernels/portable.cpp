@@ -2,7 +2,7 @@
 #include "problem.h"
 namespace dsv3::experts {
 namespace {
-constexpr int PANEL = 2, WIDE = 1, REGISTER = 16;  // rows and vectors of a panel of sums; bytes of a register
+constexpr int PANEL = 2, WIDE = 4, REGISTER = 16;  // rows and vectors of a panel of sums; bytes of a register
 #include "tiles.h"
 
 #include "passes.h"
