@@ -57,7 +57,9 @@ def order(names: tuple[str, ...], block: int) -> tuple[str, ...]:
     return turned[::-1] if block % 2 else turned
 
 
-def time_block(arms: Mapping[str, Callable[[], object]], block: int, calls: int, clock: Clock) -> Block:
+def time_block(
+    arms: Mapping[str, Callable[[], object]], block: int, calls: int | Mapping[str, int], clock: Clock
+) -> Block:
     """Seconds per call of each arm, each run `calls` times, in the order of this block; garbage collection waits."""
     taken = {}
     gc.collect(1)  # what the last block left; the oldest generation is the libraries' and takes a tenth of a second
@@ -65,11 +67,12 @@ def time_block(arms: Mapping[str, Callable[[], object]], block: int, calls: int,
     gc.disable()
     try:
         for name in order(tuple(arms), block):
+            count = calls if isinstance(calls, int) else calls[name]
             start = clock()
-            for _ in range(calls):
+            for _ in range(count):
                 arms[name]()
             end = clock()
-            taken[name] = Seconds((end.cpu - start.cpu) / calls, (end.wall - start.wall) / calls)
+            taken[name] = Seconds((end.cpu - start.cpu) / count, (end.wall - start.wall) / count)
     finally:
         if was_enabled:
             gc.enable()
@@ -78,26 +81,26 @@ def time_block(arms: Mapping[str, Callable[[], object]], block: int, calls: int,
 
 @dataclass(frozen=True)
 class Plan:
-    """How often to measure, fixed before the first figure: calls of an arm in a block, and blocks."""
+    """How often to measure, fixed before the first figure: calls of each arm in a block, and blocks."""
 
-    calls: int
+    calls: Mapping[str, int]
     blocks: int
 
 
 def plan(arms: Mapping[str, Callable[[], object]], *, least: int, seconds: float, clock: Clock = process_clock) -> Plan:
     """Warm every arm up with two calls, and plan from the second ones.
 
-    The fastest arm is called until it lasts a hundredth of a second. `seconds` of blocks are run, at least `least` of
+    Each arm is called until it lasts a hundredth of a second. `seconds` of blocks are run, at least `least` of
     them and at most 8 times as many: short arms are noisier, and more blocks of them cost little.
     """
-    taken = []
-    for arm in arms.values():
+    taken = {}
+    for name, arm in arms.items():
         arm()
         start = clock()
         arm()
-        taken.append(max(clock().wall - start.wall, 1e-7))
-    calls = max(1, math.ceil(_SHORTEST / min(taken)))
-    fitting = int(seconds / (calls * sum(taken)))
+        taken[name] = max(clock().wall - start.wall, 1e-7)
+    calls = {name: math.ceil(_SHORTEST / one) for name, one in taken.items()}
+    fitting = int(seconds / sum(calls[name] * one for name, one in taken.items()))
     return Plan(calls=calls, blocks=min(max(least, fitting), 8 * least))
 
 

@@ -84,12 +84,17 @@ def test_every_arm_runs_once_a_block_and_takes_every_place_in_turn(arms: int, st
         assert sorted(turn[place] for turn in turns) == sorted(names * 2)
 
 
-def test_short_arms_are_called_until_the_clock_can_see_them() -> None:
+def test_short_arms_are_called_until_the_clock_can_see_them_and_a_long_one_once_a_block() -> None:
     calls = []
-    paired_ratios(
-        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, baseline="a", phase="decode", blocks=1
-    )
-    assert calls.count("a") == calls.count("b") > 100
+
+    def long() -> None:
+        calls.append("long")
+        time.sleep(0.02)
+
+    arms = {"short": lambda: calls.append("short"), "long": long}
+    paired_ratios(arms, baseline="short", phase="decode", blocks=3)
+    assert calls.count("short") > 300
+    assert calls.count("long") == 2 + 3
 
 
 def test_cpu_time_does_not_count_sleep() -> None:
