@@ -117,10 +117,11 @@ def measure_arms(
     figures: Figures = {arm: {} for arm in arms}
     for session, taken in timed:
         with_threads = where if session.threads is None else where | {"threads": session.threads}
+        ceiling = 0.0 if flops is None else _ceiling(run, session, dtype)
         for arm in arms:
             found = summary(taken, arm, baseline, phase, session.hands)
             here = replace(point, arm=arm, axes=with_threads)
-            found += _speeds(run, here, session, found[0], tokens, flops, dtype)
+            found += _speeds(run, here, session, found[0], tokens, flops, ceiling, dtype)
             if run.device == "cuda" and phase == "step" and tokens is not None:
                 found += _energy(run, here, arms[arm], tokens)
             run.keep(here, found)
@@ -130,6 +131,11 @@ def measure_arms(
     return figures
 
 
+def _ceiling(run: Run, session: Session, dtype: torch.dtype) -> float:
+    with threads(session.threads):
+        return gemm_rate(torch.device(run.device), dtype, which=session.hands[0]).value
+
+
 def _speeds(
     run: Run,
     point: Point,
@@ -137,14 +143,13 @@ def _speeds(
     seconds: Measurement,
     tokens: int | None,
     flops: float | None,
+    ceiling: float,
     dtype: torch.dtype,
 ) -> tuple[Measurement, ...]:
     found: tuple[Measurement, ...] = ()
     if "wall" in session.hands and tokens is not None:
         found += (rate(seconds, "tokens_per_second", tokens),)
     if flops is not None:
-        with threads(session.threads):
-            ceiling = gemm_rate(torch.device(run.device), dtype, which=session.hands[0]).value
         found += (rate(seconds, "ceiling_share", flops / ceiling),)
         if run.device == "cuda":
             share = model_flops_utilisation(seconds, flops, dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.measurement import Measurement
 from bench.meters.paired import Clock, cuda_clock, process_clock
 
-CALLS = 10
+CALLS, SECONDS = 10, 1.0  # calls, or as many as begin within a second: torch may lack a product for the format
 WIDTH = {"cpu": 1024, "cuda": 8192}  # large enough that a product is bound by arithmetic, not by reading its factors
 BYTES = {"cpu": 2**27, "cuda": 2**30}  # beyond the caches
 
@@ -27,24 +27,25 @@ def gemm_rate(
     n = WIDTH[device.type]
     a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
-    fastest = _fastest(lambda: torch.mm(a, b, out=out), device, calls, which)
-    return Measurement(metric="gemm_flops_per_second", value=2 * n**3 / fastest, n=calls, over="calls")
+    taken = _times(lambda: torch.mm(a, b, out=out), device, calls, which)
+    return Measurement(metric="gemm_flops_per_second", value=2 * n**3 / min(taken), n=len(taken), over="calls")
 
 
 def copy_rate(device: torch.device, *, calls: int = CALLS) -> Measurement:
     """Bytes read and written per second by a copy."""
     source = torch.ones(BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
-    fastest = _fastest(lambda: target.copy_(source), device, calls, "wall")
-    return Measurement(metric="copy_bytes_per_second", value=2 * BYTES[device.type] / fastest, n=calls, over="calls")
+    taken = _times(lambda: target.copy_(source), device, calls, "wall")
+    rate = 2 * BYTES[device.type] / min(taken)
+    return Measurement(metric="copy_bytes_per_second", value=rate, n=len(taken), over="calls")
 
 
-def _fastest(call: Callable[[], Tensor], device: torch.device, calls: int, which: str) -> float:
+def _times(call: Callable[[], Tensor], device: torch.device, calls: int, which: str) -> list[float]:
     clock: Clock = process_clock if device.type == "cpu" else cuda_clock
     call()
-    taken = []
-    for _ in range(calls):
+    taken = list[float]()
+    while len(taken) < calls and sum(taken) < SECONDS:
         start = clock()
         call()
         taken.append(getattr(clock(), which) - getattr(start, which))
-    return min(taken)
+    return taken
