@@ -232,8 +232,8 @@ def answer(records: Sequence[Record]) -> str:
             tokens, window = (_gap(records, arm, other) for other in ("dense", "window"))
             said.append(
                 f"Attention to blocks down {words} has a trailing loss that differs from dense attention's by {time} "
-                f"nat/token at equal CPU time (asked: {-GAIN:g}) and by {tokens} at equal tokens, and from that of a "
-                f"window of as many keys by {gap_at_equal_time(records, arm, 'window')} and {window}."
+                f"nat/token at equal CPU time ({GAIN:g} less was asked) and by {tokens} at equal tokens, and from that "
+                f"of a window of as many keys by {gap_at_equal_time(records, arm, 'window')} and {window}."
             )
     if not said:
         raise NoEvidence("no tree has been trained beside dense attention and a window")
@@ -293,9 +293,10 @@ def learning(table: Any) -> "Picture":
         raise NoEvidence("nothing was trained")
     picture = Picture(figsize=(6.4, 3.6), layout="constrained")
     left, right = picture.subplots(1, 2)
-    seconds = table[table["metric"] == "cpu_seconds"].set_index("arm")["value"]
+    seconds = table[(table["metric"] == "cpu_seconds") & (table["part"] == "step")].set_index("arm")["value"]
     for arm in FURTHER:
         line = looks[(looks["arm"] == arm) & (looks["metric"] == "trailing_loss")].sort_values("steps")
+        line = line[line["n"] == line["n"].max()]  # a look of some seeds alone would bend the line of all
         ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
         left.plot(line["steps"] * line["length"] / 1e6, line["value"], marker=".", label=arm, **ink)
         if arm in seconds:
