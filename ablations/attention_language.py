@@ -1,4 +1,4 @@
-"""Does sparse attention buy a better language model? Bytes of real text in rows of 8192, ten minutes or more each.
+"""Does sparse attention buy a better language model? Bytes of real text in rows of 8192.
 
 Two questions, with two answers. What do fewer keys cost, or buy, at equal tokens? And at equal CPU time, when a model
 that sees fewer has read more? One training answers both (`bench.language_training`): its rate of learning is
@@ -6,12 +6,13 @@ constant, so that each look is fair at its own tokens. Judged is the trailing lo
 where attention reaches furthest.
 
     equal tokens   after as many steps as dense attention takes in all
-    equal time     after as many more as its steps take longer: s / ratio, by the ratios of a step's CPU time, which are
-                   measured by themselves, interleaved; linear between looks
+    equal time     after s / ratio steps: s of dense attention in all, the ratio that of a step's CPU time, which is
+                   measured by itself, the arms interleaved; linear between looks
 
-So a training holds on any machine, and the time is that of one. Dense attention is computed by this project's kernel,
-the faster of two; `sdpa` is the same model by torch's, and is timed, not trained. Without the kernel there is no fair
-race, and no figure. All sparse arms see 512 keys per query, an eighth of what causality leaves to the average one.
+So a training holds on any machine, and the time is that of one; with AVX-512 each takes about ten minutes of a core.
+Dense attention is computed by this project's kernel, the faster of two; `sdpa` is the same model by torch's, and is
+timed, not trained. Without the kernel there is no fair race, and no figure. All sparse arms see 512 keys per query, an
+eighth of what causality leaves to the average one.
 
 On the queries and keys of the trained dense model it is counted how much of attention's weight a choice of blocks
 catches (`bench.attention_mass`): the tree, the flat choice, a random one and the best there is.
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 7}
 LENGTH: Mapping[Profile, int] = {"quick": 1024, "full": 8192}
-STEPS: Mapping[Profile, int] = {"quick": 8, "full": 384}  # of dense attention: at 8192 tokens ten minutes or more
+STEPS: Mapping[Profile, int] = {"quick": 8, "full": 384}  # of dense attention
 KEYS, BLOCK, FINE = 512, 64, 16  # keys seen, and tokens in a block
 VOCABULARY = 257  # bytes, and the end of a text
 LOOKS = 8  # at even distances, until dense attention is through
@@ -76,7 +77,7 @@ CHANGES: Mapping[str, str] = {
     "oracle": "of the trained dense model: the blocks that hold most of its weight",
     "forced": "of the trained dense model: no blocks but those that every arm sees",
 }
-# Steps of each arm, in those of dense attention: a little more than its time buys.
+# Steps of each arm, in those of dense attention: about what its time buys with AVX-512, a little more.
 FURTHER: Mapping[str, float] = {"dense": 1.0, "window": 1.625, "hierarchical": 2.375, "best_first": 1.875}
 
 
@@ -251,7 +252,7 @@ def gap_at_equal_time(records: Sequence[Record], arm: str, baseline: str) -> Est
     """By how much the arms' trailing losses differ by seed when dense attention's time is over.
 
     Raises:
-        NoEvidence: no seed has both, or a step was not timed.
+        NoEvidence: no seed has both, a step was not timed, or there is no dense attention whose time it is.
     """
     ours, theirs = (_at_equal_time(records, name) for name in (arm, baseline))
     if not ours.keys() & theirs.keys():
@@ -266,13 +267,15 @@ def _at_equal_time(records: Sequence[Record], arm: str) -> dict[int, float]:
     import numpy as np
 
     looks = [row for row in records if row.axes.get("at") == "a look" and row.metric == "trailing_loss"]
+    dense = [int(row.axes["steps"]) for row in looks if row.arm == "dense"]
+    if not dense:
+        raise NoEvidence("dense attention was not trained")
     paths: dict[int, dict[int, float]] = {}
     for step in sorted({int(row.axes["steps"]) for row in looks if row.arm == arm}):
         for seed, row in replicates(looks, arm=arm, metric="trailing_loss", steps=step).items():
             paths.setdefault(seed or 0, {})[step] = float(row.value or 0.0)
     ratio = 1.0 if arm == "dense" else estimate(records, arm=arm, metric="step_cpu_ratio").value
-    dense = max((int(row.axes["steps"]) for row in looks if row.arm == "dense"), default=0)
-    return {seed: float(np.interp(dense / ratio, [*path], [*path.values()])) for seed, path in paths.items()}
+    return {seed: float(np.interp(max(dense) / ratio, [*path], [*path.values()])) for seed, path in paths.items()}
 
 
 def _gap(records: Sequence[Record], arm: str, baseline: str) -> Estimate:

@@ -117,7 +117,7 @@ def measure_arms(
     figures: Figures = {arm: {} for arm in arms}
     for session, taken in timed:
         with_threads = where if session.threads is None else where | {"threads": session.threads}
-        ceiling = 0.0 if flops is None else _ceiling(run, session, dtype)
+        ceiling = None if flops is None else _ceiling(run, session, dtype)
         for arm in arms:
             found = summary(taken, arm, baseline, phase, session.hands)
             here = replace(point, arm=arm, axes=with_threads)
@@ -143,13 +143,13 @@ def _speeds(
     seconds: Measurement,
     tokens: int | None,
     flops: float | None,
-    ceiling: float,
+    ceiling: float | None,
     dtype: torch.dtype,
 ) -> tuple[Measurement, ...]:
     found: tuple[Measurement, ...] = ()
     if "wall" in session.hands and tokens is not None:
         found += (rate(seconds, "tokens_per_second", tokens),)
-    if flops is not None:
+    if flops is not None and ceiling is not None:
         found += (rate(seconds, "ceiling_share", flops / ceiling),)
         if run.device == "cuda":
             share = model_flops_utilisation(seconds, flops, dtype)

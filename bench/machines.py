@@ -13,9 +13,10 @@ from bench.metrics import METRICS
 from bench.record import Record
 
 
+@cache
 def transfers(metric: str) -> bool:
-    """Whether a figure holds on other machines than its own."""
-    return metric in _transferring()
+    """Whether a figure holds on other machines than its own; one that the table does not know does not."""
+    return any(row.name == metric and row.transfers for row in METRICS)
 
 
 def speaker(records: Sequence[Record]) -> str | None:
@@ -54,11 +55,6 @@ def other_machines(records: Sequence[Record]) -> str:
     said = [f"{speaks} speaks", *([f"{aside} stand aside"] if aside else [])]
     said += [f"{elsewhere} of others hold on any machine and count"] if elsewhere else []
     return f"Records of {len(counts)} machines: {'; '.join(said)}."
-
-
-@cache
-def _transferring() -> frozenset[str]:
-    return frozenset(row.name for row in METRICS if row.transfers)
 
 
 def _point(row: Record) -> tuple[object, ...]:

@@ -93,7 +93,7 @@ def trained(arm: str) -> list[Record]:
     return [to_record(STUDY, cell, reading, provenance("quick"), None) for reading in measure(cell)]
 
 
-def test_every_training_is_looked_at_where_dense_attention_ends_whose_weights_are_looked_at() -> None:
+def test_every_training_is_looked_at_where_dense_attention_ends_and_what_that_attends_to_is_weighed() -> None:
     rows = trained("dense")
     looks = {row.axes["steps"]: row.value for row in rows if row.axes.get("at") == "a look" and row.metric == "loss"}
     assert list(looks) == [1, 2]
@@ -151,6 +151,8 @@ def test_at_equal_time_an_arm_has_read_as_much_more_as_its_steps_are_shorter_and
     assert gap_at_equal_time(faster, "hierarchical", "dense").value == pytest.approx(2.1 - 0.3 + 0.006 / 7 - 2.0)
     with pytest.raises(NoEvidence, match="step_cpu_ratio of hierarchical"):
         gap_at_equal_time([row for row in records() if row.metric != "step_cpu_ratio"], "hierarchical", "dense")
+    with pytest.raises(NoEvidence, match="dense attention was not trained"):
+        gap_at_equal_time([row for row in records() if row.arm != "dense"], "hierarchical", "window")
 
 
 def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_text() -> None:
@@ -172,6 +174,8 @@ def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> 
     for arm in FURTHER:
         rows += [look(arm, 3.0 - steps / 100, 0, steps) for steps in (64, 128)]
         rows.append(kept(arm, 2.0, 0, "cpu_seconds", part="step", phase="step"))
+    # a look of one seed alone would bend the line of both
+    rows += [look("dense", 3.0 - steps / 100, 1, steps) for steps in (64, 128, 150)]
     picture = learning(summary(rows))
     left, right = picture.axes
     assert [line.get_label() for line in left.lines] == [*FURTHER, "bigram"]
