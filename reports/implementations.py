@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from ablations.cell import PENDING
 from bench.record import Record
 
-OURS, SHORT = "our kernel", "our kernel for short blocks"  # they stand for what the device has
+OURS, RULED, SHORT = "our kernel", "our kernel, a rule per token in it", "our kernel for short blocks"
+RULED_SINCE = "2026-11-29T23:30"  # until then such a rule went to plain PyTorch; records of that time are kept
 KERNELS = {
     OURS: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
+    RULED: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
     SHORT: {
         "cpu": "this project's C++ kernel",
         "cuda": "plain PyTorch, as blocks of keys are too short for a GPU's products",
@@ -20,14 +22,15 @@ KERNELS = {
 }
 TORCH = "torch's own kernel"
 WRITTEN_OUT = "torch's products, the matrix written out"
-RULED = "plain PyTorch, as a rule per token thins out the blocks"
+SHARED = "plain PyTorch, as single keys shared by many queries are gathered once"
 CHOSEN = {"kernel": OURS, "triton": OURS, "plain": "plain PyTorch, for want of a kernel", "dense": TORCH}
 
 SPARSITY = {
     "sdpa": TORCH,
     "eager": WRITTEN_OUT,
     **dict.fromkeys(("dense", "blocks_share"), OURS),
-    **dict.fromkeys(("window", "per_head_share", "per_head_dropped", "per_head_number"), RULED),
+    "window": RULED,
+    **dict.fromkeys(("per_head_share", "per_head_dropped", "per_head_number"), SHARED),
 }
 BLOCKS = {
     "sdpa": TORCH,
@@ -38,7 +41,8 @@ BLOCKS = {
 }
 QUALITY = {
     "dense": TORCH,
-    **dict.fromkeys(("window", "per_head"), RULED),
+    "window": RULED,
+    "per_head": SHARED,
     **dict.fromkeys(("blocks", "hierarchical", "best_first", "indexer"), SHORT),
 }
 LANGUAGE = {
@@ -78,4 +82,6 @@ def _words(row: Record) -> str | None:
         words = (BLOCKS if "dtype" in row.axes else SPARSITY).get(row.arm)
     else:
         words = STUDIES.get(row.study, {}).get(row.arm)
+    if words == RULED and row.time < RULED_SINCE:
+        return "plain PyTorch, as a rule per token thinned out the blocks"
     return KERNELS[words].get(str(row.axes.get("device")), OURS) if words in KERNELS else words

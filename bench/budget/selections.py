@@ -1,6 +1,6 @@
 """How many numbers the lists of a selection of keys hold, in closed form: what attention keeps of them. No torch.
 
-    Window         for each block of 256 queries the blocks of 64 keys that it may see, and their count, once for all
+    Window         for each block of 64 queries the blocks of 64 keys that it may see, and their count, once for all
                    sequences and heads; a rank and a limit for each position
     PerHead        for each sequence, head and block of 256 queries its keys; the count of each block; for each
                    sequence, head and position a rank and a limit
@@ -31,7 +31,8 @@ from dsv3.config import (
     Window,
 )
 
-QUERIES, KEYS = 256, 64  # in a block of a window; per-head selection lists key by key
+WINDOW = 64  # queries and keys in a block of a window
+PER_HEAD = 256  # queries that share a head's list, which goes key by key
 
 
 def chooses(select: Select, length: int) -> bool:
@@ -72,19 +73,19 @@ def listed(attention: Attention, sequences: int, length: int) -> tuple[int, bool
 
 
 def _by_window(window: Window, length: int) -> int:
-    rows, longest = range(0, length, QUERIES), 0
+    rows, longest = range(0, length, WINDOW), 0
     for first in rows:
-        low = max(0, first - window.size + 1) // KEYS
-        high = (min(first + QUERIES, length) - 1) // KEYS + 1
-        longest = max(longest, high - low + min(low, -(-window.sink // KEYS)))
+        low = max(0, first - window.size + 1) // WINDOW
+        high = (min(first + WINDOW, length) - 1) // WINDOW + 1
+        longest = max(longest, high - low + min(low, -(-window.sink // WINDOW)))
     return len(rows) * (longest + 1)
 
 
 def _by_head(select: PerHead, length: int) -> tuple[int, int]:
     """How many blocks of queries there are, and the keys that a head lists for them."""
     sizes = []
-    for start in range(0, length, QUERIES):
-        stop = min(start + QUERIES, length)
+    for start in range(0, length, PER_HEAD):
+        stop = min(start + PER_HEAD, length)
         most = min(select.k, stop) if select.k is not None else max(1, int((select.keep or 0.0) * stop))
         sizes.append(min(most, start) + stop - start)
     return len(sizes), len(sizes) * max(sizes)

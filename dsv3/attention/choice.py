@@ -1,10 +1,10 @@
 """Which code computes a selection: on a CPU the C++ kernel where the machine can build it, on a GPU the Triton kernel
 where Triton is there, elsewhere plain PyTorch.
 
-The kernels multiply whole blocks. Selections that a token-exact rule thins out within their blocks are left to the
-plain path, and on a GPU those whose blocks of keys are too short for its products; so is dense attention, which torch
-has a kernel for. Each can be had from any by name, as can the Triton kernel on a CPU, in Triton's interpreter, to be
-looked at and tested. A bias for each listed block the Triton kernel does not add.
+The kernels multiply whole blocks and read them where they lie. Single keys that many queries share are left to the
+plain path, which gathers them once and multiplies them as a matrix; on a GPU so are all blocks of keys too short for
+its products. Dense attention goes to torch's own kernel. Each can be had from any by name, as can the Triton kernel on
+a CPU, in Triton's interpreter, to be looked at and tested. A bias for each listed block the Triton kernel does not add.
 """
 
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ from dsv3.config.rules import require
 
 Implementation = Literal["kernel", "triton", "plain"]
 SHORTEST = 16  # keys of a block on a GPU: the least columns of its products
+SHARERS = 4  # queries on a CPU that read a single key where it lies faster than they gather it, in both passes
 
 
 def implementation(q: Tensor, selection: Selection | None) -> Implementation:
@@ -31,10 +32,9 @@ def why_plain(q: Tensor, selection: Selection | None) -> str | None:
     """None where `implementation` says a kernel; otherwise the reason, in a line."""
     if selection is None:
         return "torch has a kernel of its own for dense attention"
-    if selection.rank is not None:
-        return "a rule per token thins out the blocks"
     if q.device.type != "cuda":
-        return why_not_kernel(q)
+        shared = selection.block_k == 1 and min(selection.block_q, q.shape[2]) > SHARERS
+        return "single keys shared by many queries are gathered once" if shared else why_not_kernel(q)
     if selection.bias is not None:
         return "each listed block has a bias, which the Triton kernel does not add"
     return "blocks of keys are too short for a GPU's products" if selection.block_k < SHORTEST else why_not_triton(q)

@@ -273,13 +273,14 @@ def test_there_is_no_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_the_kernel_is_chosen_for_whole_blocks_alone() -> None:
-    q = torch.zeros(1, 2, 100, 8)
+def test_the_kernel_is_chosen_unless_many_queries_share_single_keys() -> None:
+    q, importance = torch.zeros(1, 2, 100, 8), torch.zeros(1, 2, 100)
+    assert implementation(q, window(1, 100, 100, size=5)) == ("kernel" if REASON is None else "plain")
+    assert implementation(q[:, :, :4], per_head(importance, 4, k=5)) == ("kernel" if REASON is None else "plain")
     for block_q, block_k in ((64, 16), (64, 3), (1, 1)):
         whole = select((1, 2, 2, 2, 100, 100, 8, 8, block_q, block_k))
         assert implementation(q, whole) == ("kernel" if REASON is None else "plain")
-    others = (None, window(1, 100, 100, size=5), per_head(torch.zeros(1, 2, 100), 100, k=5))
-    assert [implementation(q, selection) for selection in others] == ["plain"] * 3
+    assert implementation(q, None) == implementation(q, per_head(importance, 100, k=5)) == "plain"
     assert implementation(q.double(), whole) == "plain"
     assert implementation(q.to("meta"), whole) == "plain"
 

@@ -10,7 +10,7 @@ import torch
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config.rules import require
 
-BLOCK_Q = 256
+BLOCK_Q = 64
 BLOCK_K = 64
 
 
