@@ -8,6 +8,7 @@ search looks at where there is no data to score, and `by_priority` is best-first
 import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float
@@ -175,39 +176,27 @@ def by_priority(choice: Hierarchical, complete: int, score: Score) -> tuple[list
 
 def node_score(choice: Blocks, pairs: Sequence[tuple[Tensor, Tensor]]) -> Score:
     """The mean over pairs of a query [P] and keys [S, P] of what a node says: q . mean, or the bound of q . k."""
-    branching = choice.branching if isinstance(choice, Hierarchical) else 1
-    bound = isinstance(choice, Hierarchical) and choice.search == "best_first"
-    known: dict[tuple[int, int], float] = {}
+    return cache(partial(_of_node, choice, pairs))
 
-    def score(level: int, node: int) -> float:
-        if (level, node) not in known:
-            span = choice.block_k * branching**level
-            known[level, node] = sum(one(q, k[node * span : (node + 1) * span]) for q, k in pairs) / len(pairs)
-        return known[level, node]
 
-    def one(q: Tensor, keys: Tensor) -> float:
-        if not bound:
-            return float(q @ keys.mean(dim=0))
-        return float(torch.maximum(q * keys.amax(dim=0), q * keys.amin(dim=0)).sum())
-
-    return score
+def _of_node(choice: Blocks, pairs: Sequence[tuple[Tensor, Tensor]], level: int, node: int) -> float:
+    span = choice.block_k * (choice.branching if isinstance(choice, Hierarchical) else 1) ** level
+    keys = [(q, k[node * span : (node + 1) * span]) for q, k in pairs]
+    if isinstance(choice, Hierarchical) and choice.search == "best_first":
+        said = [torch.maximum(q * own.amax(dim=0), q * own.amin(dim=0)).sum() for q, own in keys]
+    else:
+        said = [q @ own.mean(dim=0) for q, own in keys]
+    return sum(map(float, said)) / len(pairs)
 
 
 def compared(choice: Blocks, q: Tensor, k: Tensor, sequence: int, head: int, position: int) -> list:
     """The queries that choose for a head at a position, each with the keys that it is compared with."""
-    share = q.shape[1] // k.shape[1]
-
-    def pair(heads: range, group: int) -> tuple[Tensor, Tensor]:
-        return q[sequence, list(heads), position].mean(dim=0), k[sequence, group]
-
-    group = head // share
-    match choice.sharing:
-        case "head":
-            return [pair(range(head, head + 1), group)]
-        case "group":
-            return [pair(range(group * share, (group + 1) * share), group)]
-        case _:
-            return [pair(range(g * share, (g + 1) * share), g) for g in range(k.shape[1])]
+    share, groups = q.shape[1] // k.shape[1], range(k.shape[1])
+    if choice.sharing == "head":
+        return [(q[sequence, head, position], k[sequence, head // share])]
+    if choice.sharing == "group":
+        groups = range(head // share, head // share + 1)
+    return [(q[sequence, g * share : (g + 1) * share, position].mean(dim=0), k[sequence, g]) for g in groups]
 
 
 def _holding(ordered: list[int], logits: list[float], mass: float) -> list[int]:
