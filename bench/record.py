@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -116,7 +117,7 @@ class Record:
             plain = isinstance(name, str) and (isinstance(value, str) or _finite(value))
             _require(plain, self, "axes", "must map names to text or finite numbers")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Twelve hexadecimal digits that name what was measured, whatever came out: reports point at a figure by it."""
         identity = {name: getattr(self, name) for name in _IDENTITY} | {"axes": dict(self.axes)}

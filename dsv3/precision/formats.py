@@ -16,6 +16,7 @@ every cast to 8 bits saturates, and `overflows` counts what the clamp would hide
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -36,18 +37,18 @@ class Format:
     specials: Literal["ieee", "fn"]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def bits(self) -> int:
         """Width of a code: sign, exponent and mantissa."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
-    @property
+    @cached_property
     def max_code(self) -> int:
         """The code of the largest finite number."""
         ones = (1 << (self.bits - 1)) - 1
         return ones - 1 if self.specials == "fn" else ones - (1 << self.mantissa_bits)
 
-    @property
+    @cached_property
     def max(self) -> float:
         """Largest finite number."""
         return self.decode(self.max_code)
