@@ -24,7 +24,6 @@ from reports.implementations import (
     LANGUAGE,
     OURS,
     QUALITY,
-    RULED,
     RULED_SINCE,
     SHARED,
     SHORT,
