@@ -16,9 +16,9 @@ from dsv3.attention import Implementation, Selection, attend, eager, reference, 
 from dsv3.attention.select import blocks, per_head, window
 from dsv3.config import Blocks
 
-KERNEL = ("dense", "blocks_share")
+KERNEL = ("dense", "window", "blocks_share")
 _LAST = 16  # queries of a long sequence that are compared with the reference
-_SHORT = 272  # positions of a short one, two blocks of queries, compared in two heads with their gradients
+_SHORT = 272  # positions of a short one, two blocks of queries per head, compared in two heads with their gradients
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def check(arm: str, given: Inputs) -> None:
     """
     right = _right(arm, given, given.q[:, :, -_LAST:])
     _compare(arm, inference(arm, given)[:, :, -_LAST:], right.detach())
-    short = inputs(_SHORT, given.q.device, heads=2, seed=1)
+    length = _SHORT + (KEYS if arm == "window" else 0)  # so that some keys lie outside
+    short = inputs(length, given.q.device, heads=2, seed=1)
     right = _right(arm, short, short.q)
     found = training(arm, short)
     grads = torch.autograd.grad(right, short.leaves()[: len(found) - 1], short.v.detach().double())

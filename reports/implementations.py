@@ -1,8 +1,9 @@
 """Who computed the attention of each arm: torch's own kernel, this project's, or plain PyTorch, and then why.
 
 Arms of these studies name their implementation or leave nothing to choose, so records tell: the device says which of
-our kernels it was, a pending record what was missing, and the axis `implementation` what was chosen for `auto`. Tests
-hold the table against `dsv3.attention.choice`.
+our kernels it was, a pending record what was missing, and the axis `implementation` what was chosen for `auto`. Those
+of quality alone go on without a compiler, in plain PyTorch, which their records do not tell. Tests hold the table
+against `dsv3.attention.choice`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,19 +11,20 @@ from collections.abc import Mapping, Sequence
 from ablations.cell import PENDING
 from bench.record import Record
 
+# What stands for what the device has.
 OURS, RULED, SHORT = "our kernel", "our kernel, a rule per token in it", "our kernel for short blocks"
-RULED_SINCE = "2026-11-29T23:30"  # until then such a rule went to plain PyTorch; records of that time are kept
+SHARED = "single keys that many queries share"
+TOO_SHORT = "plain PyTorch, as blocks of keys are too short for a GPU's products"
+RULED_SINCE = "2026-11-30"  # until then such a rule went to plain PyTorch; records of that time are kept
 KERNELS = {
     OURS: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
     RULED: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
-    SHORT: {
-        "cpu": "this project's C++ kernel",
-        "cuda": "plain PyTorch, as blocks of keys are too short for a GPU's products",
-    },
+    SHORT: {"cpu": "this project's C++ kernel", "cuda": TOO_SHORT},
+    SHARED: {"cpu": "plain PyTorch, as single keys shared by many queries are gathered once", "cuda": TOO_SHORT},
 }
 TORCH = "torch's own kernel"
 WRITTEN_OUT = "torch's products, the matrix written out"
-SHARED = "plain PyTorch, as single keys shared by many queries are gathered once"
+ASKED = "plain PyTorch, as asked"
 CHOSEN = {"kernel": OURS, "triton": OURS, "plain": "plain PyTorch, for want of a kernel", "dense": TORCH}
 
 SPARSITY = {
@@ -30,13 +32,13 @@ SPARSITY = {
     "eager": WRITTEN_OUT,
     **dict.fromkeys(("dense", "blocks_share"), OURS),
     "window": RULED,
-    **dict.fromkeys(("per_head_share", "per_head_dropped", "per_head_number"), SHARED),
+    **dict.fromkeys(("per_head_share", "per_head_dropped", "per_head_number"), ASKED),
 }
 BLOCKS = {
     "sdpa": TORCH,
     "sdpa_fp32": TORCH,
     **dict.fromkeys(("dense", "window", "blocks", "hierarchical", "best_first"), OURS),
-    "plain": "plain PyTorch, as asked",
+    "plain": ASKED,
     "flex": "torch's FlexAttention",
 }
 QUALITY = {

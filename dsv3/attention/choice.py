@@ -1,10 +1,11 @@
 """Which code computes a selection: on a CPU the C++ kernel where the machine can build it, on a GPU the Triton kernel
 where Triton is there, elsewhere plain PyTorch.
 
-The kernels multiply whole blocks and read them where they lie. Single keys that many queries share are left to the
-plain path, which gathers them once and multiplies them as a matrix; on a GPU so are all blocks of keys too short for
-its products. Dense attention goes to torch's own kernel. Each can be had from any by name, as can the Triton kernel on
-a CPU, in Triton's interpreter, to be looked at and tested. A bias for each listed block the Triton kernel does not add.
+The kernels multiply whole blocks and read them where they lie. On a CPU single keys that many queries share are left to
+the plain path, which gathers them once and multiplies them as a matrix; on a GPU all blocks of keys that are too short
+for its products. Dense attention goes to torch's own kernel. Each can be had from any by name, as can the Triton kernel
+on a CPU, in Triton's interpreter, to be looked at and tested. A bias for each listed block the Triton kernel does not
+add.
 """
 
 from typing import Literal, get_args
@@ -18,7 +19,7 @@ from dsv3.config.rules import require
 
 Implementation = Literal["kernel", "triton", "plain"]
 SHORTEST = 16  # keys of a block on a GPU: the least columns of its products
-SHARERS = 4  # queries on a CPU that read a single key where it lies faster than they gather it, in both passes
+SHARERS = 4  # at most so many read single keys where they lie (`one_by_one` in operators.cpp) faster than gathered
 
 
 def implementation(q: Tensor, selection: Selection | None) -> Implementation:

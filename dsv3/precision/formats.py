@@ -16,7 +16,6 @@ every cast to 8 bits saturates, and `overflows` counts what the clamp would hide
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -37,18 +36,18 @@ class Format:
     specials: Literal["ieee", "fn"]
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def bits(self) -> int:
         """Width of a code: sign, exponent and mantissa."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
-    @cached_property
+    @property
     def max_code(self) -> int:
         """The code of the largest finite number."""
         ones = (1 << (self.bits - 1)) - 1
         return ones - 1 if self.specials == "fn" else ones - (1 << self.mantissa_bits)
 
-    @cached_property
+    @property
     def max(self) -> float:
         """Largest finite number."""
         return self.decode(self.max_code)
@@ -79,10 +78,11 @@ class Format:
         Raises:
             ValueError: for a code that does not fit the format's bits.
         """
-        require(0 <= code < 1 << self.bits, "code", code, f"must fit {self.bits} bits", "mask it")
+        bits = self.bits
+        require(0 <= code < 1 << bits, "code", code, f"must fit {bits} bits", "mask it")
         mantissa = code & ((1 << self.mantissa_bits) - 1)
         exponent = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
-        sign = -1.0 if code >> (self.bits - 1) else 1.0
+        sign = -1.0 if code >> (bits - 1) else 1.0
         top = exponent == (1 << self.exponent_bits) - 1
         if top and self.specials == "ieee":
             return math.nan if mantissa else sign * math.inf

@@ -242,7 +242,7 @@ def test_the_operators_cost_the_pairs_of_the_definition() -> None:
 
 
 @pytest.mark.parametrize("reason", [None, "Triton is missing"])
-def test_a_gpu_gets_the_kernel_for_whole_blocks_where_it_can_run(
+def test_a_gpu_gets_the_kernel_unless_blocks_are_short_where_it_can_run(
     reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_blocks, "why_not", lambda device, width: reason)

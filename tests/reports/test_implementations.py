@@ -16,7 +16,7 @@ from bench.measurement import Measurement, Point, failure, record
 from bench.record import Record
 from dsv3.attention import implementation, why_not_kernel, why_plain
 from dsv3.attention.select import blocks
-from dsv3.config import Blocks, Indexer, Window
+from dsv3.config import Blocks, Indexer, PerHead, Window
 from reports.implementations import (
     BLOCKS,
     INDEXER,
@@ -75,22 +75,21 @@ def test_the_tables_have_every_arm_of_their_studies() -> None:
 
 def test_the_tables_say_what_attention_chooses() -> None:
     given = attention.inputs(600)
-    for arm in ("per_head_share", "per_head_dropped", "per_head_number"):
-        reason = why_plain(given.q, attention.choose(arm, given))
-        assert SPARSITY[arm] == SHARED == f"plain PyTorch, as {reason}"
-    assert why_plain(given.q, attention.choose("window", given)) == why_not_kernel(given.q)
+    reason = why_plain(given.q, attention.choose("per_head_share", given))
+    assert KERNELS[SHARED]["cpu"] == f"plain PyTorch, as {reason}"
+    assert {arm for arm, words in SPARSITY.items() if words in KERNELS} == set(attention.KERNEL)
     assert {arm for arm, words in BLOCKS.items() if words == OURS} == set(block_attention.KERNEL)
     for table, selects in (
         (QUALITY, attention_quality.selects(attention_quality.LENGTH)),
         (LANGUAGE, attention_language.SELECTS),
     ):
         for arm, select in selects.items():
-            assert (table[arm] in KERNELS) == isinstance(select, Blocks | Indexer | Window)
+            assert (table[arm] in KERNELS) == isinstance(select, Blocks | Indexer | PerHead | Window)
 
 
 def test_windows_that_plain_pytorch_computed_are_not_passed_off_as_the_kernels() -> None:
     old = replace(kept("window", study="attention_quality"), time="2026-11-28T10:00:00+00:00")
-    new = replace(old, time=f"{RULED_SINCE}:00+00:00")
+    new = replace(old, time=f"{RULED_SINCE}T00:00:00+00:00")
     assert implementations([old]) == "plain PyTorch, as a rule per token thinned out the blocks: window"
     assert implementations([new]) == "this project's C++ kernel: window"
     assert implementations([replace(old, study=STUDY.name)]) == "this project's C++ kernel: window"

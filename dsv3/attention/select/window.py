@@ -34,6 +34,7 @@ def window(
     require(1 <= queries <= total, "queries", queries, f"must be between 1 and total={total}", "select for some tokens")
     require(size >= 1, "size", size, "must be at least 1: a token sees itself", "use a larger window")
     require(sink >= 0, "sink", sink, "must not be negative", "use 0 for no sink")
+    block_q = min(block_q, queries)
     first = torch.arange(total - queries, total, block_q, device=device)
     low = (first - size + 1).clamp(min=0) // block_k
     high = ((first + block_q).clamp(max=total) - 1) // block_k + 1
