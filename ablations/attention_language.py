@@ -77,7 +77,8 @@ CHANGES: Mapping[str, str] = {
     "oracle": "of the trained dense model: the blocks that hold most of its weight",
     "forced": "of the trained dense model: no blocks but those that every arm sees",
 }
-# Steps of each arm, in those of dense attention: about what its time buys with AVX-512, a little more.
+# Steps of each arm, in those of dense attention: about what its time buys with AVX-512, a little more. A window's steps
+# take as long as those of the tree of means.
 FURTHER: Mapping[str, float] = {"dense": 1.0, "window": 2.375, "hierarchical": 2.375, "best_first": 1.875}
 
 
@@ -361,8 +362,8 @@ STUDY = Study(
         "A model of four layers and a million parameters that has read a few million bytes: what it wants from far "
         "away is little, and a better one may want more.",
         "Time is CPU time of one thread. At equal time the interval is over seeds: that of the ratio of times, far "
-        "smaller, is not in it. A training that ended before dense attention's time was over counts as it ended: on a "
-        "machine without AVX-512 all but dense attention's do, and could have learnt more.",
+        "smaller, is not in it. A training that ended before dense attention's time was over, as the picture shows, counts "
+        "as it ended, though it could have learnt more.",
         "One learning rate for all arms.",
     ),
 )

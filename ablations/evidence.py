@@ -223,12 +223,11 @@ def sign_flip(differences: Sequence[float]) -> float:
     fine = len(differences) > 0 and all(map(math.isfinite, differences))
     require(fine, "differences", list(differences), "must be finite numbers", "look at the records")
     values = np.asarray(differences, dtype=float)
-    values /= np.abs(values).max() or 1.0
-    sums = np.zeros(1)
-    for value in values:
+    sums = np.zeros(1)  # of every way to sign them, the observed one first, the largest difference being 1
+    for value in values / (np.abs(values).max() or 1.0):
         sums = np.concatenate((sums + value, sums - value))
-    # Sums that are equal but for rounding are ties. scipy's tolerance shrinks with the sum that was observed, and where
-    # large differences cancel it misses them.
+    # Sums of n numbers up to 1 that differ by rounding alone are ties, and rounding is below n^2 eps. scipy's tolerance
+    # is relative to the observed sum: where large differences cancel, it misses them.
     observed, slack = sums[0], 1e-12 * len(values)
     beyond = min((sums >= observed - slack).sum(), (sums <= observed + slack).sum())
     return min(1.0, 2.0 * float(beyond) / len(sums))

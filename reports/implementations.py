@@ -16,10 +16,11 @@ OURS, RULED, SHORT = "our kernel", "our kernel, a rule per token in it", "our ke
 SHARED = "single keys that many queries share"
 TOO_SHORT = "plain PyTorch, as blocks of keys are too short for a GPU's products"
 RULED_SINCE = "2026-11-30"  # until then such a rule went to plain PyTorch; records of that time are kept
+BOTH = {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"}
 KERNELS = {
-    OURS: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
-    RULED: {"cpu": "this project's C++ kernel", "cuda": "this project's Triton kernel"},
-    SHORT: {"cpu": "this project's C++ kernel", "cuda": TOO_SHORT},
+    OURS: BOTH,
+    RULED: BOTH,
+    SHORT: BOTH | {"cuda": TOO_SHORT},
     SHARED: {"cpu": "plain PyTorch, as single keys shared by many queries are gathered once", "cuda": TOO_SHORT},
 }
 TORCH = "torch's own kernel"
