@@ -362,8 +362,8 @@ STUDY = Study(
         "A model of four layers and a million parameters that has read a few million bytes: what it wants from far "
         "away is little, and a better one may want more.",
         "Time is CPU time of one thread. At equal time the interval is over seeds: that of the ratio of times, far "
-        "smaller, is not in it. A training that ended before dense attention's time was over, as the picture shows, counts "
-        "as it ended, though it could have learnt more.",
+        "smaller, is not in it. A training that ended before dense attention's time was over, as the picture shows, "
+        "counts as it ended, though it could have learnt more.",
         "One learning rate for all arms.",
     ),
 )
