@@ -44,9 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for table in of_the_model(asked):
         console.print(table, "")
     if chosen.trace:
-        same, device = measured(asked, console)
+        same, device, several = measured(asked, console)
         found += answered(same, device, provenance)
-        several = exchanged(same, console)
         found += answered(same, several, provenance, replicas(same))
         apart = differing(device, console) | differing(several, console)
     for table in (*of_ranks(asked, same, device), *of_runs(asked)):
@@ -98,35 +97,30 @@ def question(chosen: argparse.Namespace) -> Asked:
     )
 
 
-def measured(asked: Asked, console: Console) -> tuple[Asked, Answers]:
-    """What could be traced, and its figures by arm: analytic, traced, and the allocator's where the step fits."""
+def measured(asked: Asked, console: Console) -> tuple[Asked, Answers, Answers]:
+    """What could be traced, and figures by arm of the device alone and as one of several replicas: analytic, traced,
+    and for the former the allocator's where the step fits.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is imported: the profiler logs every start and stop
     from bench.budget.agreement import real, traced, without_selection
 
     same = without_selection(asked)
     if not isinstance(asked.config.model.attention.select, Everything):
         console.print("A trace has no values to choose keys by. What follows is the same model with all keys visible:")
-    found, kinds = traced(same)
-    answers: dict[str, Mapping[str, int]] = {"analytic": figures(same), "traced": found}
+    found = traced(same)
+    device: dict[str, Mapping[str, int]] = {"analytic": figures(same), "traced": found.device}
+    several: Answers = {"analytic": replica_figures(same), "traced": found.replica}
     named: Mapping[str, int] = {}
-    if found[PEAK] < FITS:
-        answers["allocator"], named = real(same)
-    console.print(agreement(same, answers), "", at_peak(same, kinds), "")
+    if found.device[PEAK] < FITS:
+        device["allocator"], named = real(same)
+    console.print(agreement(same, device), "", at_peak(same, found.at_peak), "")
     if named:
         console.print("What operators take and give back inside one call of themselves, which no trace sees:")
         for name, size in list(named.items())[:SCRATCH_SHOWN]:
             console.print(f"  scratch inside {name}: {size:,} B")
         console.print()
-    return same, answers
-
-
-def exchanged(asked: Asked, console: Console) -> Answers:
-    """What one of several replicas of the whole model sends, and its peak: analytic and traced."""
-    from bench.budget.agreement import traced_replica
-
-    answers = {"analytic": replica_figures(asked), "traced": traced_replica(asked)}
-    console.print(replica(asked, answers), "")
-    return answers
+    console.print(replica(same, several), "")
+    return same, device, several
 
 
 def differing(answers: Answers, console: Console) -> bool:

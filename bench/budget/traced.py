@@ -37,8 +37,9 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a step took. Bytes; `peak` is the highest sum of live tensors, `at_peak` says of what kinds; `handed` are
-    the bytes that one replica hands to the collective which averages gradients.
+    """What a step took. Bytes; `peak` is the highest sum of live tensors but for the exchange of gradients, `at_peak`
+    says of what kinds; `handed` are the bytes that one replica hands to the collective which averages gradients, and
+    `replica_peak` is the highest sum with it.
     """
 
     parameters: int
@@ -49,6 +50,7 @@ class Trace:
     flops: int
     peak: int
     at_peak: Mapping[str, int]
+    replica_peak: int
     handed: int
 
 
@@ -146,7 +148,9 @@ def trace(
             kept = live.now - before
             loss.backward()
             gradients = sum(owner.grad.nbytes for owner in step.stepped if owner.grad is not None)
+            alone = live.peak, live.at_peak
             ranks.average_gradients(step.stepped)
+            exchanging, (live.peak, live.at_peak) = live.peak, alone
         step.update()
     return Trace(
         parameters=sum(parameter.numel() for parameter in step.model.parameters()),
@@ -157,6 +161,7 @@ def trace(
         flops=counted.flops,
         peak=live.peak,
         at_peak=live.at_peak,
+        replica_peak=max(exchanging, live.peak),
         handed=counted.handed,
     )
 

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.budget.activations import POLICIES, Batch, Policy, kept_bytes, recomputed_flops
-from bench.budget.agreement import real, traced, traced_replica, without_selection
+from bench.budget.agreement import real, traced, without_selection
 from bench.budget.allocator import allocated
 from bench.budget.asked import Asked, figures, replica_figures
 from bench.budget.counted import attention_formulas
@@ -94,7 +95,7 @@ PEAKS = {  # where the peak is in another moment than that of the losses
 
 
 def agree(asked: Asked) -> None:
-    said, (found, _) = figures(asked), traced(asked)
+    said, found = figures(asked), traced(asked).device
     assert abs(found["saved_bytes"] - said["saved_bytes"]) <= SCALARS
     exact = [name for name in said if name not in ("saved_bytes", "live_bytes")]
     assert {name: found[name] for name in exact} == {name: said[name] for name in exact}
@@ -129,7 +130,7 @@ def test_similarity_loss_keeps_what_is_said_and_multiplies_what_no_token_asks_fo
     config = tiny(**{"model.moe.balance": (SimilarityLoss(),)})
     assert config.model.moe is not None
     asked = Asked(name="similarity", config=config, recipe=recipe(name), policy=policy)
-    said, (found, _) = figures(asked), traced(asked)
+    said, found = figures(asked), traced(asked).device
     assert abs(found["saved_bytes"] - said["saved_bytes"]) <= SCALARS
     # W W^T and its gradient of the layer and of the MTP module's: the price list is of products with tokens
     experts, layers = config.model.moe.n_routed_experts, 2
@@ -159,7 +160,7 @@ def test_the_peak_by_arithmetic_and_trace_is_the_allocators(name: str, policy: P
     config = tiny(**{"model.num_hidden_layers": 1})
     asked = Asked(name="tiny", config=config, recipe=recipe(name), policy=policy, sequences=2)
     there, scratch = real(asked)
-    said, (found, _) = figures(asked), traced(asked)
+    said, found = figures(asked), traced(asked).device
     assert beyond_states(found, said) == pytest.approx(beyond_states(there, said), rel=0.01)
     assert beyond_states(said, said) == pytest.approx(beyond_states(there, said), rel=0.05)
     assert any("attention" in operator for operator in scratch), "the fused attention takes memory inside itself"
@@ -251,18 +252,18 @@ def test_a_selection_of_keys_is_refused_with_what_to_trace_instead() -> None:
 @pytest.mark.parametrize("name", [row.name for row in RECIPES])
 def test_replicas_hand_over_every_gradient_once_and_pay_for_two_flat_buffers(name: str) -> None:
     asked = Asked(name="tiny", config=tiny(), recipe=recipe(name), split=Split(dp=8))
-    handed = trace(asked.config, asked.recipe, replicas=8).handed
-    assert handed == recipe(name).gradient * cost.parameters(asked.config.model)
-    said, found = replica_figures(asked), traced_replica(asked)
-    assert said["sent_bytes"] == found["sent_bytes"] == 2 * handed * 7 // 8
+    alone, first = (trace(asked.config, asked.recipe, replicas=replicas) for replicas in (1, 8))
+    assert first.handed == recipe(name).gradient * cost.parameters(asked.config.model)
+    assert replace(first, handed=0, replica_peak=first.peak) == alone
+    said, found = replica_figures(asked), traced(asked).replica
+    assert said["sent_bytes"] == found["sent_bytes"] == 2 * first.handed * 7 // 8
     assert said["live_bytes"] == pytest.approx(found["live_bytes"], rel=0.05)
     assert not torch.distributed.is_initialized()
-    assert trace(asked.config, asked.recipe).handed == 0
 
 
 def test_the_kinds_at_the_peak_add_up_to_it() -> None:
-    found, kinds = traced(Asked(name="tiny", config=tiny(), recipe=recipe("mixed"), policy="full"))
-    assert sum(kinds.values()) == found["live_bytes"]
+    found = traced(Asked(name="tiny", config=tiny(), recipe=recipe("mixed"), policy="full"))
+    assert sum(found.at_peak.values()) == found.device["live_bytes"]
 
 
 @pytest.mark.parametrize("name", ["multi_head", "tiny"])
