@@ -103,8 +103,13 @@ def files_reached(modules: frozenset[str], folder: Path | None = None) -> frozen
         found.add(path)
         found.update(beside for beside in path.parent.iterdir() if beside.suffix in _KERNELS)
         found.update(table for table in (path.with_suffix(_TABLE),) if table.is_file())
-        pending += [file for name in _imported(_tree(path)) for file in _files(name, folder)]
+        pending += _imported_files(path, folder)
     return frozenset(found)
+
+
+@cache
+def _imported_files(path: Path, folder: Path | None) -> tuple[Path, ...]:
+    return tuple(file for name in _imported(_tree(path)) for file in _files(name, folder))
 
 
 def _files(module: str, folder: Path | None) -> Iterator[Path]:
@@ -130,5 +135,6 @@ def _tree(path: Path) -> ast.Module:
     return parse(path)
 
 
+@cache
 def _content(path: Path) -> str:
     return dump(_tree(path)) if path.suffix == ".py" else path.read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from tests.bench.gated import FIGURES, counting, row, with_peak
 
 
 def test_accepting_needs_a_reason_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(monkeypatch, Comparison("0" * 40, "AVX2", ()))
     monkeypatch.setattr(gate, "measure", lambda: pytest.fail("measured"))
     assert gate.main(["--accept"]) == 2
 
