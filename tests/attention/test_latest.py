@@ -31,7 +31,7 @@ def tokens(seed: int, length: int) -> list[torch.Tensor]:
 
 
 @given(seeds, st.one_of(choices(Blocks), choices()), st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_what_a_block_has_chosen_is_what_a_search_finds_from_any_earlier_length(
     seed: int, choice: Blocks, data: st.DataObject
 ) -> None:
