@@ -16,7 +16,7 @@ from bench.cases import Figures, Run
 from bench.expert_layers import PEER, TRUTH, Arm, Shape, build, check
 from bench.measurement import Measurement, Point
 from bench.meters.flops import flops
-from bench.meters.memory import peak_bytes, taken_bytes
+from bench.meters.memory import memory
 from bench.meters.saved import saved_bytes
 from bench.placed_loads import BASELINE, Ranks, busiest_rank
 from bench.record import Profile
@@ -64,8 +64,8 @@ def costs(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> 
     """FLOPs, bytes kept for backward, and what a step takes of memory, of one arm."""
     arm = _alone(shape, dtype, device, name)
     anew = partial(_alone, shape, dtype, device, name)
-    memory = (*peak_bytes(anew, Arm.step, device=device), taken_bytes(anew, Arm.step, device=device))
-    return [flops(arm.step), saved_bytes(arm.output, arm.parameters), *memory]
+    kept = saved_bytes(arm.output, arm.parameters)
+    return [flops(arm.step), kept, *memory(anew, Arm.step, device=device)]
 
 
 def _alone(shape: Shape, dtype: torch.dtype, device: torch.device, name: str) -> Arm:

@@ -1,4 +1,4 @@
-"""Peak bytes, live bytes and allocations of tensor memory in one call, to the byte.
+"""Peak bytes, live bytes, allocations and their bytes, of tensor memory in one call, to the byte.
 
 On a CPU torch's profiler reports every block that tensors take and give back. The sum of those events inside the call,
 started at zero, has the peak. Two rules make it exact: the profile opens before the state is built, since a block taken
@@ -21,26 +21,29 @@ State = TypeVar("State")
 _REGION = "bench.meters.memory"
 
 
-def peak_bytes(
+def memory(
     build: Callable[[], State], call: Callable[[State], object], *, device: torch.device | str = "cpu"
-) -> tuple[Measurement, Measurement, Measurement]:
-    """Peak bytes above the start of `call(build())`, the same with the state, and blocks taken, after one warm-up call.
+) -> tuple[Measurement, Measurement, Measurement, Measurement]:
+    """Peak bytes above the start of `call(build())`, the same with the state, blocks taken, and the bytes of all of
+    these, given back or not; after one warm-up call.
 
     `build` must make all state anew, model, optimizer and inputs; what the call returns is dropped.
     """
-    peak, live, blocks, _ = _measured(build, call, device)
+    measured = _on_gpu if torch.device(device).type == "cuda" else _on_cpu
+    peak, live, blocks, taken = measured(build, call)
     return (
         Measurement(metric="peak_bytes", value=peak),
         Measurement(metric="live_bytes", value=live + peak),
         Measurement(metric="allocations", value=blocks),
+        Measurement(metric="taken_bytes", value=taken),
     )
 
 
-def taken_bytes(
+def peak_bytes(
     build: Callable[[], State], call: Callable[[State], object], *, device: torch.device | str = "cpu"
-) -> Measurement:
-    """Bytes of all blocks that `call(build())` takes, given back or not, after one warm-up call."""
-    return Measurement(metric="taken_bytes", value=_measured(build, call, device)[3])
+) -> tuple[Measurement, Measurement, Measurement]:
+    """The first three of `memory`."""
+    return memory(build, call, device=device)[:3]
 
 
 def peak_of(changes: Iterable[int]) -> int:
@@ -52,14 +55,8 @@ def peak_of(changes: Iterable[int]) -> int:
     return peak
 
 
-def _measured(
-    build: Callable[[], State], call: Callable[[State], object], device: torch.device | str
-) -> tuple[int, int, int, int]:
-    """Peak, live before, blocks taken, and their bytes."""
-    return (_on_gpu if torch.device(device).type == "cuda" else _on_cpu)(build, call)
-
-
 def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int, int]:
+    """Peak, live before, blocks taken, and their bytes."""
     gc.collect()  # what earlier work left must not be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         state = build()
