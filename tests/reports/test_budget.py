@@ -26,14 +26,18 @@ def records(out: Path) -> tuple[Record, ...]:
     return load(out / "records.jsonl").records
 
 
+@pytest.fixture(scope="module")
+def page(records: tuple[Record, ...]) -> Page:
+    return budget_page(records, {})
+
+
 def test_without_records_the_page_says_how_to_get_them() -> None:
     page = budget_page([], {})
     assert page.answers == ("Pending: python -m bench.budget --preset deepseek_v3",)
     assert page.figures == ()
 
 
-def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Record, ...]) -> None:
-    page = budget_page(records, {})
+def test_the_page_says_how_far_arithmetic_and_trace_are_apart(page: Page) -> None:
     (answer,) = page.answers
     assert answer.startswith("Arithmetic and trace of tiny differ by at most 0.001% in size, ")
     assert "of the allocator's where the step fits in memory" in answer
@@ -44,16 +48,16 @@ def test_the_page_says_how_far_arithmetic_and_trace_are_apart(records: tuple[Rec
     assert {"Fullest rank: tiny", "Fullest rank: deepseek_v3", "A run by arithmetic"} <= set(captions)
 
 
-def test_replicas_stand_in_a_table_of_their_own(records: tuple[Record, ...]) -> None:
-    (table,) = (table for table in budget_page(records, {}).tables if table.caption.startswith("One of several"))
+def test_replicas_stand_in_a_table_of_their_own(page: Page) -> None:
+    (table,) = (table for table in page.tables if table.caption.startswith("One of several"))
     what, peak = table.rows
     assert "dp64" in what[0]
     assert (what[1], what[-1]) == ("sent by a ring in a step", "+0.00%")
     assert peak[1] == "peak"
 
 
-def test_how_far_the_arithmetic_of_ranks_is_off_stands_beside_them(records: tuple[Record, ...]) -> None:
-    (tiny, large) = (table.note for table in budget_page(records, {}).tables if table.caption.startswith("Fullest"))
+def test_how_far_the_arithmetic_of_ranks_is_off_stands_beside_them(page: Page, records: tuple[Record, ...]) -> None:
+    (tiny, large) = (table.note for table in page.tables if table.caption.startswith("Fullest"))
     by_arm = {row.arm: row for row in records if row.metric == "live_bytes" and "split" not in row.axes}
     off = abs((by_arm["analytic"].value or 0) / (by_arm["traced"].value or 1) - 1)
     assert f"; for one device at most {100 * off:.3g}% from the traced peak. tp, pp, ep, dp: " in tiny
@@ -67,9 +71,8 @@ def test_a_recipe_without_optimizer_state_is_no_deviation(tmp_path: Path) -> Non
     assert page.tables[0].rows[0][at] == "+0.00%"
 
 
-def test_running_the_command_again_changes_no_number_of_the_page(records: tuple[Record, ...]) -> None:
-    once, twice = budget_page(records, {}), budget_page([*records, *records], {})
-    assert once == twice
+def test_running_the_command_again_changes_no_number_of_the_page(page: Page, records: tuple[Record, ...]) -> None:
+    assert budget_page([*records, *records], {}) == page
 
 
 def cells(page: Page, caption: str) -> list[str]:
@@ -80,11 +83,11 @@ def cells(page: Page, caption: str) -> list[str]:
 @pytest.mark.parametrize(
     "arm, caption", [("analytic", "Arithmetic against the trace of one device"), ("ours", "Published figures")]
 )
-def test_a_missing_partner_is_drawn_as_missing(records: tuple[Record, ...], arm: str, caption: str) -> None:
-    alone = [row for row in records if row.arm != arm or row.metric == "rank_bytes"]
-    assert "-" not in cells(budget_page(records, {}), caption)
-    assert "-" in cells(budget_page(alone, {}), caption)
-    assert len(cells(budget_page(alone, {}), caption)) == len(cells(budget_page(records, {}), caption))
+def test_a_missing_partner_is_drawn_as_missing(page: Page, records: tuple[Record, ...], arm: str, caption: str) -> None:
+    alone = budget_page([row for row in records if row.arm != arm or row.metric == "rank_bytes"], {})
+    assert "-" not in cells(page, caption)
+    assert "-" in cells(alone, caption)
+    assert len(cells(alone, caption)) == len(cells(page, caption))
 
 
 def test_without_any_pair_the_answer_is_pending(records: tuple[Record, ...]) -> None:
