@@ -148,9 +148,9 @@ def trace(
             kept = live.now - before
             loss.backward()
             gradients = sum(owner.grad.nbytes for owner in step.stepped if owner.grad is not None)
-            alone = live.peak, live.at_peak
+            before_exchange = live.peak, live.at_peak
             ranks.average_gradients(step.stepped)
-            exchanging, (live.peak, live.at_peak) = live.peak, alone
+            exchanging, (live.peak, live.at_peak) = live.peak, before_exchange
         step.update()
     return Trace(
         parameters=sum(parameter.numel() for parameter in step.model.parameters()),
