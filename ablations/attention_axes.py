@@ -121,7 +121,10 @@ def answer(records: Sequence[Record]) -> str:
             sentences.append(f"On {task} the default answers {found} percent; in points, {_most(records, at)}.")
     if not sentences:
         raise NoEvidence("the default has been trained on no task")
-    return f"{' '.join(sentences)} Ways to learn are held against the tree of means that learns nothing."
+    return (
+        f"{' '.join(sentences)} Of each axis the largest difference is named, with an interval that is not widened for "
+        "it; the tables have all. Ways to learn are held against the tree of means that learns nothing."
+    )
 
 
 def _most(records: Sequence[Record], at: Mapping[str, Value]) -> str:
@@ -152,6 +155,14 @@ def _longest(records: Sequence[Record], task: str) -> dict[str, Value] | None:
     return None if longest is None else {name: longest[name] for name in ("task", "length", "steps")}
 
 
+def free(arm: str) -> int:
+    """The blocks that an arm's query chooses: of those that it sees all but the first, the previous and its own."""
+    select = ARMS[arm][0].select
+    assert isinstance(select, Blocks), "every arm sees blocks"
+    assert select.k is not None, "so many of them"
+    return select.k - select.own - 2
+
+
 STUDY = Study(
     name="attention_axes",
     question="Which single choice of sparse attention decides what it finds?",
@@ -162,7 +173,16 @@ STUDY = Study(
     cells=cells,
     measure=measure,
     compared=tuple(
-        Compared("accuracy", margin=MARGIN, why="that of attention_quality", where={"task": task}) for task in TASKS
+        Compared(
+            "accuracy",
+            margin=MARGIN,
+            why="that of attention_quality",
+            where={"task": task},
+            arms=tuple(arm for axis, arms in AXES.items() if BESIDE.get(axis, "default") == beside for arm in arms),
+            baseline=beside,
+        )
+        for task in TASKS
+        for beside in dict.fromkeys(("default", *BESIDE.values()))
     ),
     configs={arm: configured(arm, length=LENGTH, steps=STEPS["recall"]) for arm in ARMS},
     figures=tuple(
@@ -183,6 +203,9 @@ STUDY = Study(
         "A model of two layers and two heads of 32, with a causal convolution of three tokens before attention.",
         "One learning rate for all arms, chosen with dense attention; a loss of distillation has weight 1.",
         "Blocks of other lengths make another tree: of as many levels more or fewer as their number has halvings.",
+        "The first block, the previous one and a query's own are seen by all. How many are left to choose differs: "
+        + ", ".join(f"{free(arm)} in {arm}" for arm in ("default", *AXES["block_k"], *AXES["k"], *AXES["block_q"]))
+        + "; what long blocks cost is also what a single choice costs.",
         "Where trainings of an arm either succeed or fail, their mean is neither: the records have each seed.",
         "Two heads that share keys and values have fewer weights than two that do not.",
     ),

@@ -7,7 +7,8 @@ where attention reaches furthest.
 
     equal tokens   after as many steps as dense attention takes in all
     equal time     after s / ratio steps: s of dense attention in all, the ratio that of a step's CPU time, which is
-                   measured by itself, the arms interleaved; linear between looks
+                   measured by itself, the arms interleaved; linear between looks. Where one of two arms was not trained
+                   so far, both are taken at the latest time that both reached
 
 So a training holds on any machine, and the time is that of one; with AVX-512 each takes about ten minutes of a core.
 Dense attention is computed by this project's kernel, the faster of two; `sdpa` is the same model by torch's, and is
@@ -23,6 +24,7 @@ full`, in as many sittings as it takes, since finished cells are kept.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ablations.comparison import Compared
@@ -70,7 +72,8 @@ CHANGES: Mapping[str, str] = {
     "sdpa": "every visible key, by torch's kernel: timed, not trained",
     "window": f"the last {KEYS} keys",
     "hierarchical": f"blocks of {BLOCK} keys, found down a tree of means, for {BLOCK} queries at once",
-    "best_first": f"blocks of {FINE} keys of the largest bound, for {FINE} queries at once",
+    "best_first": f"blocks of {FINE} keys of the largest bound, for {FINE} queries at once; attention_mass is that of "
+    f"blocks of {BLOCK} for {BLOCK}, as in all arms",
     "bigram": "counts of neighbouring bytes, what every arm has to pass",
     "blocks": "of the trained dense model: the blocks whose mean key scores highest",
     "random": "of the trained dense model: as many blocks at random",
@@ -134,7 +137,7 @@ def measure(cell: Cell) -> list[Reading]:
     torch.set_num_threads(1)
     length = int(cell.axes["length"])
     if cell.arm != "bigram" and (missing := why_not_kernel(torch.empty(0))):
-        return [Reading(arm=cell.arm or STUDY.baseline, metric="trailing_loss", pending=missing)]
+        return [Reading(arm=cell.arm or "dense", metric="trailing_loss", pending=missing)]
     if cell.axes["part"] == "step":
         return _steps(length, cell.seed or 0)
     prepared = prepare(configured("dense", length=length).data, VOCABULARY)
@@ -227,15 +230,15 @@ def _masses(cell: Cell, prepared: "Prepared", trained: Any) -> list[Reading]:
 
 def answer(records: Sequence[Record]) -> str:
     """At equal time and at equal tokens against dense attention and a window; then what a tree catches."""
-    said = []
+    said, records = [], _longest(records)
     for arm, words in (("hierarchical", "a tree of means"), ("best_first", "a tree of bounds")):
         with suppress(NoEvidence):
-            time = gap_at_equal_time(records, arm, "dense")
-            tokens, window = (_gap(records, arm, other) for other in ("dense", "window"))
+            dense, window = (gap_at_equal_time(records, arm, other) for other in ("dense", "window"))
             said.append(
-                f"Attention to blocks down {words} has a trailing loss that differs from dense attention's by {time} "
-                f"nat/token at equal CPU time ({GAIN:g} less was asked) and by {tokens} at equal tokens, and from that "
-                f"of a window of as many keys by {gap_at_equal_time(records, arm, 'window')} and {window}."
+                f"Attention to blocks down {words} has a trailing loss that differs from dense attention's by "
+                f"{_gap(records, arm, 'dense')} nat/token at equal tokens and by {dense}, where {GAIN:g} less was "
+                f"asked; from that of a window of as many keys it differs by {_gap(records, arm, 'window')} and by "
+                f"{window}."
             )
     if not said:
         raise NoEvidence("no tree has been trained beside dense attention and a window")
@@ -249,34 +252,55 @@ def answer(records: Sequence[Record]) -> str:
     return " ".join(said)
 
 
-def gap_at_equal_time(records: Sequence[Record], arm: str, baseline: str) -> Estimate:
-    """By how much the arms' trailing losses differ by seed when dense attention's time is over.
+def _longest(records: Sequence[Record]) -> list[Record]:
+    """Those of the longest rows that dense attention was trained on: a quick run may lie beside a full one."""
+    lengths = [int(row.axes["length"]) for row in records if row.arm == "dense" and row.axes.get("at") == "a look"]
+    if not lengths:
+        raise NoEvidence("dense attention was not trained")
+    return [row for row in records if row.axes.get("length") == max(lengths)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """By how much two trailing losses differ after this share of dense attention's time."""
+
+    nats: Estimate
+    share: float
+
+    def __str__(self) -> str:
+        until = "" if self.share == 1 else f" ({self.share:.0%} of what dense attention took in all)"
+        return f"{self.nats} at equal CPU time{until}"
+
+
+def gap_at_equal_time(records: Sequence[Record], arm: str, baseline: str) -> Gap:
+    """By how much the arms' trailing losses differ by seed when dense attention's time is over, or at the latest time
+    that all trainings of both have reached: linear between looks.
 
     Raises:
-        NoEvidence: no seed has both, a step was not timed, or there is no dense attention whose time it is.
-    """
-    ours, theirs = (_at_equal_time(records, name) for name in (arm, baseline))
-    if not ours.keys() & theirs.keys():
-        raise NoEvidence(f"no seed has looks of both {arm} and {baseline}")
-    return mean([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
-
-
-def _at_equal_time(records: Sequence[Record], arm: str) -> dict[int, float]:
-    """By seed the trailing loss after the steps that dense attention's time buys: linear between looks, and that of the
-    last look where the training ended before.
+        NoEvidence: no seed has both on one text, a step was not timed, or there is no dense attention whose time it is.
     """
     import numpy as np
 
-    looks = [row for row in records if row.axes.get("at") == "a look" and row.metric == "trailing_loss"]
-    dense = [int(row.axes["steps"]) for row in looks if row.arm == "dense"]
-    if not dense:
-        raise NoEvidence("dense attention was not trained")
-    paths: dict[int, dict[int, float]] = {}
+    records = _longest(records)
+    ours, theirs, dense = (_paths(records, name) for name in (arm, baseline, "dense"))
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        raise NoEvidence(f"no seed has looks of both {arm} and {baseline} on one text")
+    whole = max(max(path) for path in dense.values())
+    end = min(whole, *(max(paths[key]) for paths in (ours, theirs) for key in both))
+    there = ([float(np.interp(end, [*paths[key]], [*paths[key].values()])) for key in both] for paths in (ours, theirs))
+    return Gap(nats=mean([mine - other for mine, other in zip(*there, strict=True)]), share=end / whole)
+
+
+def _paths(records: Sequence[Record], arm: str) -> dict[tuple[int, str], dict[float, float]]:
+    """By seed and text, the trailing loss at each look, whose time is in steps of dense attention."""
+    looks = [row for row in records if row.axes.get("at") == "a look"]
+    ratio = 1.0 if arm == "dense" else estimate(records, arm=arm, metric="step_cpu_ratio").value
+    paths: dict[tuple[int, str], dict[float, float]] = {}
     for step in sorted({int(row.axes["steps"]) for row in looks if row.arm == arm}):
         for seed, row in replicates(looks, arm=arm, metric="trailing_loss", steps=step).items():
-            paths.setdefault(seed or 0, {})[step] = float(row.value or 0.0)
-    ratio = 1.0 if arm == "dense" else estimate(records, arm=arm, metric="step_cpu_ratio").value
-    return {seed: float(np.interp(max(dense) / ratio, [*path], [*path.values()])) for seed, path in paths.items()}
+            paths.setdefault((seed or 0, str(row.corpus)), {})[step * ratio] = float(row.value or 0.0)
+    return paths
 
 
 def _gap(records: Sequence[Record], arm: str, baseline: str) -> Estimate:
@@ -295,6 +319,8 @@ def learning(table: Any) -> "Picture":
     looks = table[table["at"] == "a look"] if "at" in table else table[:0]
     if looks.empty:
         raise NoEvidence("nothing was trained")
+    longest = looks["length"].max()
+    table, looks = table[table["length"] == longest], looks[looks["length"] == longest]
     picture = Picture(figsize=(6.4, 3.6), layout="constrained")
     left, right = picture.subplots(1, 2)
     seconds = table[(table["metric"] == "cpu_seconds") & (table["part"] == "step")].set_index("arm")["value"]
@@ -350,7 +376,7 @@ STUDY = Study(
         ),
         Figure(
             "mass",
-            "Attention's weight that a choice of blocks catches, of that which could be chosen",
+            f"Attention's weight that {KEYS // BLOCK} blocks of {BLOCK} keys catch, of that which could be chosen",
             metric="attention_mass",
             x="tokens",
             where={"of": "free keys"},
@@ -362,8 +388,7 @@ STUDY = Study(
         "A model of four layers and a million parameters that has read a few million bytes: what it wants from far "
         "away is little, and a better one may want more.",
         "Time is CPU time of one thread. At equal time the interval is over seeds: that of the ratio of times, far "
-        "smaller, is not in it. A training that ended before dense attention's time was over, as the picture shows, "
-        "counts as it ended, though it could have learnt more.",
+        "smaller, is not in it.",
         "One learning rate for all arms.",
     ),
 )

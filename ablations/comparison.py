@@ -36,10 +36,11 @@ Value = str | int | float
 class Compared:
     """A metric on which arms are compared with the baseline.
 
-    margin   the difference, in the metric's unit, below which two arms count as the same
-    why      where the margin comes from: not from these records
-    where    axes that select the points
-    arms     those that ever have the metric; all but the baseline where none are named
+    margin    the difference, in the metric's unit, below which two arms count as the same
+    why       where the margin comes from: not from these records
+    where     axes that select the points
+    arms      those that ever have the metric; all but the baseline where none are named
+    baseline  the arm that these are compared with; the study's where none is named
     """
 
     metric: str
@@ -47,6 +48,7 @@ class Compared:
     why: str
     where: Mapping[str, Value] = field(default_factory=dict)
     arms: tuple[str, ...] = ()
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         metric_named(self.metric)
@@ -128,13 +130,12 @@ def families(
 
     `arms` and `seeds` are those that the study declares, whatever has been measured.
     """
-    others = tuple(arm for arm in arms if arm != baseline)
-    found = (
-        _family(records, declared, axes, concerned, baseline, seeds)
-        for declared in compared
-        if (concerned := declared.arms or others)
-        for axes in _points(records, declared, baseline)
-    )
+    found = []
+    for declared in compared:
+        against = declared.baseline or baseline
+        others = declared.arms or tuple(arm for arm in arms if arm != against)
+        for axes in _points(records, declared, against) if others else ():
+            found.append(_family(records, declared, axes, others, against, seeds))
     return tuple(family for family in found if any(row.records for row in family.rows))
 
 

@@ -261,10 +261,14 @@ class Study:
     def _check_compared(self) -> None:
         most = self.seeds["full"]
         require(not self.compared or most > 1, "seeds", most, "must be at least 2 to compare arms", "declare more")
-        others = [arm.name for arm in self.arms if arm.name != self.baseline]
+        names = [arm.name for arm in self.arms]
         for compared in self.compared:
+            against = compared.baseline or self.baseline
+            rule = f"must be one of {', '.join(names)}"
+            require(against in names, "compared.baseline", against, rule, "name an arm, or none for the study's own")
             there = compared.metric in self.metrics
             require(there, "compared", compared.metric, f"must be one of {', '.join(self.metrics)}", "declare it there")
+            others = [name for name in names if name != against]
             strangers = [arm for arm in compared.arms if arm not in others]
             require(not strangers, "compared.arms", strangers, f"must be of {', '.join(others)}", "name arms")
         strangers = [arm.name for arm in self.design.arms if arm not in self.arms] if self.design else []

@@ -36,7 +36,7 @@ def records() -> list[Record]:
 def test_it_is_run_by_its_path_and_has_the_seeds_that_its_comparisons_need() -> None:
     assert STUDY.name not in STUDIES
     assert load(str(ROOT / "ablations" / "attention_axes.py")).name == STUDY.name
-    assert STUDY.seeds["full"] >= seeds_needed(len(STUDY.arms) - 1)
+    assert all(STUDY.seeds["full"] >= seeds_needed(len(compared.arms)) for compared in STUDY.compared)
     cells = STUDY.cells("full")
     assert {(cell.arm, cell.axes["task"]) for cell in cells} == {(arm, task) for arm in ARMS for task in TASKS}
     assert len(cells) == len(ARMS) * len(TASKS) * STUDY.seeds["full"]
@@ -58,6 +58,20 @@ def test_the_arms_of_an_axis_change_that_field_alone(axis: str) -> None:
         assert isinstance(select, Hierarchical) == (name != "search_flat")
         same_heads = attention == vary(beside, select=select)
         assert same_heads == (name != "sharing_group")
+
+
+def test_every_arm_is_judged_once_on_each_task_against_what_it_changes() -> None:
+    for task in TASKS:
+        found = {compared.baseline: compared.arms for compared in STUDY.compared if compared.where == {"task": task}}
+        assert found.keys() == {"default", "search_beam"}
+        assert found["search_beam"] == tuple(AXES["learns"])
+        assert sorted((*found["default"], *found["search_beam"], "default")) == sorted(ARMS)
+
+
+def test_the_limits_say_how_many_blocks_an_arm_is_free_to_choose() -> None:
+    (said,) = (limit for limit in STUDY.limits if "left to choose" in limit)
+    assert "13 in default, 29 in block_k_2, 5 in block_k_8, 1 in block_k_16, " in said
+    assert "10 in block_q_16; " in said
 
 
 def test_other_blocks_see_as_many_keys() -> None:

@@ -144,24 +144,47 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
     assert (reading.metric, reading.failed) == ("trailing_loss", "step 3: gradient that is not finite")
 
 
-def test_at_equal_time_an_arm_has_read_as_much_more_as_its_steps_are_shorter_and_no_more_than_it_read() -> None:
+def test_at_equal_time_an_arm_has_read_as_much_more_as_its_steps_are_shorter() -> None:
     gap = gap_at_equal_time(records(), "hierarchical", "dense")
-    assert gap.value == pytest.approx(2.1 - 0.25 + 0.006 / 7 - 2.0), "200 steps lie between the looks at 190 and 210"
-    faster = [replace(row, value=0.1) if row.metric == "step_cpu_ratio" else row for row in records()]
-    assert gap_at_equal_time(faster, "hierarchical", "dense").value == pytest.approx(2.1 - 0.3 + 0.006 / 7 - 2.0)
+    assert gap.share == 1.0
+    assert gap.nats.value == pytest.approx(2.1 - 0.25 + 0.006 / 7 - 2.0), "200 steps: between the looks at 190 and 210"
     with pytest.raises(NoEvidence, match="step_cpu_ratio of hierarchical"):
         gap_at_equal_time([row for row in records() if row.metric != "step_cpu_ratio"], "hierarchical", "dense")
     with pytest.raises(NoEvidence, match="dense attention was not trained"):
         gap_at_equal_time([row for row in records() if row.arm != "dense"], "hierarchical", "window")
 
 
+def test_an_arm_that_was_not_trained_to_the_end_is_compared_where_it_ends() -> None:
+    def ended(ratio: float) -> list[Record]:
+        slower = [replace(row, value=ratio) if row.metric == "step_cpu_ratio" else row for row in records()]
+        return [*slower, *(look("dense", 2.5, seed, 50) for seed in range(7))]
+
+    gap = gap_at_equal_time(ended(0.25), "hierarchical", "dense")
+    assert gap.share == pytest.approx(210 * 0.25 / 100)
+    assert gap.nats.value == pytest.approx(2.1 - 0.3 + 0.006 / 7 - (2.5 - 0.5 * 2.5 / 50))
+    beside = gap_at_equal_time(ended(0.25), "window", "hierarchical")
+    assert beside.share == pytest.approx(100 * 0.25 / 100), "the window ends before the tree"
+    assert "(52% of what dense attention took in all)" in Prose.of(str(gap))
+
+
+def test_at_equal_time_too_a_pair_has_read_one_text() -> None:
+    others = [replace(row, corpus="another") if row.arm == "hierarchical" else row for row in records()]
+    with pytest.raises(NoEvidence, match="no seed has looks of both hierarchical and dense on one text"):
+        gap_at_equal_time(others, "hierarchical", "dense")
+
+
+def test_a_quick_run_in_the_same_folder_changes_nothing() -> None:
+    quick = [replace(row, axes={**row.axes, "length": 1024}, value=9.0) for row in records()]
+    assert Prose.of(answer([*quick, *records()])) == Prose.of(answer(records()))
+
+
 def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_text() -> None:
     text = Prose.of(answer(records()))
     for words in (
-        "by -0.149 [",
-        "by 0.00586 [",
-        "keys by -0.349 [",
-        "and -0.194 [",
+        "attention's by 0.00586 [",
+        "tokens and by -0.149 [",
+        "differs by -0.194 [",
+        "and by -0.349 [",
         "At 8192 tokens",
         "catches 0.6 ",
         "random one 0.2.",

@@ -139,6 +139,20 @@ def test_an_arm_that_never_has_the_metric_is_left_out_by_name() -> None:
     assert (family.arms, [found.arm for found in family.rows], family.exact) == (("arm",), ["arm"], True)
 
 
+def test_arms_may_be_held_against_another_arm_than_the_studys_baseline() -> None:
+    records = rows({"a": 1.0, "b": 1.01, "c": 0.0})
+    arms = ["base", "a", "b", "c"]
+    moved = replace(LOSS, arms=("b",), baseline="a")
+    first, second = families(records, [replace(LOSS, arms=("a", "c")), moved], arms=arms, baseline="base", seeds=6)
+    assert (first.baseline, first.arms, second.baseline, second.arms) == ("base", ("a", "c"), "a", ("b",))
+    assert [found.verdict for found in first.rows] == ["different", "same within the margin"]
+    (found,) = second.rows
+    assert found.difference is not None
+    assert found.difference.value == pytest.approx(0.01, abs=0.01)
+    (whole,) = families(records, [replace(LOSS, baseline="a")], arms=arms, baseline="base", seeds=6)
+    assert whole.arms == ("base", "b", "c")
+
+
 def test_an_arm_that_lacks_a_seed_does_not_stop_the_others() -> None:
     records = [record for record in rows({"a": 1.0, "b": 1.0}) if record.arm != "b" or record.seed == 0]
     found = only(records).rows
@@ -233,6 +247,10 @@ def test_a_study_compares_metrics_that_it_declares(coin: Study) -> None:
     for arm in ("fair", "gold"):
         with pytest.raises(ValueError, match=rf"compared\.arms=\['{arm}'\]: must be of bent"):
             replace(coin, compared=(replace(LOSS, arms=("bent", arm)),))
+    with pytest.raises(ValueError, match=r"compared\.baseline='gold': must be one of fair, bent"):
+        replace(coin, compared=(replace(LOSS, baseline="gold"),))
+    with pytest.raises(ValueError, match=r"compared\.arms=\['bent'\]: must be of fair"):
+        replace(coin, compared=(replace(LOSS, arms=("bent",), baseline="bent"),))
     with pytest.raises(ValueError, match="seeds=1: must be at least 2 to compare arms"):
         replace(coin, compared=(LOSS,), rules=(), seeds={"quick": 1, "full": 1})
 
