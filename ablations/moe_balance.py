@@ -8,14 +8,16 @@ evener than MATCHED at its weakest has the loss that it has there, and one that 
 
     excess MaxVio          MaxVio / that of uniformly random routing of as many tokens: 1 is as even as chance
     excess squared CV      its like without a maximum, comparable across batch sizes
-    excess over blocks     MaxVio / that of a router even over all text, whose blocks of real tokens hang together
+    excess over blocks     MaxVio / that of a router even over all text, whose blocks of real tokens hang together; of
+                           the most even method alone, since of a router that neglects experts this scales up their few
+                           tokens, so that an uneven router looks even
 
-All are taken twice: of the training's own batches, and of held-out text by the frozen model, each token for itself.
-Only the second is causal for every method, and only there methods are ranked: experts that choose tokens are even by
-force in training and choose by what comes later. `switch` has the statistics of a microbatch, a quarter of the batch,
-as a process has that does not talk to others; `global_batch` is the same loss on the whole. Centring moves all biases
-of a layer alike, which changes no choice: its arm differs from `sign_bias` by rounding alone, which a training then
-makes larger, and so shows how small a difference means nothing.
+The first two are taken twice: of the training's own batches, and of held-out text by the frozen model, each token for
+itself. Only the second is causal for every method, and only there methods are ranked: experts that choose tokens are
+even by force in training and choose by what comes later. `switch` has the statistics of a microbatch, a quarter of the
+batch, as a process has that does not talk to others; `global_batch` is the same loss on the whole. Centring moves all
+biases of a layer alike, which changes no choice: its arm differs from `sign_bias` by rounding alone, which a training
+then makes larger, and so shows how small a difference means nothing.
 """
 
 import math
@@ -159,25 +161,22 @@ def answer(records: Sequence[Record]) -> str:
         f"times when nothing balances, after {steps} steps."
     )
     return " ".join(
-        filter(None, (first, _over_blocks(records, steps), _unseen(records, steps), _losses(records, even)))
+        filter(
+            None, (first, _over_blocks(records, best, even[best][0]), _unseen(records, steps), _losses(records, even))
+        )
     )
 
 
-def _over_blocks(records: Sequence[Record], steps: int) -> str:
+def _over_blocks(records: Sequence[Record], arm: str, strength: str) -> str:
     """What is left of the most even method's excess when the text's own unevenness is taken out."""
-    found = {}
-    for arm, strengths in STRENGTHS.items():
-        for strength in strengths:
-            with suppress(NoEvidence):
-                at: dict[str, Value] = {"strength": strength, "steps": steps}
-                found[arm, strength] = estimate(records, arm=arm, metric="excess_over_blocks", **at)
-    if not found:
-        return ""
-    arm, strength = min(found, key=lambda key: found[key].value)
-    return (
-        "Tokens of a text want the same experts, so that a router even over all text is uneven in each batch: over "
-        f"that the least excess is {found[arm, strength]}, of {arm} at {strength}."
-    )
+    with suppress(NoEvidence):
+        at: dict[str, Value] = {"strength": strength, "steps": _steps(records)}
+        found = estimate(records, arm=arm, metric="excess_over_blocks", **at)
+        return (
+            "Tokens of a text want the same experts, so that a router even over all text is uneven in each batch: over "
+            f"that its excess is {found}."
+        )
+    return ""
 
 
 def _unseen(records: Sequence[Record], steps: int) -> str:
@@ -228,11 +227,11 @@ def _has(records: Sequence[Record], arm: str, steps: int) -> bool:
 
 def most_even(records: Sequence[Record], arm: str, steps: int) -> tuple[str, Estimate]:
     """The strength at which the arm is most even in the mean over seeds, and how even."""
-    found = {
-        strength: estimate(records, arm=arm, metric="excess_max_vio", strength=strength, steps=steps, **JUDGED)
-        for strength in STRENGTHS[arm]
-        if any(row.arm == arm and row.axes.get("strength") == strength for row in records)
-    }
+    found = {}
+    for strength in STRENGTHS[arm]:
+        with suppress(NoEvidence):  # not trained yet, or diverged
+            at: dict[str, Value] = {"strength": strength, "steps": steps, **JUDGED}
+            found[strength] = estimate(records, arm=arm, metric="excess_max_vio", **at)
     strength = min(found, key=lambda name: found[name].value)
     return strength, found[strength]
 
@@ -310,13 +309,6 @@ STUDY = Study(
     figures=(
         Figure("trade", "What evenness costs: loss against excess MaxVio, a point a strength", draw=trade),
         _at_default("excess_max_vio", "Excess MaxVio on held-out text at default strengths", (1.0, "chance"), **JUDGED),
-        _at_default(
-            "excess_over_blocks",
-            "The same against shuffled blocks of the text",
-            (ASKED, f"asked: {ASKED:g}"),
-            text="held_out",
-            loads="batch",
-        ),
         Figure("heat", "Load of the last layer's experts over training, first seed", draw=heat),
     ),
     answer=answer,

@@ -8,7 +8,7 @@ gives every expert ceil(N K / E c) slots:
 
     refused share       assignments that ask a full expert / assignments; rerouting drops less than it refuses
     drop share          assignments that no expert takes / assignments; its floor is what uniformly random routing loses
-    empty slot share    slots that no token takes / slots; 1 - 1/c at perfect balance
+    empty slot share    slots that no token takes / slots; 1 - 1/c at perfect balance, and what rounding up adds
 
 The policy that drops nothing is no capacity at all: what one would have refused is counted on the dropless arm, at
 every factor. Costs are those of steps on the dropless arm's weights, all capacities interleaved, so that a factor is

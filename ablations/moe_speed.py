@@ -217,6 +217,8 @@ STUDY = Study(
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
         "One thread by CPU time, all arms in one process. The time of compiling, once a shape, is left out.",
+        "In records from before December 2026 the kernel and the loop alone compute the gradients of the gate weights: "
+        "the other arms are flattered there.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )

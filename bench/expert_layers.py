@@ -1,8 +1,8 @@
 """A layer of routed experts by itself: every dispatch, the peers of it, and dense layers of as many FLOPs.
 
 All arms get the same tokens, the same routing and the same weights, each in the layout it likes. The routing is given,
-so the router's own cost is left out; sorting and combining are in. `uniform` routing draws K distinct experts for each
-token, `balanced` gives every expert as many rows.
+so the router's own cost is left out; sorting, combining and the gradients of the gate weights are in. `uniform` routing
+draws K distinct experts for each token, `balanced` gives every expert as many rows.
 
     transformers     the experts of DeepSeek-V3 there, on torch's grouped product: the peer
     triton           the experts on a GPU: left out elsewhere
@@ -16,7 +16,7 @@ so they are built only where they are asked for by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,9 @@ class Shape:
 
 
 class Arm:
-    """Something with parameters that turns tokens into tokens; `transposed` says that it stores outputs first."""
+    """Something with parameters that turns tokens into tokens; `gate` are the weights of each token's experts, where it
+    has any, and `transposed` says that it stores outputs first.
+    """
 
     def __init__(
         self,
@@ -71,11 +73,13 @@ class Arm:
         parameters: Iterable[nn.Parameter],
         x: Tensor,
         *,
+        gate: Tensor | None = None,
         transposed: bool = False,
     ) -> None:
         self.forward = forward
         self.parameters = tuple(parameters)
         self.x = x.clone().requires_grad_()
+        self.inputs = (self.x,) if gate is None else (self.x, gate)
         self.toward = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
         self.transposed = transposed
 
@@ -85,9 +89,8 @@ class Arm:
 
     def step(self) -> Tensor:
         """Forward and backward, without gradients of an earlier call."""
-        self.x.grad = None
-        for parameter in self.parameters:
-            parameter.grad = None
+        for leaf in (*self.inputs, *self.parameters):
+            leaf.grad = None
         y = self.output()
         y.backward(self.toward)
         return y
@@ -95,9 +98,8 @@ class Arm:
     def results(self) -> list[Tensor]:
         """Output and gradients, those of the experts' weights inputs first."""
         y = self.step()
-        gradients = [tensor.grad for tensor in (self.x, *self.parameters) if tensor.grad is not None]
-        turned = [gradient.transpose(1, 2) if self.transposed else gradient for gradient in gradients[1:]]
-        return [y, gradients[0], *turned]
+        first, rest = ([leaf.grad for leaf in of if leaf.grad is not None] for of in (self.inputs, self.parameters))
+        return [y, *first, *(gradient.transpose(1, 2) if self.transposed else gradient for gradient in rest)]
 
 
 def blockwise(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -196,8 +198,13 @@ def _ours(
     given: dict[str, Any] = {"instructions": instructions} if name == "kernel" else {}
     if name in LENDING and lend:
         given["memory"] = (ReusedMemory(), ReusedMemory())
-    dispatch = partial(DISPATCHES[name], **given)
-    return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x)
+    dispatch, routing = partial(DISPATCHES[name], **given), _learning(routing)
+    return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x, gate=routing.weights)
+
+
+def _learning(routing: Routing) -> Routing:
+    """The same routing, whose weights get a gradient, as a router's do."""
+    return replace(routing, weights=routing.weights.clone().requires_grad_())
 
 
 def _dense(name: str, shape: Shape, x: Tensor, lend: bool) -> Arm:
@@ -229,5 +236,11 @@ def _peer(shape: Shape, routing: Routing, gate_up: Tensor, down: Tensor, x: Tens
     with torch.no_grad():
         experts.gate_up_proj.copy_(gate_up.transpose(1, 2))
         experts.down_proj.copy_(down.transpose(1, 2))
-    weights = routing.weights.to(x)
-    return Arm(lambda rows: experts(rows, routing.indices, weights), experts.parameters(), x, transposed=True)
+    gate = _learning(routing).weights
+    return Arm(
+        lambda rows: experts(rows, routing.indices, gate.to(rows)),
+        experts.parameters(),
+        x,
+        gate=gate,
+        transposed=True,
+    )

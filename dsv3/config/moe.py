@@ -26,7 +26,14 @@ drops nothing: that is `Dropless`, and how much a capacity would have dropped is
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from dsv3.config.rules import require, require_kind, require_number, require_one_of, require_positive
+from dsv3.config.rules import (
+    require,
+    require_kind,
+    require_number,
+    require_one_of,
+    require_positive,
+    require_whole,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +206,7 @@ class MoE:
         require_positive(
             self, "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group"
         )
-        require_number(self, "n_shared_experts", low=0)
+        require_whole(self, "n_shared_experts", low=0)
         require_one_of(self, "scoring_func", ("sigmoid", "softmax"))
         require_number(self, "routed_scaling_factor", low=0.0, above=True)
         require_kind(self, "capacity", get_args(Capacity))

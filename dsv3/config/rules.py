@@ -12,10 +12,16 @@ def require(holds: bool, name: str, value: object, rule: str, remedy: str) -> No
 
 def require_positive(config: Any, *names: str) -> None:
     """Each named field is a whole number of at least 1."""
+    require_whole(config, *names, low=1)
+
+
+def require_whole(config: Any, *names: str, low: int) -> None:
+    """Each named field is a whole number of at least `low`."""
     for name in names:
         value = getattr(config, name)
         whole = isinstance(value, int) and not isinstance(value, bool)
-        require(whole and value >= 1, name, value, "must be a whole number of at least 1", f"set {name} to 1 or more")
+        rule, remedy = f"must be a whole number of at least {low}", f"set {name} to {low} or more"
+        require(whole and value >= low, name, value, rule, remedy)
 
 
 def require_number(config: Any, name: str, *, low: float, high: float = float("inf"), above: bool = False) -> None:

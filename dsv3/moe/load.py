@@ -18,8 +18,9 @@ floor that uniform random routing of the same E, K and N gives, and batches of t
     block floor          MaxVio of a router even over all      real blocks shuffled into batches, seeded
                          text, as its tokens hang together
 
-Routing that looks at the whole batch can lie below the floor; routing token by token, with a bias fixed before the
-batch, does not in the mean.
+Routing that looks at the whole batch can lie below the floor. Routing token by token, with a bias fixed before the
+batch, does not in the mean of squared CV. MaxVio can lie below even so, where a token's experts go together, as under a
+limit of groups: the maximum is then over fewer experts that differ. One group of eight is at 0.65 of it.
 """
 
 import math
@@ -50,7 +51,7 @@ class LoadStatistics:
 
     @property
     def excess_max_vio(self) -> float:
-        """MaxVio as a multiple of what uniform random routing gives; about 1 is the best that routing by token gets."""
+        """MaxVio as a multiple of what uniform random routing gives: 1 is as even as chance."""
         if self.max_vio_floor == 0.0:
             return 1.0 if self.max_vio == 0.0 else math.inf
         return self.max_vio / self.max_vio_floor
@@ -104,7 +105,8 @@ def block_floor(counts: Int[Tensor, "S E"], blocks: int, draws: int = DRAWS, see
     """The mean MaxVio of batches of so many of S real blocks of tokens, were each expert's load over all of them equal.
 
     Tokens of a text want the same experts, so that batches of whole blocks differ more than batches of independent
-    tokens. An expert that no block chose counts as one at the mean.
+    tokens. An expert that no block chose counts as one at the mean. A floor for routers that are nearly even: each
+    expert's loads are scaled to the mean, so that one with few tokens, in few blocks, comes out as very uneven.
 
     Raises:
         ValueError: fewer blocks than are to be drawn.

@@ -27,7 +27,7 @@ from ablations.moe_balance_pictures import heat, trade
 from ablations.study import Reading
 from ablations.traced import Prose
 from bench.fingerprint import provenance
-from bench.measurement import Measurement, Point, record
+from bench.measurement import Measurement, Point, failure, record
 from bench.record import Record
 from reports import twins
 from reports.frame import summary
@@ -159,8 +159,14 @@ def test_the_answer_says_what_blocks_leave_and_what_experts_that_choose_become()
         for strength, value in (("default", 1.2), ("rate 0.003", 1.04))
     ]
     said = Prose.of(answer([*records(), *choosing, *over]))
-    assert f"the least excess is 1.04, of {BASELINE} at rate 0.003" in said
+    assert "over that its excess is 1.2." in said, "of the strength that is most even, whatever others have"
     assert "even by force in training, are at 11 when tokens choose" in said
+
+
+def test_a_strength_that_diverged_hides_nothing_of_the_others() -> None:
+    lost = [row for row in records() if row.axes["strength"] != "rate 0.003"]
+    failed = [failure(judged_at("rate 0.003"), WHERE, "loss", "loss is not finite")]
+    assert Prose.of(answer([*lost, *failed])) == Prose.of(answer(lost))
 
 
 def judged_at(strength: str) -> Point:

@@ -26,6 +26,15 @@ def test_every_arm_equals_the_reference(dtype: torch.dtype, routed: str) -> None
         check(arms, dtype)
 
 
+def test_the_gate_learns_in_every_routed_arm() -> None:
+    arms = {name: arm for name, arm in build(SMALL, torch.bfloat16, CPU).items() if name not in DENSE}
+    assert PEER in arms
+    for arm in arms.values():
+        arm.step()
+        shapes = [leaf.grad.shape for leaf in arm.inputs if leaf.grad is not None]
+        assert shapes == [(SMALL.tokens, SMALL.hidden), (SMALL.tokens, SMALL.k)]
+
+
 @needs_kernel  # a compiler, that is
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a", "ignore:.torch.jit.:DeprecationWarning")
 @pytest.mark.slow

@@ -46,6 +46,7 @@ REFUSED = [
     (lambda: MoE(**EXPERTS, n_group=2, topk_group=3), r"topk_group=3: must be at most n_group=2"),
     (lambda: MoE(**EXPERTS, n_group=8, topk_group=8), r"n_group=8: a group is scored by its two best"),
     (lambda: MoE(**EXPERTS, n_shared_experts=-1), r"n_shared_experts=-1"),
+    (lambda: MoE(**EXPERTS, n_shared_experts=1.5), r"n_shared_experts=1.5: must be a whole number of at least 0"),
     (lambda: MoE(**EXPERTS, scoring_func="relu"), r"scoring_func='relu'"),
     (lambda: MoE(**EXPERTS, balance=(SignBias(), SignBias())), r"names a method twice"),
     (lambda: MoE(**EXPERTS, balance=SignBias()), r"must be a tuple"),
