@@ -155,12 +155,11 @@ def _longest(records: Sequence[Record], task: str) -> dict[str, Value] | None:
     return None if longest is None else {name: longest[name] for name in ("task", "length", "steps")}
 
 
-def free(arm: str) -> int:
-    """The blocks that an arm's query chooses: of those that it sees all but the first, the previous and its own."""
+def _free(arm: str) -> int:
+    """The blocks that an arm's last query chooses: of those before its own that it sees all but the first and last."""
     select = ARMS[arm][0].select
     assert isinstance(select, Blocks), "every arm sees blocks"
-    assert select.k is not None, "so many of them"
-    return select.k - select.own - 2
+    return select.past(LENGTH // select.block_k) - 2
 
 
 STUDY = Study(
@@ -204,7 +203,7 @@ STUDY = Study(
         "One learning rate for all arms, chosen with dense attention; a loss of distillation has weight 1.",
         "Blocks of other lengths make another tree: of as many levels more or fewer as their number has halvings.",
         "The first block, the previous one and a query's own are seen by all. How many are left to choose differs: "
-        + ", ".join(f"{free(arm)} in {arm}" for arm in ("default", *AXES["block_k"], *AXES["k"], *AXES["block_q"]))
+        + ", ".join(f"{_free(arm)} in {arm}" for arm in ("default", *AXES["block_k"], *AXES["k"], *AXES["block_q"]))
         + "; what long blocks cost is also what a single choice costs.",
         "Where trainings of an arm either succeed or fail, their mean is neither: the records have each seed.",
         "Two heads that share keys and values have fewer weights than two that do not.",

@@ -137,6 +137,7 @@ def measure(cell: Cell) -> list[Reading]:
     torch.set_num_threads(1)
     length = int(cell.axes["length"])
     if cell.arm != "bigram" and (missing := why_not_kernel(torch.empty(0))):
+        # Not STUDY.baseline: the digest of a cell's code would then hold every word of the page.
         return [Reading(arm=cell.arm or "dense", metric="trailing_loss", pending=missing)]
     if cell.axes["part"] == "step":
         return _steps(length, cell.seed or 0)

@@ -1,4 +1,5 @@
-"""Every arm of a study against its baseline, on the metrics for which the study declares what would not matter.
+"""Every arm of a study against its baseline, or the arm named in its place, on the metrics for which the study declares
+what would not matter.
 
 A study says `compared=(Compared("loss", margin=0.01, why="..."),)`. At each point of the axes all arms that it names
 form one family: paired differences by seed with a t interval; a test of whether there is a difference, adjusted by Holm

@@ -160,11 +160,8 @@ def answer(records: Sequence[Record]) -> str:
         f"chance gives with the most even method, {best} at {even[best][0]} ({ASKED:g} was asked), and by {unaided} "
         f"times when nothing balances, after {steps} steps."
     )
-    return " ".join(
-        filter(
-            None, (first, _over_blocks(records, best, even[best][0]), _unseen(records, steps), _losses(records, even))
-        )
-    )
+    blocks = _over_blocks(records, best, even[best][0])
+    return " ".join(filter(None, (first, blocks, _unseen(records, steps), _losses(records, even))))
 
 
 def _over_blocks(records: Sequence[Record], arm: str, strength: str) -> str:
@@ -264,18 +261,6 @@ def loss_at(points: Sequence[tuple[float, float]], excess: float) -> float | Non
     return y0 + math.log(excess / x0) / math.log(x1 / x0) * (y1 - y0)
 
 
-def _at_default(metric: str, caption: str, reference: tuple[float, str], **where: Value) -> Figure:
-    return Figure(
-        metric,
-        caption,
-        metric=metric,
-        kind="interval",
-        where={"strength": "default", **where},
-        log="x",
-        reference=reference,
-    )
-
-
 STUDY = Study(
     name="moe_balance",
     question="How evenly does each way of balancing load the experts, and at which loss?",
@@ -308,7 +293,15 @@ STUDY = Study(
     configs={name: configured(name, "default", steps=300, rows=8) for name in CHANGES},
     figures=(
         Figure("trade", "What evenness costs: loss against excess MaxVio, a point a strength", draw=trade),
-        _at_default("excess_max_vio", "Excess MaxVio on held-out text at default strengths", (1.0, "chance"), **JUDGED),
+        Figure(
+            "excess_max_vio",
+            "Excess MaxVio on held-out text at default strengths",
+            metric="excess_max_vio",
+            kind="interval",
+            where={"strength": "default", **JUDGED},
+            log="x",
+            reference=(1.0, "chance"),
+        ),
         Figure("heat", "Load of the last layer's experts over training, first seed", draw=heat),
     ),
     answer=answer,

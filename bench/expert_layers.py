@@ -96,7 +96,7 @@ class Arm:
         return y
 
     def results(self) -> list[Tensor]:
-        """Output and gradients, those of the experts' weights inputs first."""
+        """Output and gradients of tokens, gate and experts' weights, the last with inputs first."""
         y = self.step()
         first, rest = ([leaf.grad for leaf in of if leaf.grad is not None] for of in (self.inputs, self.parameters))
         return [y, *first, *(gradient.transpose(1, 2) if self.transposed else gradient for gradient in rest)]

@@ -42,7 +42,7 @@ def memory(
 def peak_bytes(
     build: Callable[[], State], call: Callable[[State], object], *, device: torch.device | str = "cpu"
 ) -> tuple[Measurement, Measurement, Measurement]:
-    """The first three of `memory`."""
+    """Peak bytes above the start, the same with the state, and blocks taken: the first three of `memory`."""
     return memory(build, call, device=device)[:3]
 
 

@@ -20,7 +20,7 @@ floor that uniform random routing of the same E, K and N gives, and batches of t
 
 Routing that looks at the whole batch can lie below the floor. Routing token by token, with a bias fixed before the
 batch, does not in the mean of squared CV. MaxVio can lie below even so, where a token's experts go together, as under a
-limit of groups: the maximum is then over fewer experts that differ. One group of eight is at 0.65 of it.
+limit of groups: the maximum is then over fewer experts that differ.
 """
 
 import math
