@@ -151,14 +151,12 @@ INLINE Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Bit
 
 template <bool HALF>
 INLINE Vector multiplied(Vector sum, Word a, Bits b) {
-  if (!HALF) return fused(spread(number(a)), (Vector)b, sum);
-  Bits both = a - Bits{};
 #ifdef HAS_BF16
-  return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)both, (__m512bh)b);
+  if (HALF) return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)(a - Bits{}), (__m512bh)b);
 #else
-  sum = fused((Vector)(both & 0xffff0000u), (Vector)(b & 0xffff0000u), sum);
-  return fused((Vector)(both << 16), (Vector)(b << 16), sum);
+  static_assert(!HALF, "pairs are widened first");
 #endif
+  return fused(spread(number(a)), (Vector)b, sum);
 }
 
 // As many vectors of words as they have lanes turned, by halves, quarters and so on.
@@ -263,14 +261,9 @@ static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int6
   if (row < rows) panel<1, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
 }
 
-// `columns` is a multiple of 16, and a Matrices<HALF> is alive.
-template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
-INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
-                    int64_t lead_b, const Finish& finish) {
-#ifdef HAS_AMX
-  if (HALF && (ROWS || count <= SHORT))
-    return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
-#endif
+template <bool HALF, bool ROWS, Far FAR, class Finish>
+INLINE void product_in_strips(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
+                              int64_t lead_b, const Finish& finish) {
   int64_t column = 0;
   for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
     strip<WIDE, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
@@ -279,4 +272,85 @@ INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a,
       strip<WIDE < 2 ? WIDE : 2, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
   for (; column < columns; column += LANES)
     strip<1, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
+}
+
+#ifndef HAS_BF16
+// bf16 where no instruction multiplies pairs. To take them apart on the way, a panel would need more registers than
+// there are. So both factors are widened first, of all words the upper numbers and then the lower ones, as much of them
+// as caches hold: HIGH rows of A and a strip of B, both DEEP words long. Sums wait aside for the next words.
+constexpr int64_t DEEP = 256, HIGH = 12 * PANEL, ACROSS = WIDE * LANES;
+
+static void widen(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* upper, int64_t lead_to,
+                  Word* lower) {
+  for (int64_t r = 0; r < rows; ++r, from += lead, upper += lead_to, lower += lead_to) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) {
+      Bits both = *(const LooseBits*)(from + c);
+      *(LooseBits*)(upper + c) = both & 0xffff0000u;
+      *(LooseBits*)(lower + c) = both << 16;
+    }
+    for (; c < columns; ++c) upper[c] = from[c] & 0xffff0000u, lower[c] = from[c] << 16;
+  }
+}
+
+template <class Finish>
+struct Part {  // of a product: where it begins, and whether along K it is the first, the last
+  const Finish& finish;
+  int64_t row, column;
+  float* aside;
+  bool first, last;
+  INLINE_MEMBER Vector start(int64_t r, int64_t c) const {
+    return first ? finish.start(row + r, column + c) : load(aside + r * ACROSS + c);
+  }
+  INLINE_MEMBER void end(int64_t r, int64_t c, Vector sum) const {
+    last ? finish.end(row + r, column + c, sum) : store(aside + r * ACROSS + c, sum);
+  }
+};
+
+template <bool ROWS, class Finish>
+static void product_widened(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
+                            int64_t lead_b, const Finish& finish) {
+  Word left[HIGH * 2 * DEEP], right[2 * DEEP * ACROSS];
+  float aside[HIGH * ACROSS];
+  for (int64_t row = 0; row < rows; row += HIGH) {
+    int64_t high = least(HIGH, rows - row);
+    for (int64_t column = 0; column < columns; column += ACROSS) {
+      int64_t across = least(ACROSS, columns - column);
+      int64_t k = 0, deep;
+      do {  // once even where there is nothing to sum
+        deep = least(DEEP, count - k);
+        int64_t lead_left = ROWS ? 2 * deep : high;
+        if (column == 0 || count > DEEP) {
+          if (ROWS)
+            widen(a + row * lead + k, lead, high, deep, left, lead_left, left + deep);
+          else
+            widen(a + k * lead + row, lead, deep, high, left, lead_left, left + deep * high);
+        }
+        widen(b + k * lead_b + column, lead_b, deep, across, right, across, right + deep * across);
+        Part<Finish> part{finish, row, column, aside, k == 0, k + deep == count};
+        product_in_strips<false, ROWS, Far::none>(high, across, 2 * deep, left, lead_left, right, across, part);
+        k += deep;
+      } while (k < count);
+    }
+  }
+}
+#endif
+
+// `columns` is a multiple of 16, and a Matrices<HALF> is alive.
+template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
+INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
+                    int64_t lead_b, const Finish& finish) {
+#ifdef HAS_AMX
+  if (HALF && (ROWS || count <= SHORT))
+    return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
+#endif
+#ifdef HAS_BF16
+  constexpr bool WIDENED = false;
+#else
+  constexpr bool WIDENED = HALF;
+#endif
+  if constexpr (WIDENED)
+    product_widened<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
+  else
+    product_in_strips<HALF, ROWS, FAR>(rows, columns, count, a, lead, b, lead_b, finish);
 }

@@ -26,6 +26,7 @@ SHAPES = {
     "one expert of many rows": (300, 1, 1, 80, 48, 1.0),
     "tiles of several heights": (257, 2, 1, 96, 80, 1.0),
     "some pairs dropped": (130, 8, 2, 32, 64, 0.7),
+    "more than is widened at a time": (200, 2, 1, 1056, 32, 1.0),
     "every pair dropped": (7, 4, 2, 16, 16, 0.0),
 }
 
@@ -83,11 +84,12 @@ def test_any_routing_of_any_width_is_right(
 
 
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("shape", ["some pairs dropped", "more than is widened at a time"])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
-def test_each_instruction_set_computes_the_same(instructions: str, dtype: torch.dtype) -> None:
+def test_each_instruction_set_computes_the_same(instructions: str, shape: str, dtype: torch.dtype) -> None:
     if instructions not in experts.instruction_sets():
         pytest.skip(f"this processor lacks {instructions}")
-    (x, weights, *stacked), routing = drawn(SHAPES["some pairs dropped"], dtype)
+    (x, weights, *stacked), routing = drawn(SHAPES[shape], dtype)
     token, weight, counts = sort_rows(routing)
     y = experts.kernel_experts(x, weight, *stacked, token, counts, instructions=instructions).to(dtype)
     near(results(y, (x, weights, *stacked)), exact((x, weights, *stacked), routing), dtype)
