@@ -164,11 +164,11 @@ def _mean(values: Sequence[float], exact: bool, geometric: bool) -> Estimate:
         return _mean([math.log(value) for value in values], exact=False, geometric=False).map(_exp)
     if n == 1:
         return Estimate(values[0], None, None, 1)
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     middle = math.fsum(values) / n
     spread = math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (n - 1) / n)
-    half = float(t.ppf(0.975, n - 1)) * spread
+    half = float(stdtrit(n - 1, 0.975)) * spread
     return Estimate(middle, middle - half, middle + half, n)
 
 

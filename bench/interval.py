@@ -8,9 +8,9 @@ covers less than it says, so none is here.
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, stdev
 
-from scipy import stats
+from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; all of scipy.stats takes each process half a second
 
 LEVEL = 0.95
 
@@ -32,17 +32,28 @@ def of_median(samples: Sequence[float], *, level: float = LEVEL) -> tuple[float,
     if len(samples) == 1:
         return None
     middle = median(samples)
-    interval = stats.quantile_test(samples, q=middle, p=0.5).confidence_interval(level)
-    if not math.isnan(interval.low):
-        return float(interval.low), float(interval.high)
+    if left_out := _left_out(len(samples), level):
+        ordered = sorted(map(float, samples))
+        return ordered[left_out - 1], ordered[-left_out]
     bounds = _log_t(samples, level)
     # Rounding of logarithms puts equal samples outside their own interval.
     return None if bounds is None else (min(bounds[0], middle), max(bounds[1], middle))
 
 
+def _left_out(n: int, level: float) -> int:
+    """How many order statistics the interval reaches inward from either end, 0 where even all n samples are too few:
+    the most k for which fewer than k of n fair coins show heads in less than (1 - level) / 2 of all cases.
+    """
+    cases, k = 0, -1
+    while cases / 2**n < (1 - level) / 2:
+        k += 1
+        cases += math.comb(n, k)
+    return k
+
+
 def _log_t(samples: Sequence[float], level: float) -> tuple[float, float] | None:
     logarithms = [math.log(sample) for sample in samples]
-    half = float(stats.t.ppf((1 + level) / 2, len(samples) - 1) * stats.sem(logarithms))
+    half = float(stdtrit(len(samples) - 1, (1 + level) / 2)) * stdev(logarithms) / math.sqrt(len(samples))
     center = math.fsum(logarithms) / len(logarithms)
     try:
         return math.exp(center - half), math.exp(center + half)

@@ -64,6 +64,18 @@ def test_the_interval_of_a_median_lets_stand_what_the_sign_test_lets_stand(sampl
     assert (low <= value <= high) == stands
 
 
+@pytest.mark.parametrize("level", [0.5, 0.75, 0.95, 0.999])
+@pytest.mark.parametrize("n", [2, 5, 6, 7, 11, 12, 48, 1100])
+def test_the_interval_of_a_median_is_scipys(n: int, level: float) -> None:
+    samples = np.random.default_rng(n).lognormal(size=n).tolist()
+    middle, logarithms = float(np.median(samples)), np.log(samples)
+    wanted = stats.quantile_test(samples, q=middle, p=0.5).confidence_interval(level)
+    if math.isnan(wanted.low):  # too few: Student's, with the median in it
+        student = stats.t.interval(level, n - 1, logarithms.mean(), stats.sem(logarithms))
+        wanted = (min(math.exp(student[0]), middle), max(math.exp(student[1]), middle))
+    assert of_median(samples, level=level) == pytest.approx(tuple(wanted), rel=1e-12)
+
+
 @pytest.mark.parametrize("freedom", [*range(1, 20)])
 def test_students_quantile_leaves_a_fortieth_of_its_density_above(freedom: int) -> None:
     """The interval of n samples 0, .., 0, 1 gives t away; the density is integrated by hand."""
