@@ -22,8 +22,8 @@ from bench.placed_loads import BASELINE, Ranks, busiest_rank
 from bench.record import Profile
 from bench.routing_workloads import NAMES, Workload
 
-FEW_ROWS = {"quick": Shape(512, 256, 128, 32, 2), "full": Shape(2048, 256, 128, 128, 2)}
-MANY_ROWS = {"quick": Shape(256, 256, 128, 8, 4), "full": Shape(2048, 256, 128, 64, 8)}
+FEW_ROWS = {"quick": Shape(256, 256, 128, 16, 2), "full": Shape(2048, 256, 128, 128, 2)}
+MANY_ROWS = {"quick": Shape(256, 256, 128, 4, 2), "full": Shape(2048, 256, 128, 64, 8)}
 # DeepSeek-V3 serves its 256 experts from 32 ranks with as many experts again as ranks; quick is a fourth of it.
 PLACED: Mapping[Profile, tuple[int, Ranks]] = {
     "quick": (1024, Ranks(experts=64, ranks=8, steps=12)),
