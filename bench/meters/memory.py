@@ -58,7 +58,7 @@ def peak_of(changes: Iterable[int]) -> int:
 def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int, int]:
     """Peak, live before, blocks taken, and their bytes."""
     gc.collect()  # what earlier work left must not be freed inside
-    gc.disable()  # so what follows stays young, and a glance at the young ones is enough: at all it takes a tenth second
+    gc.disable()  # so what follows stays young and collecting the young is enough: all of it takes a tenth of a second
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             state = build()
