@@ -135,7 +135,9 @@ def _point(records: Sequence[Record], arm: str, metric: str, where: Mapping[str,
 
 
 def summarise(rows: Sequence[Record]) -> Estimate:
-    """The mean over replicates of one point, with the interval its noise class allows; not below 0 where nothing is."""
+    """The mean over replicates of one point, with the interval its noise class allows, as far as the metric reaches: not
+    below 0 where nothing is, nor above the whole of a share.
+    """
     if len(rows) == 1 and rows[0].noise != "exact":
         low, high = rows[0].interval or (None, None)
         # Blocks of one process share its luck in memory layout: they are not replicates.
@@ -144,9 +146,12 @@ def summarise(rows: Sequence[Record]) -> Estimate:
     exact = all(row.noise == "exact" for row in rows)
     ratios = all(row.noise == "paired" and row.unit == "ratio" for row in rows)
     found = mean([_value(row) for row in rows], exact=exact, geometric=ratios)
-    if found.low is None or metric_named(rows[0].metric).signed:
+    if found.low is None or found.high is None:
         return found
-    return replace(found, low=max(found.low, 0.0)).traced(sources_of(found.value))
+    known = metric_named(rows[0].metric)
+    low = found.low if known.signed else max(found.low, 0.0)
+    high = min(found.high, 1.0) if known.unit == "share" and not known.beyond else found.high
+    return replace(found, low=low, high=high).traced(sources_of(found.value))
 
 
 def mean(values: Sequence[float], *, exact: bool = False, geometric: bool = False) -> Estimate:

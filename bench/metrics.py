@@ -28,6 +28,7 @@ class Metric:
     formula: str
     bias: str
     signed: bool = False  # whether it can be negative
+    beyond: bool = False  # of a share: whether it can be above 1
 
 
 _CPU_RATIO = "reads below a parallel speed-up; includes cache misses caused by the other arms of the block"
@@ -74,7 +75,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("bubble_slots_formula", "slots", "lower", "exact", transfers=True,
            formula="idle slots of all ranks by the closed form of the schedule's paper",
            bias="a form of equal stages; stands beside the simulated slots and must equal them"),
-    Metric("bubble_to_ideal", "share", "lower", "exact", transfers=True,
+    Metric("bubble_to_ideal", "share", "lower", "exact", transfers=True, beyond=True,
            formula="idle rank-time / rank-time of the work itself: (p - 1) / m for 1F1B",
            bias="larger than bubble_share for the same schedule, and not bounded by 1; papers mix the two"),
     Metric("busiest_rank_load", "ratio", "lower", "exact", transfers=True,
@@ -86,7 +87,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("card_hours", "h", "lower", "exact", transfers=True,
            formula="tokens x FLOPs per token / (peak x utilisation): hours that one card would take",
            bias="arithmetic on a utilisation that is assumed"),
-    Metric("ceiling_share", "share", "higher", "absolute", transfers=False,
+    Metric("ceiling_share", "share", "higher", "absolute", transfers=False, beyond=True,
            formula="operations per second of the call / gemm_flops_per_second, same format and threads, same process",
            bias="the ceiling is the fastest of ten products: a share above 1 means that all ten were disturbed"),
     Metric("clipped_share", "share", "none", "exact", transfers=True,

@@ -65,6 +65,15 @@ def test_the_interval_of_what_cannot_be_negative_stops_at_zero() -> None:
     assert (loss.value, loss.high) == (gap.value, gap.high)
 
 
+def test_the_interval_of_a_share_stops_at_the_whole_where_the_metric_does() -> None:
+    rows = [record(1.0, seed=0), record(0.9, seed=1)]
+    part, idle = (summarise([replace(row, metric=name) for row in rows]) for name in ("accuracy", "bubble_to_ideal"))
+    assert part.high == 1.0
+    assert idle.high is not None
+    assert idle.high > 1.0
+    assert (part.value, part.low) == (idle.value, idle.low)
+
+
 def test_the_interval_covers_the_truth_in_about_95_of_100_studies() -> None:
     chance = random.Random(7)
     trials = [mean([chance.gauss(0, 1) for _ in range(6)]) for _ in range(2000)]
