@@ -6,6 +6,7 @@
     with Indexer         index_key [B,M,W] besides
     with Blocks, Hierarchical   besides, an index: the query of each block's first token, summaries of key blocks, and
                          what the newest block of queries chose
+    with a branch besides   the means of keys and of values of each block
 
 M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
 `length` already there, in place; the new length is a new value (`advance`), so that the same buffers can be continued
@@ -26,12 +27,13 @@ from dsv3.config.rules import require
 class LayerCache:
     """One layer's buffers, each with positions on the last axis but one, and how many positions are filled.
 
-    The index of a choice by content is continued in place by the layer that chooses.
+    The index of a choice by content and the means of a branch are continued in place by the layer that uses them.
     """
 
     buffers: dict[str, Tensor]
     length: int
     index: Index | None = None
+    means: tuple[Tensor, Tensor] | None = None
 
     def append(self, **new: Tensor) -> dict[str, Tensor]:
         """Write the new positions behind the filled ones; returns each buffer up to and including them.
@@ -79,7 +81,8 @@ class KeyValueCache:
 
         def layer() -> LayerCache:
             buffers = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-            return LayerCache(buffers, 0, _index(model.attention, batch, max_length, dtype, device))
+            index = _index(model.attention, batch, max_length, dtype, device)
+            return LayerCache(buffers, 0, index, _means(model.attention, buffers, max_length))
 
         return cls(tuple(layer() for _ in range(model.num_hidden_layers)), max_length)
 
@@ -91,7 +94,9 @@ class KeyValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
-        held = sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers.values())
+        held = sum(
+            buffer.nbytes for layer in self.layers for buffer in (*layer.buffers.values(), *(layer.means or ()))
+        )
         return held + sum(layer.index.nbytes for layer in self.layers if layer.index is not None)
 
     def advance(self, tokens: int) -> "KeyValueCache":
@@ -130,6 +135,13 @@ def _index(
             groups, width = key_value_heads(attention), attention.head_dim
     size = (batch, attention.num_attention_heads, groups, width)
     return Index.empty(attention.select, size, max_length, dtype, device)
+
+
+def _means(attention: Attention, buffers: dict[str, Tensor], max_length: int) -> tuple[Tensor, Tensor] | None:
+    if not isinstance(attention.select, Blocks) or attention.select.learns != "branch":
+        return None
+    blocks = max_length // attention.select.block_k
+    return torch.zeros_like(buffers["key"][:, :, :blocks]), torch.zeros_like(buffers["value"][:, :, :blocks])
 
 
 def key_value_heads(attention: MultiHead | Grouped) -> int:

@@ -73,7 +73,9 @@ class MultiHeadAttention(nn.Module):
         out = attend(q, key, value, selection, scale=self.scale)
         if self.gates is not None:
             assert isinstance(self.choice, Blocks), "only a choice of blocks has a branch"
-            out = joined(self.gates(x), pooled(q, key, value, self.choice.block_k, scale=self.scale), out)
+            held = None if cache is None else cache.means
+            branch = pooled(q, key, value, self.choice.block_k, scale=self.scale, held=held)
+            out = joined(self.gates(x), branch, out)
         return self.o_proj(out.transpose(1, 2).flatten(2)), selection
 
     def _choose(

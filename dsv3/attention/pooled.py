@@ -12,8 +12,8 @@ behind it gets 0.
 
 Queries of one r are a causal sequence over blocks, with c - 1 for a position: so offsets become heads that share keys,
 torch's fused kernel does the rest, and no n x n object exists, nor one of n x n / block_k. The products are quadratic
-all the same, n^2 / (2 block_k) pairs: the one way to learn that is. Decoding makes the means of all cached keys and
-values anew for each token, and so reads as much as dense attention does.
+all the same, n^2 / (2 block_k) pairs: the one way to learn that is. A cache holds the means too, each written when its
+last token is there, so a token that is decoded reads 1 / block_k of what dense attention does.
 """
 
 import torch
@@ -31,8 +31,12 @@ def pooled(
     block: int,
     *,
     scale: float,
+    held: tuple[Tensor, Tensor] | None = None,
 ) -> Float[Tensor, "B H T R"]:
-    """Attention of the last T of S positions to the means of the blocks that each of them has behind it."""
+    """Attention of the last T of S positions to the means of the blocks that each of them has behind it.
+
+    held    a cache's means of keys and of values, of the blocks before these positions; gets those that they complete
+    """
     heads, queries, total = q.shape[1], q.shape[2], k.shape[2]
     blocks, first = total // block, total - queries + 1
     if blocks == 0:
@@ -41,7 +45,10 @@ def pooled(
     rows = F.pad(q, (0, 0, before, -(before + queries) % block)).unflatten(2, (-1, block))
     blind = 1 if first < block else 0  # queries with no block behind them come first
     rows = rows[:, :, blind:].transpose(2, 3).flatten(1, 2)
-    means = (_means(x, blocks, block) for x in (k, v))
+    done = 0 if held is None else (total - queries) // block
+    means = [_means(x[:, :, done * block : blocks * block], block) for x in (k, v)]
+    if held is not None:
+        means = [_extended(old, new.detach(), done) for old, new in zip(held, means, strict=True)]
     out = dense(rows, *means, scale=scale).unflatten(1, (heads, block)).transpose(2, 3).flatten(2, 3)
     return F.pad(out, (0, 0, blind * block, 0))[:, :, before : before + queries]
 
@@ -54,5 +61,14 @@ def joined(
     return of_branch * branch + of_selected * selected
 
 
-def _means(x: Float[Tensor, "B G S width"], blocks: int, block: int) -> Float[Tensor, "B G N width"]:
-    return x[:, :, : blocks * block].unflatten(2, (blocks, block)).mean(dim=3)
+def _means(x: Float[Tensor, "B G n width"], block: int) -> Float[Tensor, "B G N width"]:
+    return x.unflatten(2, (-1, block)).mean(dim=3)
+
+
+def _extended(
+    held: Float[Tensor, "B G M width"], new: Float[Tensor, "B G n width"], done: int
+) -> Float[Tensor, "B G N width"]:
+    """The means that are there, once the new ones are written behind the first `done`."""
+    stop = done + new.shape[2]
+    held[:, :, done:stop] = new
+    return held[:, :, :stop]

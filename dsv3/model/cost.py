@@ -201,7 +201,8 @@ def kv_values_per_token(attention: Attention) -> int:
     """Numbers that one layer caches per token; a per-head selection remembers each token's importance besides, an
     indexer its key.
 
-    The index of a choice by blocks is not a number per token: `KeyValueCache.nbytes` counts it.
+    The index of a choice by blocks and the means of a branch are not numbers per token: `KeyValueCache.nbytes` counts
+    them.
     """
     importance = attention.num_attention_heads if isinstance(attention.select, PerHead) else 0
     match attention:

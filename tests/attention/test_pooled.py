@@ -1,5 +1,7 @@
 """The branch over means of blocks: against loops, whatever the block and wherever the queries begin."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -36,6 +38,20 @@ def test_values_and_gradients_are_those_of_the_definition(
         grads = (torch.autograd.grad(out, leaves, pull) for out in (ours, theirs))
         for mine, other in zip(*grads, strict=True):
             torch.testing.assert_close(mine, other, rtol=FLOAT64, atol=FLOAT64)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 21, [5, 1, 9, 6], [8, 13], [21]])
+def test_a_cache_of_means_gives_the_same_and_spares_reading_the_blocks_again(pieces: list[int]) -> None:
+    q, k, v = (leaf.detach() for leaf in draw(4, 2, 21))
+    whole = pooled(q, k, v, 4, scale=0.7)
+    held, start = (torch.full_like(k[:, :, ::4], torch.nan), torch.full_like(v[:, :, ::4], torch.nan)), 0
+    for stop in itertools.accumulate(pieces):
+        seen = [x[:, :, :stop].clone() for x in (k, v)]
+        for x in seen:
+            x[:, :, : start // 4 * 4] = torch.nan  # their means are held
+        piece = pooled(q[:, :, start:stop], *seen, 4, scale=0.7, held=held)
+        torch.testing.assert_close(piece, whole[:, :, start:stop], rtol=FLOAT64, atol=FLOAT64)
+        start = stop
 
 
 def test_gates_weigh_the_branch_and_the_selection_of_each_head() -> None:
