@@ -135,8 +135,8 @@ def _point(records: Sequence[Record], arm: str, metric: str, where: Mapping[str,
 
 
 def summarise(rows: Sequence[Record]) -> Estimate:
-    """The mean over replicates of one point, with the interval its noise class allows, as far as the metric reaches: not
-    below 0 where nothing is, nor above the whole of a share.
+    """The mean over replicates of one point, with the interval its noise class allows; not below 0 where nothing is,
+    nor above the whole of a share.
     """
     if len(rows) == 1 and rows[0].noise != "exact":
         low, high = rows[0].interval or (None, None)

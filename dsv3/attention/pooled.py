@@ -41,14 +41,16 @@ def pooled(
     blocks, first = total // block, total - queries + 1
     if blocks == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
-    before = first % block
-    rows = F.pad(q, (0, 0, before, -(before + queries) % block)).unflatten(2, (-1, block))
-    blind = 1 if first < block else 0  # queries with no block behind them come first
-    rows = rows[:, :, blind:].transpose(2, 3).flatten(1, 2)
     done = 0 if held is None else (total - queries) // block
     means = [_means(x[:, :, done * block : blocks * block], block) for x in (k, v)]
     if held is not None:
         means = [_extended(old, new.detach(), done) for old, new in zip(held, means, strict=True)]
+    if queries == 1:
+        return dense(q, *means, scale=scale)
+    before = first % block
+    rows = F.pad(q, (0, 0, before, -(before + queries) % block)).unflatten(2, (-1, block))
+    blind = 1 if first < block else 0  # queries with no block behind them come first
+    rows = rows[:, :, blind:].transpose(2, 3).flatten(1, 2)
     out = dense(rows, *means, scale=scale).unflatten(1, (heads, block)).transpose(2, 3).flatten(2, 3)
     return F.pad(out, (0, 0, blind * block, 0))[:, :, before : before + queries]
 
