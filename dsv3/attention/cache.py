@@ -94,9 +94,7 @@ class KeyValueCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, filled or not."""
-        held = sum(
-            buffer.nbytes for layer in self.layers for buffer in (*layer.buffers.values(), *(layer.means or ()))
-        )
+        held = sum(buffer.nbytes for layer in self.layers for buffer in (*layer.buffers.values(), *(layer.means or ())))
         return held + sum(layer.index.nbytes for layer in self.layers if layer.index is not None)
 
     def advance(self, tokens: int) -> "KeyValueCache":
