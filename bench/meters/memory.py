@@ -58,16 +58,18 @@ def peak_of(changes: Iterable[int]) -> int:
 def _on_cpu(build: Callable[[], State], call: Callable[[State], object]) -> tuple[int, int, int, int]:
     """Peak, live before, blocks taken, and their bytes."""
     gc.collect()  # what earlier work left must not be freed inside
-    gc.disable()  # so what follows stays young and collecting the young is enough: all of it takes a tenth of a second
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            state = build()
-            call(state)
-            gc.collect(1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        state = build()
+        call(state)
+        gc.collect()
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
             with record_function(_REGION):
                 call(state)
-    finally:
-        gc.enable()
+        finally:
+            if was_enabled:
+                gc.enable()
     assert profiler.profiler is not None, "the profiler ran"
     events = profiler.profiler.kineto_results.events()
     region = next(event for event in events if event.name() == _REGION)

@@ -277,8 +277,10 @@ INLINE void product_in_strips(int64_t rows, int64_t columns, int64_t count, cons
 #ifndef HAS_BF16
 // bf16 where no instruction multiplies pairs. To take them apart on the way, a panel would need more registers than
 // there are. So both factors are widened first, of all words the upper numbers and then the lower ones, as much of them
-// as caches hold: HIGH rows of A and a strip of B, both DEEP words long. Sums wait aside for the next words.
-constexpr int64_t DEEP = 256, HIGH = 12 * PANEL, ACROSS = WIDE * LANES;
+// as caches hold: HIGH rows of A and a strip of B, both DEEP words long. Sums wait aside for the next words. All three
+// lie on the stack, so that the memory that torch sees taken is that of any other processor.
+constexpr int64_t DEEP = 256, HIGH = 16 * PANEL, ACROSS = WIDE * LANES;
+constexpr int64_t FEW = 4;  // rows for which widening B takes longer than reading it twice
 
 static void widen(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* upper, int64_t lead_to,
                   Word* lower) {
@@ -307,11 +309,49 @@ struct Part {  // of a product: where it begins, and whether along K it is the f
   }
 };
 
+// FEW rows or less, summed in the same order.
+template <int M, bool ROWS, class Finish>
+static void few_rows(int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b, int64_t lead_b,
+                     const Finish& finish, int64_t row) {
+  constexpr int N = WHOLE / LANES;
+  for (int64_t column = 0; column < columns; column += WHOLE) {
+    Vector sum[M][N];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] = finish.start(row + m, column + LANES * n);
+    for (int64_t from = 0; from < count; from += DEEP)
+      for (int upper = 1; upper >= 0; --upper)
+        for (int64_t k = from; k < least(from + DEEP, count); ++k)
+#pragma GCC unroll 8
+          for (int n = 0; n < N; ++n) {
+            Bits both = *(const LooseBits*)(b + k * lead_b + column + LANES * n);
+            Bits line = upper ? both & 0xffff0000u : both << 16;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+              Word one = ROWS ? a[m * lead + k] : a[k * lead + m];
+              sum[m][n] = multiplied<false>(sum[m][n], upper ? one & 0xffff0000u : one << 16, line);
+            }
+          }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) finish.end(row + m, column + LANES * n, sum[m][n]);
+  }
+}
+
 template <bool ROWS, class Finish>
 static void product_widened(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                             int64_t lead_b, const Finish& finish) {
-  Word left[HIGH * 2 * DEEP], right[2 * DEEP * ACROSS];
-  float aside[HIGH * ACROSS];
+  if (rows <= FEW) {
+    int64_t row = 0, step = ROWS ? lead : 1;
+    for (; row + 2 <= rows; row += 2)
+      few_rows<2, ROWS>(columns, count, a + row * step, lead, b, lead_b, finish, row);
+    if (row < rows) few_rows<1, ROWS>(columns, count, a + row * step, lead, b, lead_b, finish, row);
+    return;
+  }
+  alignas(64) Word left[HIGH * 2 * DEEP], right[2 * DEEP * ACROSS];
+  alignas(64) float aside[HIGH * ACROSS];
   for (int64_t row = 0; row < rows; row += HIGH) {
     int64_t high = least(HIGH, rows - row);
     for (int64_t column = 0; column < columns; column += ACROSS) {

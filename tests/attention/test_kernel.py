@@ -13,12 +13,20 @@ from hypothesis import strategies as st
 from dsv3.attention import Selection, attend, implementation, why_not_kernel
 from dsv3.attention.kernels import blocks
 from dsv3.attention.select import per_head, window
+from dsv3.moe.kernels import experts
 from dsv3.native import build
 from tests.attention.lists import REASON, SHAPES, close, draw, grads, needs_kernel, of_lists, right, select
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 FORMATS = [torch.float32, torch.bfloat16]
 KERNEL = (blocks.NAME, Path(blocks.__file__).parent, "attention")
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("c++") is None, reason="kernels are built by c++ on Linux")
+def test_where_there_is_a_compiler_both_kernels_are_built() -> None:
+    """Without one every test of a kernel is skipped, and so would be the tests of one that does not compile."""
+    assert blocks.why_not() is None
+    assert experts.why_not() is None
 
 
 @needs_kernel
@@ -50,6 +58,20 @@ def test_each_instruction_set_computes_the_same(instructions: str, name: str, dt
     close(ours, theirs, 1e-6 if dtype == torch.float32 else 1e-2)
     for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
         close(mine, exact, 3e-6 if dtype == torch.float32 else 2e-2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
+def test_heads_wider_than_bf16_is_widened_at_a_time_are_right(instructions: str) -> None:
+    if instructions not in blocks.instruction_sets():
+        pytest.skip(f"this processor lacks {instructions}")
+    shape = (1, 2, 1, 1, 40, 66, 576, 520, 64, 32)
+    leaves, selection = draw(shape, torch.bfloat16), select(shape)
+    ours = blocks.block_attention(*leaves, selection, scale=0.03, instructions=instructions)
+    theirs = right(leaves, shape, selection, 0.03)
+    close(ours, theirs, 1e-2)
+    for mine, exact in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        close(mine, exact, 2e-2)
 
 
 @needs_kernel

@@ -27,6 +27,8 @@ SHAPES = {
     "tiles of several heights": (257, 2, 1, 96, 80, 1.0),
     "some pairs dropped": (130, 8, 2, 32, 64, 0.7),
     "more than is widened at a time": (200, 2, 1, 1056, 32, 1.0),
+    "more rows than are widened at a time": (600, 1, 1, 80, 96, 1.0),
+    "a few rows for each expert": (21, 8, 1, 1056, 32, 1.0),
     "every pair dropped": (7, 4, 2, 16, 16, 0.0),
 }
 
@@ -84,7 +86,7 @@ def test_any_routing_of_any_width_is_right(
 
 
 @pytest.mark.parametrize("instructions", ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"])
-@pytest.mark.parametrize("shape", ["some pairs dropped", "more than is widened at a time"])
+@pytest.mark.parametrize("shape", ["some pairs dropped", *(name for name in SHAPES if "widened" in name)])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_each_instruction_set_computes_the_same(instructions: str, shape: str, dtype: torch.dtype) -> None:
     if instructions not in experts.instruction_sets():

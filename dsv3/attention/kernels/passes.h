@@ -5,8 +5,8 @@
 //     key_tile     grad_k and grad_v of a tile of keys over all queries that list it (and, in the same sweep, grad_q)
 //     query_tile   grad_q of a tile of queries over the keys that it lists, where another thread has the tile of keys
 //
-// grad_q comes out the same to the bit either way: each of its numbers is one chain of additions over the keys in
-// ascending order, and all that goes into it is computed by the same chains.
+// grad_q comes out the same to the bit either way: each of its numbers is one chain of additions over the tiles of keys
+// in ascending order, within a tile in one order, and all that goes into it is computed by the same chains.
 
 constexpr int64_t LONG = 512;  // keys whose scores are kept at a time: 64 x 512 of them are 128 KiB of the L2 cache
 #ifdef HAS_AMX

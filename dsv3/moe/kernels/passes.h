@@ -8,7 +8,8 @@
 //
 // Weights are read as they lie wherever a product allows: with inputs before outputs they are factor B of the forward
 // products, and row by row factor A of the backward ones, whose B is the few rows of an expert, turned. Only bf16's
-// forward pass has to copy them, in pairs of rows. So few rows an expert cost little more each than many.
+// forward pass has to copy them, in pairs of rows, and without instructions for bf16 every product of more than a few
+// rows. So few rows an expert cost little more each than many.
 
 constexpr int64_t TALL = 96;   // rows that a forward product takes at a time: whole panels, and with B in L2
 constexpr int64_t STRIP = 64;  // columns of its B: the widest panel; with 1024 rows of fp32 a quarter of a megabyte
