@@ -69,11 +69,11 @@ SELECTS: Mapping[str, Select] = {
 }
 CHANGES: Mapping[str, str] = {
     "dense": "every visible key, by this project's kernel",
-    "sdpa": "every visible key, by torch's kernel: timed, not trained",
     "window": f"the last {KEYS} keys",
     "hierarchical": f"blocks of {BLOCK} keys, found down a tree of means, for {BLOCK} queries at once",
     "best_first": f"blocks of {FINE} keys of the largest bound, for {FINE} queries at once; attention_mass is that of "
     f"blocks of {BLOCK} for {BLOCK}, as in all arms",
+    "sdpa": "every visible key, by torch's kernel: timed, not trained",
     "bigram": "counts of neighbouring bytes, what every arm has to pass",
     "blocks": "of the trained dense model: the blocks whose mean key scores highest",
     "random": "of the trained dense model: as many blocks at random",

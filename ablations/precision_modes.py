@@ -58,7 +58,7 @@ SIZES: Mapping[int, Callable[[], Config]] = {128: presets.tiny, CLAIMED_WIDTH: p
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """Per seed a cell that trains every mode, and cells that time steps: CPU time at 1 thread, wall time at 2."""
-    steps, tokens, seconds = {"quick": (12, 128, 20), "full": (100, 512, 200)}[profile]
+    steps, tokens, seconds = {"quick": (8, 128, 15), "full": (100, 512, 200)}[profile]
     widths = {"quick": (CLAIMED_WIDTH,), "full": tuple(SIZES)}[profile]
     threads = {"quick": (1,), "full": (1, 2)}[profile]
     seeds = range(SEEDS[profile])

@@ -42,10 +42,9 @@ def copy_rate(device: torch.device, *, calls: int = CALLS) -> Measurement:
 
 def _times(call: Callable[[], Tensor], device: torch.device, calls: int, which: str) -> list[float]:
     clock: Clock = process_clock if device.type == "cpu" else cuda_clock
-    call()
     taken = list[float]()
-    while len(taken) < calls and sum(taken) < SECONDS:
+    while len(taken) <= calls and sum(taken) < SECONDS:
         start = clock()
         call()
         taken.append(getattr(clock(), which) - getattr(start, which))
-    return taken
+    return taken[1:] or taken  # the first warms up, unless it lasts so long that there is no other
