@@ -6,7 +6,7 @@
     with Indexer         index_key [B,M,W] besides
     with Blocks, Hierarchical   besides, an index: the query of each block's first token, summaries of key blocks, and
                          what the newest block of queries chose
-    with a branch besides   the means of keys and of values of each block
+    with a branch besides   the means of keys and of values of each block, [B,G,M/block_k,P] each
 
 M is `max_length`; the latent is that of arXiv 2405.04434 section 2.1.2. A forward pass writes its tokens behind the
 `length` already there, in place; the new length is a new value (`advance`), so that the same buffers can be continued

@@ -35,7 +35,8 @@ def pooled(
 ) -> Float[Tensor, "B H T R"]:
     """Attention of the last T of S positions to the means of the blocks that each of them has behind it.
 
-    held    a cache's means of keys and of values, of the blocks before these positions; gets those that they complete
+    held    a cache's means of keys [B,G,M,P] and of values [B,G,M,R], with room for M blocks: it has those before these
+            positions, and gets those that they complete
     """
     heads, queries, total = q.shape[1], q.shape[2], k.shape[2]
     blocks, first = total // block, total - queries + 1

@@ -62,6 +62,7 @@ def test_cache_holds_the_bytes_of_the_analytic_cost(config: Model) -> None:
     index = sum(layer.index.nbytes for layer in cache.layers if layer.index is not None)  # no number per token
     assert (index > 0) == isinstance(config.attention.select, Blocks)
     means = sum(mean.nbytes for layer in cache.layers for mean in layer.means or ())
+    assert (means > 0) == (isinstance(config.attention.select, Blocks) and config.attention.select.learns == "branch")
     assert cache.nbytes - index - means == 2 * 13 * kv_bytes_per_token(config, bytes_per_value=4)
 
 

@@ -28,7 +28,7 @@ SHAPES = {
     "some pairs dropped": (130, 8, 2, 32, 64, 0.7),
     "more than is widened at a time": (200, 2, 1, 1056, 32, 1.0),
     "more rows than are widened at a time": (600, 1, 1, 80, 96, 1.0),
-    "a few rows for each expert": (21, 8, 1, 1056, 32, 1.0),
+    "too few rows to be widened": (21, 8, 1, 1056, 32, 1.0),
     "every pair dropped": (7, 4, 2, 16, 16, 0.0),
 }
 
