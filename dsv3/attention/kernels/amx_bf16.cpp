@@ -21,6 +21,6 @@ constexpr int PANEL = 6, WIDE = 4, REGISTER = 64;  // rows and vectors of a pane
 #include "singly.h"
 }  // namespace
 const Kernels amx_bf16{"amx_bf16", room_of, forward, delta, key_tile, query_tile, store_rows, span, together,
-                       room_together, join, scores, best, forward_one, backward_one, key_one};
+                       together_back, room_together, join, scores, best, forward_one, backward_one, key_one};
 }  // namespace dsv3
 #endif

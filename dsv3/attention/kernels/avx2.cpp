@@ -18,6 +18,6 @@ constexpr int PANEL = 6, WIDE = 2, REGISTER = 32;  // rows and vectors of a pane
 #include "singly.h"
 }  // namespace
 const Kernels avx2{"avx2", room_of, forward, delta, key_tile, query_tile, store_rows, span, together,
-                   room_together, join, scores, best, forward_one, backward_one, key_one};
+                   together_back, room_together, join, scores, best, forward_one, backward_one, key_one};
 }  // namespace dsv3
 #endif

@@ -8,7 +8,8 @@ Gradients of k and v go over the inverse of the selection, which blocks of queri
 adds to what another thread writes (the inverse index of MoBA's and NSA's kernels, arXiv 2502.13189 and 2502.11089): the
 number of threads changes no bit. Where most lanes of a tile would be empty, dot products take its place: for a single
 query, as in decoding, span by span of its list (Flash-Decoding), and for queries with a list each, one by one; but many
-heads that share keys and a list, as a latent's do, are a tile together. Nothing beyond inputs, results and gradients,
+heads that share keys and a list, as a latent's do, are a tile together. Their lists need no inverse: backward goes
+query by query, and each thread adds what falls on a stretch of the keys. Nothing beyond inputs, results and gradients,
 that of a bias included, grows with the sequence but the lists, the spans of a query, the nodes that a search by bounds
 may look at, and in bf16 the fp32 sums of the gradients of the heads at work.
 """

@@ -19,8 +19,9 @@
 
 namespace dsv3 {
 
-bool shared_by_many(const Problem& p);  // of together.cpp, as the next
+bool shared_by_many(const Problem& p);  // of together.cpp, as the next two
 void forward_together(const Problem& p, const Kernels& kernels);
+void backward_together(const Problem& p, const Kernels& kernels, bool by_group);
 
 namespace {
 
@@ -366,7 +367,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   int64_t rows = bias ? pieces(p.queries, p.block_q) : 0;
   Tensor grad_b = at::zeros({bias ? p.batch : 0, p.heads, rows, bias ? p.most : 0, p.parts}, logs.options());
   p.grad_bias = bias ? grad_b.data_ptr<float>() : nullptr;
-  if (p.listed) invert(call);
+  bool together = shared_by_many(p);
+  if (p.listed && !together) invert(call);
   int64_t pieces_q = pieces(p.queries, TILE);
   shared_out(p.batch * p.heads * pieces_q, 0, [&](int64_t i, char*) {
     int64_t head = i / pieces_q, first = i % pieces_q * TILE;
@@ -375,7 +377,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // both ways give the same bits; the cheaper one by its number of products
   int64_t threads = at::get_num_threads(), heads = p.batch * p.groups;
   bool by_head = 5 * pieces(heads, threads) * threads <= 7 * heads;
-  if (one_by_one(p))
+  if (together)
+    backward_together(p, kernels, by_head);
+  else if (one_by_one(p))
     by_head ? singly_by_head(p, kernels) : singly_by_row(p, kernels);
   else
     by_head ? backward_by_head(p, kernels) : backward_by_tile(p, kernels);

@@ -13,5 +13,5 @@ constexpr int PANEL = 2, WIDE = 4, REGISTER = 16;  // rows and vectors of a pane
 #include "singly.h"
 }  // namespace
 const Kernels portable{"portable", room_of, forward, delta, key_tile, query_tile, store_rows, span, together,
-                       room_together, join, scores, best, forward_one, backward_one, key_one};
+                       together_back, room_together, join, scores, best, forward_one, backward_one, key_one};
 }  // namespace dsv3

@@ -66,7 +66,10 @@ struct Kernels {
   // a query in up to TILE heads of a group against up to SPAN tiles of keys by their numbers, each head's as a span
   void (*together)(const Problem&, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
                    int64_t count, float* to, int64_t stride, char* scratch);
-  int64_t (*room_together)(const Problem&);  // bytes of scratch memory for that
+  // its grad_q where `own`; where sums are given, its part of grad_k and grad_v is added to those rows of whole vectors
+  void (*together_back)(const Problem&, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
+                        int64_t count, bool own, float* grad_k, float* grad_v, char* scratch);
+  int64_t (*room_together)(const Problem&);  // bytes of scratch memory for either
   // out and lse of a query from its spans, which begin `stride` numbers apart
   void (*join)(const Problem&, int64_t b, int64_t h, int64_t t, float* spans, int64_t stride, int64_t count);
   // query . row, for the numbers of rows of fp32 that lie behind each other; the query is padded to whole vectors
