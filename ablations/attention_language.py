@@ -234,7 +234,7 @@ def _masses(cell: Cell, prepared: "Prepared", trained: Any) -> list[Reading]:
 def answer(records: Sequence[Record]) -> str:
     """At equal time and at equal tokens against dense attention and a window; then what a tree catches."""
     said, records = [], _longest(records)
-    trees = {"hierarchical": "a tree of means", "gated": "such a tree whose scores learn", "best_first": "a tree of bounds"}
+    trees = {"hierarchical": "a tree of means", "gated": "one whose scores learn", "best_first": "a tree of bounds"}
     for arm, words in trees.items():
         with suppress(NoEvidence):
             dense, window = (gap_at_equal_time(records, arm, other) for other in ("dense", "window"))

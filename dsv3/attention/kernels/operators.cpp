@@ -1,6 +1,7 @@
 // torch.ops.dsv3_kernels: block-sparse attention on a CPU, forward and backward, over the passes of one instruction set.
 //
-// The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them.
+// The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them
+// where it goes by keys.
 // Work is taken tile by tile by whichever thread is free: a tile's result depends on its inputs alone.
 
 #include <ATen/core/Tensor.h>
@@ -14,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "key_sums.h"
 #include "problem.h"
 #include "work.h"
 
@@ -21,7 +23,7 @@ namespace dsv3 {
 
 bool shared_by_many(const Problem& p);  // of together.cpp, as the next two
 void forward_together(const Problem& p, const Kernels& kernels);
-void backward_together(const Problem& p, const Kernels& kernels, bool by_group);
+void backward_together(const Problem& p, const Kernels& kernels, bool by_head);
 
 namespace {
 
@@ -322,18 +324,14 @@ void backward_by_tile(const Problem& p, const Kernels& kernels) {
 
 // One by one, heads apart: a thread takes all queries of a key-value head and adds up grad_k and grad_v on the way.
 void singly_by_head(const Problem& p, const Kernels& kernels) {
-  int64_t group = p.heads / p.groups, width = (p.width + 15) / 16 * 16, value = (p.value + 15) / 16 * 16;
-  bool direct = !p.half && p.width == width && p.value == value;  // grad_k and grad_v themselves hold the sums
-  shared_out(p.batch * p.groups, direct ? 0 : p.keys * (width + value) * sizeof(float), [&](int64_t i, char* scratch) {
-    int64_t b = i / p.groups, g = i % p.groups;
-    float* grad_k = direct ? (float*)p.grad_k.data + i * p.keys * width : (float*)scratch;
-    float* grad_v = direct ? (float*)p.grad_v.data + i * p.keys * value : grad_k + p.keys * width;
-    std::fill(grad_k, grad_k + p.keys * width, 0.0f);
-    std::fill(grad_v, grad_v + p.keys * value, 0.0f);
+  KeySums sums{p};
+  shared_out(p.batch * p.groups, sums.bytes, [&](int64_t i, char* room) {
+    int64_t b = i / p.groups, g = i % p.groups, group = p.heads / p.groups;
+    float *grad_k = sums.of_k(i, room), *grad_v = sums.of_v(i, room);
+    sums.clear(i, 0, p.keys, room);
     for (int64_t h = g * group; h < (g + 1) * group; ++h)
       for (int64_t t = 0; t < p.queries; ++t) kernels.backward_one(p, b, h, t, grad_k, grad_v);
-    kernels.store(p, grad_k, width, p.grad_k, b, g, 0, p.keys, p.width, p.scale);
-    kernels.store(p, grad_v, value, p.grad_v, b, g, 0, p.keys, p.value, 1.0f);
+    sums.store(kernels, i, 0, p.keys, room);
   });
 }
 

@@ -327,12 +327,12 @@ static void delta_of(const Problem& p, int64_t b, int64_t h, int64_t first, int6
   }
 }
 
-// A tile of numbers as bf16: pairs along the rows, and the rows themselves where wanted.
+// A tile of numbers as bf16: pairs along the rows, and the rows themselves, where wanted.
 static void narrowed(const float* x, int64_t rows, int64_t lead, Word* pair, uint16_t* row) {
   for (int64_t i = 0; i < rows; i += 2)
     for (int64_t n = 0; n < lead; n += LANES) {
       Vector low = load(x + i * lead + n), high = i + 1 < rows ? load(x + (i + 1) * lead + n) : Vector{};
-      *(LooseBits*)(pair + i / 2 * lead + n) = pairs(low, high);
+      if (pair) *(LooseBits*)(pair + i / 2 * lead + n) = pairs(low, high);
       if (!row) continue;
       *(LooseHalves*)(row + i * lead + n) = halves(low);
       if (i + 1 < rows) *(LooseHalves*)(row + (i + 1) * lead + n) = halves(high);

@@ -30,7 +30,7 @@ struct Problem {
   const int32_t* listed;  // [B, h, Nq, K]
   const int32_t* counts;  // [B, h, Nq]
   int64_t most;           // K
-  // its inverse: blocks of queries per block of keys
+  // its inverse: blocks of queries per block of keys; not where many heads share keys and a list
   const int64_t* inverse_start;  // [B * h * Nk + 1]
   const int32_t* inverse;
   const int32_t* inverse_place;  // where in their lists it stands; only with a bias
@@ -66,7 +66,8 @@ struct Kernels {
   // a query in up to TILE heads of a group against up to SPAN tiles of keys by their numbers, each head's as a span
   void (*together)(const Problem&, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
                    int64_t count, float* to, int64_t stride, char* scratch);
-  // its grad_q where `own`; where sums are given, its part of grad_k and grad_v is added to those rows of whole vectors
+  // of such a query grad_q, where `own`; where sums are given, its part of grad_k and grad_v is added to those rows of
+  // whole vectors, and that of the gradient of weights
   void (*together_back)(const Problem&, int64_t b, int64_t head, int64_t heads, int64_t t, const int32_t* number,
                         int64_t count, bool own, float* grad_k, float* grad_v, char* scratch);
   int64_t (*room_together)(const Problem&);  // bytes of scratch memory for either

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "key_sums.h"
 #include "problem.h"
 #include "work.h"
 
@@ -15,13 +16,28 @@ namespace {
 
 using at::Tensor;
 
+struct Tile {  // up to TILE heads of a query, and which key-value head of all is theirs
+  int64_t group, b, head, heads, t;
+};
+
 // A query of all heads of a group, and the keys that it sees.
 struct Together {
   const Problem& p;
-  int64_t group = p.heads / p.groups, tiles = pieces(group, TILE);
+  int64_t size = p.heads / p.groups, tiles = pieces(size, TILE);
   int64_t most = p.listed ? std::min(p.most * p.block_k, p.keys) : p.keys;
+  int64_t named = pieces(most, 16) * 64;  // bytes of their numbers
   int64_t spans = std::max<int64_t>(pieces(most, SPAN * TILE), 1), stride = (p.value + 15) / 16 * 16 + 16;
 
+  int64_t list(int64_t group) const { return group / p.groups * p.shared + group % p.groups * p.shared / p.groups; }
+  Tile tile(int64_t group, int64_t number, int64_t t) const {
+    int64_t first = number * TILE;
+    return {group, group / p.groups, group % p.groups * size + first, std::min(TILE, size - first), t};
+  }
+  // of all tiles of all queries, the last queries first: those see the most
+  Tile tile(int64_t i) const {
+    int64_t number = i / p.queries;
+    return tile(number / tiles, number % tiles, p.queries - 1 - i % p.queries);
+  }
   // their numbers, ascending, and how many they are
   int64_t name(int64_t list, int64_t t, int32_t* to) const {
     int64_t blocks_q = pieces(p.queries, p.block_q), number = list * blocks_q + t / p.block_q, count = 0;
@@ -34,31 +50,27 @@ struct Together {
     }
     return count;
   }
-  // the tiles of heads of a query's group, each with its first head and their number
-  template <class Work>
-  void each_tile(int64_t g, const Work& work) const {
-    for (int64_t head = g * group; head < (g + 1) * group; head += TILE)
-      work(head, std::min(TILE, (g + 1) * group - head));
+  // the span of a tile, where those of its first head begin at `to`
+  void span(const Kernels& kernels, const Tile& x, int64_t number, const int32_t* keys, int64_t count, float* to,
+            char* scratch) const {
+    int64_t begin = number * SPAN * TILE;
+    kernels.together(p, x.b, x.head, x.heads, x.t, keys + begin, std::min(count - begin, SPAN * TILE),
+                     to + number * stride, spans * stride, scratch);
   }
-  // keys at which so many stretches begin, and end, in which the queries name about as many
+  // where to cut the keys into so many stretches, each named about as often; begins with 0 and ends with all
   std::vector<int64_t> stretches(int64_t list, int64_t count) const {
     int64_t blocks_q = pieces(p.queries, p.block_q), blocks_k = pieces(p.keys, p.block_k), all = 0, before = 0;
-    std::vector<int64_t> often(blocks_k, p.listed ? 0 : 1), begins{0};
+    std::vector<int64_t> often(blocks_k, p.listed ? 0 : 1), cuts{0};
     for (int64_t i = list * blocks_q; p.listed && i < (list + 1) * blocks_q; ++i)
       for (int64_t j = 0; j < p.counts[i]; ++j) ++often[p.listed[i * p.most + j]];
     for (int64_t one : often) all += one;
-    for (int64_t block = 0; block < blocks_k; before += often[block++])
-      while ((int64_t)begins.size() < count && before * count > all * (int64_t)begins.size())
-        begins.push_back(block * p.block_k);
-    begins.push_back(p.keys);
-    return begins;
-  }
-  // the span of a tile of heads, where those of the tile's first head begin at `to`
-  void span(const Kernels& kernels, int64_t b, int64_t head, int64_t t, int64_t number, const int32_t* keys,
-            int64_t count, float* to, char* scratch) const {
-    int64_t heads = std::min(TILE, group - head % group), begin = number * SPAN * TILE;
-    kernels.together(p, b, head, heads, t, keys + begin, std::min(count - begin, SPAN * TILE), to + number * stride,
-                     spans * stride, scratch);
+    for (int64_t block = 0, part = 1; block < blocks_k; before += often[block++])
+      if (part < count && before > 0 && before * count >= all * part) {
+        cuts.push_back(block * p.block_k);
+        part = before * count / all + 1;
+      }
+    cuts.push_back(p.keys);
+    return cuts;
   }
 };
 
@@ -73,10 +85,10 @@ void one_together(const Problem& p, const Kernels& kernels) {
   Tensor parts = at::empty({p.batch * p.heads * all.spans * all.stride}, at::kFloat);
   float* spans = parts.data_ptr<float>();
   shared_out(p.batch * p.groups * all.tiles * all.spans, kernels.room_together(p), [&](int64_t i, char* scratch) {
-    int64_t tile = i / all.spans, group = tile / all.tiles, b = group / p.groups, g = group % p.groups;
-    int64_t list = b * p.shared + g * p.shared / p.groups, head = g * all.group + tile % all.tiles * TILE;
-    all.span(kernels, b, head, 0, i % all.spans, named + list * all.most, count[list],
-             spans + (b * p.heads + head) * all.spans * all.stride, scratch);
+    Tile x = all.tile(i / all.spans);
+    int64_t list = all.list(x.group);
+    all.span(kernels, x, i % all.spans, named + list * all.most, count[list],
+             spans + (x.b * p.heads + x.head) * all.spans * all.stride, scratch);
   });
   shared_out(p.batch * p.heads, 0, [&](int64_t i, char*) {
     kernels.join(p, i / p.heads, i % p.heads, 0, spans + i * all.spans * all.stride, all.stride, all.spans);
@@ -86,84 +98,63 @@ void one_together(const Problem& p, const Kernels& kernels) {
 // Of many queries each apart.
 void each_together(const Problem& p, const Kernels& kernels) {
   Together all{p};
-  int64_t room = kernels.room_together(p), named = pieces(all.most, 16) * 64, spans = TILE * all.spans * all.stride * 4;
-  shared_out(p.batch * p.groups * all.tiles * p.queries, room + named + spans, [&](int64_t i, char* scratch) {
-    int64_t t = p.queries - 1 - i % p.queries, tile = i / p.queries, group = tile / all.tiles, b = group / p.groups;
-    int64_t g = group % p.groups, head = g * all.group + tile % all.tiles * TILE;
+  int64_t room = kernels.room_together(p), spans = TILE * all.spans * all.stride * 4;
+  shared_out(p.batch * p.groups * all.tiles * p.queries, room + all.named + spans, [&](int64_t i, char* scratch) {
+    Tile x = all.tile(i);
     int32_t* keys = (int32_t*)(scratch + room);
-    float* parts = (float*)(scratch + room + named);
-    int64_t count = all.name(b * p.shared + g * p.shared / p.groups, t, keys);
-    for (int64_t number = 0; number < std::max<int64_t>(pieces(count, SPAN * TILE), 1); ++number)
-      all.span(kernels, b, head, t, number, keys, count, parts, scratch);
-    for (int64_t h = 0; h < std::min(TILE, all.group - head % all.group); ++h)
-      kernels.join(p, b, head + h, t, parts + h * all.spans * all.stride, all.stride,
-                   std::max<int64_t>(pieces(count, SPAN * TILE), 1));
+    float* parts = (float*)(scratch + room + all.named);
+    int64_t count = all.name(all.list(x.group), x.t, keys), many = std::max<int64_t>(pieces(count, SPAN * TILE), 1);
+    for (int64_t number = 0; number < many; ++number) all.span(kernels, x, number, keys, count, parts, scratch);
+    for (int64_t h = 0; h < x.heads; ++h)
+      kernels.join(p, x.b, x.head + h, x.t, parts + h * all.spans * all.stride, all.stride, many);
   });
 }
 
-// Sums in fp32 of what the keys of one key-value head get: the gradients themselves where their rows are whole vectors.
-struct Sums {
-  const Problem& p;
-  int64_t width = pieces(p.width, 16) * 16, value = pieces(p.value, 16) * 16;
-  bool direct = !p.half && p.width == width && p.value == value;
-  int64_t bytes = direct ? 0 : p.keys * (width + value) * sizeof(float);
-
-  float* of_k(int64_t group, char* room) const {
-    return direct ? (float*)p.grad_k.data + group * p.keys * width : (float*)room;
-  }
-  float* of_v(int64_t group, char* room) const {
-    return direct ? (float*)p.grad_v.data + group * p.keys * value : (float*)room + p.keys * width;
-  }
-  // what every query gives to the keys from one to another, and its own gradient too where `own`
-  void fill(const Together& all, const Kernels& kernels, int64_t group, int64_t from, int64_t to, bool own, char* room,
-            int32_t* keys, char* scratch) const {
-    int64_t b = group / p.groups, g = group % p.groups, list = b * p.shared + g * p.shared / p.groups;
-    float *grad_k = of_k(group, room), *grad_v = of_v(group, room);
-    std::fill(grad_k + from * width, grad_k + to * width, 0.0f);
-    std::fill(grad_v + from * value, grad_v + to * value, 0.0f);
-    for (int64_t t = 0; t < p.queries; ++t) {
-      int32_t* last = keys + all.name(list, t, keys);
-      int32_t *first = std::lower_bound(keys, last, (int32_t)from), *stop = std::lower_bound(first, last, (int32_t)to);
-      if (first == stop && !own) continue;
-      all.each_tile(g, [&](int64_t head, int64_t heads) {
-        kernels.together_back(p, b, head, heads, t, first, stop - first, own, grad_k, grad_v, scratch);
-      });
+// What every query gives to the keys of a group from one to another, and its own gradient too where `own`.
+void sweep(const Together& all, const Kernels& kernels, const KeySums& sums, int64_t group, int64_t from, int64_t to,
+           bool own, char* room, char* scratch) {
+  const Problem& p = all.p;
+  int32_t* keys = (int32_t*)(scratch + kernels.room_together(p));
+  float *grad_k = sums.of_k(group, room), *grad_v = sums.of_v(group, room);
+  sums.clear(group, from, to, room);
+  for (int64_t t = 0; t < p.queries; ++t) {
+    int32_t* last = keys + all.name(all.list(group), t, keys);
+    int32_t *first = std::lower_bound(keys, last, (int32_t)from), *stop = std::lower_bound(first, last, (int32_t)to);
+    if (first == stop && !own) continue;
+    for (int64_t number = 0; number < all.tiles; ++number) {
+      Tile x = all.tile(group, number, t);
+      kernels.together_back(p, x.b, x.head, x.heads, t, first, stop - first, own, grad_k, grad_v, scratch);
     }
-    kernels.store(p, grad_k + from * width, width, p.grad_k, b, g, from, to - from, p.width, p.scale);
-    kernels.store(p, grad_v + from * value, value, p.grad_v, b, g, from, to - from, p.value, 1.0f);
   }
-};
+  sums.store(kernels, group, from, to, room);
+}
 
 // Key-value heads apart: all gradients in one sweep, 5 products a tile.
-void back_by_group(const Problem& p, const Kernels& kernels) {
+void back_by_head(const Problem& p, const Kernels& kernels) {
   Together all{p};
-  Sums sums{p};
-  int64_t room = kernels.room_together(p), named = pieces(all.most, 16) * 64;
-  shared_out(p.batch * p.groups, room + named + sums.bytes, [&](int64_t i, char* scratch) {
-    sums.fill(all, kernels, i, 0, p.keys, true, scratch + room + named, (int32_t*)(scratch + room), scratch);
+  KeySums sums{p};
+  int64_t room = kernels.room_together(p) + all.named;
+  shared_out(p.batch * p.groups, room + sums.bytes, [&](int64_t i, char* scratch) {
+    sweep(all, kernels, sums, i, 0, p.keys, true, scratch + room, scratch);
   });
 }
 
 // Queries apart, and then stretches of keys, 7 products a tile.
 void back_by_row(const Problem& p, const Kernels& kernels) {
   Together all{p};
-  Sums sums{p};
-  int64_t room = kernels.room_together(p), named = pieces(all.most, 16) * 64;
-  shared_out(p.batch * p.groups * p.queries, room + named, [&](int64_t i, char* scratch) {
-    int64_t t = p.queries - 1 - i % p.queries, group = i / p.queries, b = group / p.groups, g = group % p.groups;
+  KeySums sums{p};
+  int64_t room = kernels.room_together(p);
+  shared_out(p.batch * p.groups * all.tiles * p.queries, room + all.named, [&](int64_t i, char* scratch) {
+    Tile x = all.tile(i);
     int32_t* keys = (int32_t*)(scratch + room);
-    int64_t count = all.name(b * p.shared + g * p.shared / p.groups, t, keys);
-    all.each_tile(g, [&](int64_t head, int64_t heads) {
-      kernels.together_back(p, b, head, heads, t, keys, count, true, nullptr, nullptr, scratch);
-    });
+    int64_t count = all.name(all.list(x.group), x.t, keys);
+    kernels.together_back(p, x.b, x.head, x.heads, x.t, keys, count, true, nullptr, nullptr, scratch);
   });
   Tensor memory = at::empty({sums.bytes}, at::kByte);
   for (int64_t i = 0; i < p.batch * p.groups; ++i) {
-    int64_t list = i / p.groups * p.shared + i % p.groups * p.shared / p.groups;
-    std::vector<int64_t> begins = all.stretches(list, at::get_num_threads());
-    shared_out((int64_t)begins.size() - 1, room + named, [&](int64_t n, char* scratch) {
-      sums.fill(all, kernels, i, begins[n], begins[n + 1], false, (char*)memory.data_ptr(), (int32_t*)(scratch + room),
-                scratch);
+    std::vector<int64_t> cuts = all.stretches(all.list(i), at::get_num_threads());
+    shared_out((int64_t)cuts.size() - 1, room + all.named, [&](int64_t n, char* scratch) {
+      sweep(all, kernels, sums, i, cuts[n], cuts[n + 1], false, (char*)memory.data_ptr(), scratch);
     });
   }
 }
@@ -180,8 +171,8 @@ void forward_together(const Problem& p, const Kernels& kernels) {
   p.queries == 1 ? one_together(p, kernels) : each_together(p, kernels);
 }
 
-void backward_together(const Problem& p, const Kernels& kernels, bool by_group) {
-  by_group ? back_by_group(p, kernels) : back_by_row(p, kernels);
+void backward_together(const Problem& p, const Kernels& kernels, bool by_head) {
+  by_head ? back_by_head(p, kernels) : back_by_row(p, kernels);
 }
 
 }  // namespace dsv3

@@ -64,16 +64,20 @@ static void together_of(const Problem& p, int64_t b, int64_t head, int64_t heads
   }
 }
 
-// One query's rows of some heads; in fp32, where products read them as they lie, those that lie far apart put together.
+// One query's rows of some heads. In fp32, where products read them as they lie, they are put behind each other, padded.
 template <bool HALF>
-static Rows of_heads(const Rows& x, int64_t b, int64_t head, int64_t heads, int64_t t, int64_t width, char* room) {
+static Rows of_heads(const Rows& x, int64_t b, int64_t head, int64_t heads, int64_t t, int64_t width, Word* room) {
   if (HALF) return {(char*)at<HALF>(x, b, head, t), 0, 0, x.head};
-  for (int64_t i = 0; i < heads; ++i) __builtin_memcpy(room + i * width * 4, at<HALF>(x, b, head + i, t), width * 4);
-  return {room, 0, 0, width};
+  int64_t lead = padded(width);
+  for (int64_t i = 0; i < heads; ++i) {
+    __builtin_memcpy(room + i * lead, at<HALF>(x, b, head + i, t), width * 4);
+    __builtin_memset(room + i * lead + width, 0, (lead - width) * 4);
+  }
+  return {(char*)room, 0, 0, lead};
 }
 
-// What a product adds to rows by their numbers. They begin with zero and are added up at the end, in registers of
-// matrices too, so that it does not matter what else is multiplied beside a row.
+// What a product adds to rows by their numbers. Registers of matrices cannot begin with rows that lie apart, so sums begin
+// with zero on every processor.
 struct Give {
   float* to;
   int64_t lead;
@@ -90,7 +94,7 @@ struct HeadFacts {  // of one query; heads that pad the tile weigh nothing
 
   HeadFacts(const Problem& p, int64_t b, int64_t head, int64_t heads, int64_t t) {
     for (int64_t i = 0; i < TILE; ++i) {
-      int64_t row = (b * p.heads + head + least(i, heads - 1)) * p.queries + t;
+      int64_t row = (b * p.heads + head + i) * p.queries + t;
       lse[i] = i < heads ? lse_of(p, row) * LOG2E : -LOWEST;
       delta[i] = i < heads ? p.delta[row] : 0.0f;
     }
@@ -110,8 +114,6 @@ static void together_back_of(const Problem& p, int64_t b, int64_t head, int64_t 
   Word* o_turned = room.take<Word>(deep_v * lead);
   Word* q_right = room.take<Word>(TILE * width);
   Word* o_right = room.take<Word>(TILE * value);
-  char* q_rows = room.take<char>(HALF ? 0 : TILE * p.width * 4);
-  char* o_rows = room.take<char>(HALF ? 0 : TILE * p.value * 4);
   char* k_rows = room.take<char>(TILE * p.width * (HALF ? 2 : 4));
   char* v_rows = room.take<char>(TILE * p.value * (HALF ? 2 : 4));
   Word* left = room.take<Word>(HALF ? TILE * words<HALF>(wide) : 0);
@@ -125,13 +127,12 @@ static void together_back_of(const Problem& p, int64_t b, int64_t head, int64_t 
   const float* weights = p.weights ? p.weights + (b * p.shared + head * p.shared / p.heads) * p.keys : nullptr;
   float weight[TILE];
   HeadFacts facts(p, b, head, heads, t);
-  Rows q = of_heads<HALF>(p.q, b, head, heads, t, p.width, q_rows);
-  Rows o = of_heads<HALF>(p.grad_out, b, head, heads, t, p.value, o_rows);
+  Rows q = of_heads<HALF>(p.q, b, head, heads, t, p.width, q_right);
+  Rows o = of_heads<HALF>(p.grad_out, b, head, heads, t, p.value, o_right);
   turned<HALF>(q, 0, 0, 0, heads, p.width, lead, q_turned);
   turned<HALF>(o, 0, 0, 0, heads, p.value, lead, o_turned);
-  Matrix with_q{}, with_o{};
-  if (grad_k) with_q = as_right<HALF>(q, 0, 0, 0, heads, p.width, q_right);
-  if (grad_k) with_o = as_right<HALF>(o, 0, 0, 0, heads, p.value, o_right);
+  if (HALF && grad_k) as_right<HALF>(q, 0, 0, 0, heads, p.width, q_right);
+  if (HALF && grad_k) as_right<HALF>(o, 0, 0, 0, heads, p.value, o_right);
   if (count <= 0) __builtin_memset(grad_q, 0, TILE * width * 4);
   for (int64_t j = 0; j < count; j += TILE) {
     int64_t here = least(TILE, count - j);
@@ -145,19 +146,19 @@ static void together_back_of(const Problem& p, int64_t b, int64_t head, int64_t 
     a = as_left<HALF>(v.rows, b, g, v.first, here, p.value, left);
     product<HALF, true>(here, lead, deep_v, a.data, a.lead, o_turned, lead,
                         Slope<true>{softmax, slope, lead, facts.delta});
-    if (HALF) narrowed(slope, here, lead, pair, slope_row);
+    if (HALF) narrowed(slope, here, lead, own ? pair : nullptr, grad_k ? slope_row : nullptr);
     if (own) {
       a = as_right<HALF>(k.rows, b, g, k.first, here, p.width, right);
       product<HALF, false>(heads, width, words<HALF>(here), HALF ? pair : (const Word*)slope, lead, a.data, a.lead,
                            Add{grad_q, width, j == 0});
     }
     if (!grad_k) continue;
-    if (HALF) narrowed(softmax, here, lead, pair, soft_row);
+    if (HALF) narrowed(softmax, here, lead, nullptr, soft_row);
     int64_t step = HALF ? lead / 2 : lead;
     product<HALF, true>(here, width, words<HALF>(heads), HALF ? (const Word*)slope_row : (const Word*)slope, step,
-                        with_q.data, with_q.lead, Give{grad_k, width, number + j});
+                        q_right, width, Give{grad_k, width, number + j});
     product<HALF, true>(here, value, words<HALF>(heads), HALF ? (const Word*)soft_row : (const Word*)softmax, step,
-                        with_o.data, with_o.lead, Give{grad_v, value, number + j});
+                        o_right, value, Give{grad_v, value, number + j});
     for (int64_t h = 0; p.grad_weights && h < heads; ++h)
       for (int64_t i = 0; i < here; ++i)
         p.grad_weights[(b * p.heads + head + h) * p.keys + number[j + i]] += slope[i * lead + h];
@@ -179,6 +180,6 @@ static void together_back(const Problem& p, int64_t b, int64_t head, int64_t hea
 static int64_t room_together(const Problem& p) {
   int64_t width = padded(p.width), value = padded(p.value), wide = width > value ? width : value;
   int64_t forward = TILE * (2 * width + 2 * value + wide + TILE / 2) + SPAN * TILE * TILE;
-  int64_t backward = TILE * (6 * width + 4 * value + wide) + 4 * TILE * TILE;
-  return (p.grad_out.data ? backward : forward) * 4 + 20 * 64;
+  int64_t backward = TILE * (5 * width + 3 * value + wide) + 4 * TILE * TILE;
+  return (p.grad_out.data ? backward : forward) * 4 + 16 * 64;
 }
