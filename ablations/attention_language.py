@@ -65,14 +65,12 @@ SELECTS: Mapping[str, Select] = {
     "sdpa": Everything(),
     "window": Window(size=KEYS),
     "hierarchical": Hierarchical(k=KEYS // BLOCK, block_q=BLOCK, block_k=BLOCK),
-    "gated": Hierarchical(k=KEYS // BLOCK, block_q=BLOCK, block_k=BLOCK, learns="gated"),
     "best_first": Hierarchical(k=KEYS // FINE, block_q=FINE, block_k=FINE, search="best_first"),
 }
 CHANGES: Mapping[str, str] = {
     "dense": "every visible key, by this project's kernel",
     "window": f"the last {KEYS} keys",
     "hierarchical": f"blocks of {BLOCK} keys, found down a tree of means, for {BLOCK} queries at once",
-    "gated": "as hierarchical, and a block's weight is multiplied by 2 sigmoid(score), so that keys learn to be found",
     "best_first": f"blocks of {FINE} keys of the largest bound, for {FINE} queries at once; attention_mass is that of "
     f"blocks of {BLOCK} for {BLOCK}, as in all arms",
     "sdpa": "every visible key, by torch's kernel: timed, not trained",
@@ -84,7 +82,7 @@ CHANGES: Mapping[str, str] = {
 }
 # Steps of each arm, in those of dense attention: about what its time buys with AVX-512, a little more. A window's steps
 # take as long as those of the tree of means.
-FURTHER = {"dense": 1.0, "window": 2.375, "hierarchical": 2.375, "gated": 2.375, "best_first": 1.875}
+FURTHER: Mapping[str, float] = {"dense": 1.0, "window": 2.375, "hierarchical": 2.375, "best_first": 1.875}
 
 
 def configured(arm: str, *, length: int) -> Config:
@@ -234,8 +232,7 @@ def _masses(cell: Cell, prepared: "Prepared", trained: Any) -> list[Reading]:
 def answer(records: Sequence[Record]) -> str:
     """At equal time and at equal tokens against dense attention and a window; then what a tree catches."""
     said, records = [], _longest(records)
-    trees = {"hierarchical": "a tree of means", "gated": "one whose scores learn", "best_first": "a tree of bounds"}
-    for arm, words in trees.items():
+    for arm, words in (("hierarchical", "a tree of means"), ("best_first", "a tree of bounds")):
         with suppress(NoEvidence):
             dense, window = (gap_at_equal_time(records, arm, other) for other in ("dense", "window"))
             said.append(
@@ -357,16 +354,14 @@ STUDY = Study(
     seeds=SEEDS,
     cells=cells,
     measure=measure,
-    compared=tuple(
+    compared=(
         Compared(
             "trailing_loss",
             margin=LOSS,
             why="what fewer keys may cost, said beforehand",
             where={"at": "equal tokens"},
-            arms=arms,
-            baseline=beside,
-        )
-        for beside, arms in (("dense", ("window", "hierarchical", "best_first")), ("hierarchical", ("gated",)))
+            arms=("window", "hierarchical", "best_first"),
+        ),
     ),
     configs={arm: configured(arm, length=LENGTH["full"]) for arm in SELECTS},
     figures=(
