@@ -65,7 +65,7 @@ def bench(session: nox.Session) -> None:
     """Train, measure, run the studies and write the report: the main job."""
     chosen = profile(session.posargs)
     parts = (
-        ("dsv3.train", "--preset", "tiny", "--steps", "120", "--out", str(Path(OUT, "train")), "--overwrite"),
+        ("dsv3.train", "--preset", "tiny", "--steps", "100", "--out", str(Path(OUT, "train")), "--overwrite"),
         ("bench", "--out", OUT, *session.posargs),
         ("bench.budget", "--preset", "deepseek_v3", "--out", OUT),
         ("ablations", "run", "--all", "--out", OUT, *chosen),

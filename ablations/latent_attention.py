@@ -21,12 +21,12 @@ from dsv3.config import Attention, Config, Grouped, Model, MultiHead, digest, pr
 from dsv3.model.cost import kv_bytes_per_token, parameters
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
-TRAINING: Mapping[Profile, tuple[int, int, float]] = {"quick": (24, 512, 7), "full": (120, 2048, 60)}
+TRAINING: Mapping[Profile, tuple[int, int, float]] = {"quick": (16, 512, 5), "full": (120, 2048, 60)}
 TRAINED: Mapping[Profile, tuple[str, ...]] = {
     "quick": ("multi_head", "latent"),
     "full": ("multi_head", "grouped", "single", "latent"),
 }
-LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 4096), "full": (1024, 4096, 16384)}
+LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (1024, 2048), "full": (1024, 4096, 16384)}
 LENGTH = 128
 BLOCKS, CALLS = 5, 5
 

@@ -31,7 +31,7 @@ BLOCKS = 5
 
 def cells(profile: Profile) -> tuple[Cell, ...]:
     """Per seed a cell for each arm's training, and one that times the steps of all."""
-    steps, tokens, seconds = {"quick": (24, 512, 8), "full": (120, 2048, 70)}[profile]
+    steps, tokens, seconds = {"quick": (16, 512, 6), "full": (120, 2048, 70)}[profile]
     seeds, arms, axes = range(SEEDS[profile]), ARMS[profile], {"steps": (steps,), "tokens": (tokens,)}
     deepest = max(DEPTHS[arm] for arm in arms)
     training = grid(seeds=seeds, seconds=seconds, timed=False, arms=arms, look=("training",), **axes)
