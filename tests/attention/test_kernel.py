@@ -112,17 +112,21 @@ def test_any_blocks_of_any_sequence_equal_the_plain_path(
 @needs_kernel
 @pytest.mark.parametrize("queries", [1, 300])
 @pytest.mark.parametrize(
-    ("heads", "groups", "shared"), [(4, 1, 4), (4, 4, 4), (134, 2, 1)], ids=["tile by tile", "head by head", "together"]
+    ("heads", "groups", "shared", "weighted"),
+    [(4, 1, 4, False), (4, 4, 4, False), (134, 2, 1, False), (134, 2, 1, True)],
+    ids=["tile by tile", "head by head", "together", "together with weights"],
 )
 @pytest.mark.parametrize("block_q", [1, 4, 100])
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 def test_the_number_of_threads_changes_no_bit(
-    heads: int, groups: int, shared: int, queries: int, block_q: int, dtype: torch.dtype
+    heads: int, groups: int, shared: int, weighted: bool, queries: int, block_q: int, dtype: torch.dtype
 ) -> None:
     total, block_k = 350 if queries > 1 else 1700, 48 if block_q != 4 else 5
     shape = (2 if groups == 4 else 1, heads, groups, shared, queries, total, 20, 32, block_q, block_k)
-    weights = torch.randn(shape[0], shared, total, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    leaves, selection, found = (*draw(shape, dtype), weights), replace(select(shape), weights=weights), []
+    leaves, selection, found = draw(shape, dtype), select(shape), []
+    if weighted:
+        weights = torch.randn(shape[0], shared, total, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        leaves, selection = (*leaves, weights), replace(selection, weights=weights)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):

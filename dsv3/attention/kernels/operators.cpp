@@ -1,8 +1,8 @@
 // torch.ops.dsv3_kernels: block-sparse attention on a CPU, forward and backward, over the passes of one instruction set.
 //
-// The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them
-// where it goes by keys.
-// Work is taken tile by tile by whichever thread is free: a tile's result depends on its inputs alone.
+// The lists of a selection are sorted, rid of repeats and of blocks in the future, and checked; backward inverts them,
+// unless many heads share one. Work is taken tile by tile by whichever thread is free: a tile's result depends on its
+// inputs alone.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -25,7 +25,7 @@ struct Together {
   const Problem& p;
   int64_t size = p.heads / p.groups, tiles = pieces(size, TILE);
   int64_t most = p.listed ? std::min(p.most * p.block_k, p.keys) : p.keys;
-  int64_t named = pieces(most, 16) * 64;  // bytes of their numbers
+  int64_t named = pieces(most, 16) * 64;  // bytes of the keys' numbers
   int64_t spans = std::max<int64_t>(pieces(most, SPAN * TILE), 1), stride = (p.value + 15) / 16 * 16 + 16;
 
   int64_t list(int64_t group) const { return group / p.groups * p.shared + group % p.groups * p.shared / p.groups; }
@@ -38,7 +38,7 @@ struct Together {
     int64_t number = i / p.queries;
     return tile(number / tiles, number % tiles, p.queries - 1 - i % p.queries);
   }
-  // their numbers, ascending, and how many they are
+  // the numbers of the keys that a query sees, ascending, and how many they are
   int64_t name(int64_t list, int64_t t, int32_t* to) const {
     int64_t blocks_q = pieces(p.queries, p.block_q), number = list * blocks_q + t / p.block_q, count = 0;
     const int32_t *blocks = p.listed + number * p.most, *rank = p.rank ? p.rank + list * p.keys : nullptr;
