@@ -16,6 +16,7 @@ ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
 balance_methods.py, capacity_cells.py   what two studies of experts have too much of for one file, with their pictures:
                   capacity_curves.py, moe_balance_pictures.py
+equal_time.py       language models compared when equal CPU time has passed
 STUDIES           the studies, in the order of the report
 
 Run by their paths alone, as the report has a time budget: attention_quality.py, attention_axes.py and

@@ -24,11 +24,11 @@ full`, in as many sittings as it takes, since finished cells are kept.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ablations.comparison import Compared
-from ablations.evidence import Estimate, NoEvidence, compare, estimate, mean, replicates
+from ablations.equal_time import Gap, gap_at_equal_time, longest_rows
+from ablations.evidence import Estimate, NoEvidence, compare, estimate
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
 from bench.measurement import Measurement
 from bench.record import Record
@@ -60,6 +60,8 @@ VOCABULARY = 257  # bytes, and the end of a text
 LOOKS = 8  # at even distances, until dense attention is through
 HELD_OUT = 12  # validation rows
 GAIN, LOSS = 0.05, 0.01  # nats: what equal time should win, what equal tokens may cost
+CAUGHT = 0.98  # of the weight that the flat choice catches
+TREES: Mapping[str, str] = {"hierarchical": "a tree of means", "best_first": "a tree of bounds"}
 SELECTS: Mapping[str, Select] = {
     "dense": Blocks(keep=1.0, block_q=BLOCK, block_k=BLOCK),
     "sdpa": Everything(),
@@ -230,78 +232,81 @@ def _masses(cell: Cell, prepared: "Prepared", trained: Any) -> list[Reading]:
 
 
 def answer(records: Sequence[Record]) -> str:
-    """At equal time and at equal tokens against dense attention and a window; then what a tree catches."""
-    said, records = [], _longest(records)
-    for arm, words in (("hierarchical", "a tree of means"), ("best_first", "a tree of bounds")):
-        with suppress(NoEvidence):
-            dense, window = (gap_at_equal_time(records, arm, other) for other in ("dense", "window"))
-            said.append(
-                f"Attention to blocks down {words} has a trailing loss that differs from dense attention's by "
-                f"{_gap(records, arm, 'dense')} nat/token at equal tokens and by {dense}, where {GAIN:g} less was "
-                f"asked; from that of a window of as many keys it differs by {_gap(records, arm, 'window')} and by "
-                f"{window}."
-            )
-    if not said:
+    """What was asked and is not shown; then each tree against a window and dense attention, and what a tree catches."""
+    records = longest_rows(records)
+    trees = {words: found for arm, words in TREES.items() if (found := _gaps(records, arm))}
+    if not trees:
         raise NoEvidence("no tree has been trained beside dense attention and a window")
+    missed = _missed(trees)
+    said = [f"Asked, and not shown: {'; '.join(missed)}."] if missed else []
+    for words, gaps in trees.items():
+        window, dense = (
+            f"{_apart(gaps[other, 'tokens'])} at equal tokens and {_apart(gaps[other, 'time'])} at equal CPU time"
+            f"{gaps[other, 'time'].until}"
+            for other in ("window", "dense")
+        )
+        said.append(
+            f"Compared with a window of as many keys, the trailing loss of {words} in nat/token is {window}; compared "
+            f"with dense attention, {dense}."
+        )
+    return " ".join(said + _past_bigram(records) + _caught(records))
+
+
+def _gaps(records: Sequence[Record], arm: str) -> dict[tuple[str, str], Gap]:
+    """From a window and from dense attention, at equal tokens and at equal time; empty where one is missing."""
+    found = {}
+    with suppress(NoEvidence):
+        for other in ("window", "dense"):
+            found[other, "tokens"] = Gap(nats=_gap(records, arm, other), share=1.0)
+            found[other, "time"] = gap_at_equal_time(records, arm, other)
+        return found
+    return {}
+
+
+def _missed(trees: Mapping[str, Mapping[tuple[str, str], Gap]]) -> list[str]:
+    """What was asked and intervals do not show, each with the trees it is not shown of."""
+    asked = (
+        ("to beat a window of as many keys at equal tokens", ("window", "tokens"), 0.0),
+        ("to beat it at equal CPU time", ("window", "time"), 0.0),
+        (f"to lose at most {LOSS:g} to dense attention at equal tokens", ("dense", "tokens"), LOSS),
+        (f"to be {GAIN:g} below it at equal CPU time", ("dense", "time"), -GAIN),
+    )
+    said = []
+    for words, key, most in asked:
+        short = [tree for tree, gaps in trees.items() if (high := gaps[key].nats.high) is None or high >= most]
+        said += [f"{words} ({', '.join(short)})"] if short else []
+    return said
+
+
+def _apart(gap: Gap) -> str:
+    nats = gap.nats
+    if nats.low is None or nats.high is None or nats.low <= 0 <= nats.high:
+        return f"not told apart ({nats})"
+    return f"higher by {nats}" if nats.low > 0 else f"lower by {nats.map(lambda value: -value)}"
+
+
+def _past_bigram(records: Sequence[Record]) -> list[str]:
+    """Which arms ended above what counts of pairs of bytes give, if any."""
+    with suppress(NoEvidence):
+        bigram = estimate(records, arm="bigram", metric="trailing_loss")
+        ends = {arm: estimate(records, arm=arm, metric="trailing_loss", at="equal tokens") for arm in FURTHER}
+        above = [arm for arm, loss in ends.items() if loss.value >= bigram.value]
+        return [f"{' and '.join(above) or 'No arm'} ends above what counts of pairs of bytes give."]
+    return []
+
+
+def _caught(records: Sequence[Record]) -> list[str]:
     with suppress(NoEvidence):
         longest = max(int(row.axes["tokens"]) for row in records if row.metric == "attention_mass")
         caught = {arm: _mass(records, arm, longest) for arm in ("hierarchical", "blocks", "random")}
-        said.append(
+        where: dict[str, Value] = {"tokens": longest, "of": "free keys"}
+        share = compare(records, arm="hierarchical", baseline="blocks", metric="attention_mass", ratio=True, **where)
+        return [
             f"At {longest} tokens the tree of means catches {caught['hierarchical']} of the weight that could be "
-            f"chosen, the flat choice {caught['blocks']}, a random one {caught['random']}."
-        )
-    return " ".join(said)
-
-
-def _longest(records: Sequence[Record]) -> list[Record]:
-    """Those of the longest rows that dense attention was trained on: a quick run may lie beside a full one."""
-    lengths = [int(row.axes["length"]) for row in records if row.arm == "dense" and row.axes.get("at") == "a look"]
-    if not lengths:
-        raise NoEvidence("dense attention was not trained")
-    return [row for row in records if row.axes.get("length") == max(lengths)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """By how much two trailing losses differ after this share of dense attention's time."""
-
-    nats: Estimate
-    share: float
-
-    def __str__(self) -> str:
-        until = "" if self.share == 1 else f" ({self.share:.0%} of what dense attention took in all)"
-        return f"{self.nats} at equal CPU time{until}"
-
-
-def gap_at_equal_time(records: Sequence[Record], arm: str, baseline: str) -> Gap:
-    """By how much the arms' trailing losses differ by seed when dense attention's time is over, or at the latest time
-    that all trainings of both have reached: linear between looks.
-
-    Raises:
-        NoEvidence: no seed has both on one text, a step was not timed, or there is no dense attention whose time it is.
-    """
-    import numpy as np
-
-    records = _longest(records)
-    ours, theirs, dense = (_paths(records, name) for name in (arm, baseline, "dense"))
-    both = sorted(ours.keys() & theirs.keys())
-    if not both:
-        raise NoEvidence(f"no seed has looks of both {arm} and {baseline} on one text")
-    whole = max(max(path) for path in dense.values())
-    end = min(whole, *(max(paths[key]) for paths in (ours, theirs) for key in both))
-    there = ([float(np.interp(end, [*paths[key]], [*paths[key].values()])) for key in both] for paths in (ours, theirs))
-    return Gap(nats=mean([mine - other for mine, other in zip(*there, strict=True)]), share=end / whole)
-
-
-def _paths(records: Sequence[Record], arm: str) -> dict[tuple[int, str], dict[float, float]]:
-    """By seed and text, the trailing loss at each look, whose time is in steps of dense attention."""
-    looks = [row for row in records if row.axes.get("at") == "a look"]
-    ratio = 1.0 if arm == "dense" else estimate(records, arm=arm, metric="step_cpu_ratio").value
-    paths: dict[tuple[int, str], dict[float, float]] = {}
-    for step in sorted({int(row.axes["steps"]) for row in looks if row.arm == arm}):
-        for seed, row in replicates(looks, arm=arm, metric="trailing_loss", steps=step).items():
-            paths.setdefault((seed or 0, str(row.corpus)), {})[step * ratio] = float(row.value or 0.0)
-    return paths
+            f"chosen, the flat choice {caught['blocks']}, a random one {caught['random']}: the tree's is {share} of "
+            f"the flat choice's, where {CAUGHT:g} was asked."
+        ]
+    return []
 
 
 def _gap(records: Sequence[Record], arm: str, baseline: str) -> Estimate:

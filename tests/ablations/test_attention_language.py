@@ -14,13 +14,13 @@ from ablations.attention_language import (
     STUDY,
     answer,
     configured,
-    gap_at_equal_time,
     learning,
     measure,
 )
 from ablations.catalogue import load
 from ablations.cell import to_record
 from ablations.code import ROOT
+from ablations.equal_time import gap_at_equal_time
 from ablations.evidence import NoEvidence, seeds_needed
 from ablations.study import Cell
 from ablations.traced import Prose
@@ -162,9 +162,9 @@ def test_an_arm_that_was_not_trained_to_the_end_is_compared_where_it_ends() -> N
     gap = gap_at_equal_time(ended(0.25), "hierarchical", "dense")
     assert gap.share == pytest.approx(210 * 0.25 / 100)
     assert gap.nats.value == pytest.approx(2.1 - 0.3 + 0.006 / 7 - (2.5 - 0.5 * 2.5 / 50))
+    assert gap.until == " (52% of what dense attention took in all)"
     beside = gap_at_equal_time(ended(0.25), "window", "hierarchical")
     assert beside.share == pytest.approx(100 * 0.25 / 100), "the window ends before the tree"
-    assert "(52% of what dense attention took in all)" in Prose.of(str(gap))
 
 
 def test_at_equal_time_too_a_pair_has_read_one_text() -> None:
@@ -178,18 +178,45 @@ def test_a_quick_run_in_the_same_folder_changes_nothing() -> None:
     assert Prose.of(answer([*quick, *records()])) == Prose.of(answer(records()))
 
 
-def test_the_answer_names_both_gaps_and_what_the_tree_catches_at_the_longest_text() -> None:
+def test_the_answer_names_all_gaps_and_what_the_tree_catches_at_the_longest_text() -> None:
     text = Prose.of(answer(records()))
     for words in (
-        "attention's by 0.00586 [",
-        "tokens and by -0.149 [",
-        "differs by -0.194 [",
-        "and by -0.349 [",
+        "Compared with a window of as many keys, the trailing loss of a tree of means in nat/token is lower by 0.194 [",
+        "at equal tokens and lower by 0.349 [",
+        "with dense attention, higher by 0.00586 [",
+        "at equal tokens and lower by 0.149 [",
         "At 8192 tokens",
         "catches 0.6 ",
-        "random one 0.2.",
+        "random one 0.2: ",
+        "the tree's is 0.9836 of the flat choice's, where 0.98 was asked",
     ):
         assert words in text, text
+    assert "Asked, and not shown" not in text
+
+
+def test_the_answer_begins_with_what_was_asked_and_is_not_shown() -> None:
+    higher = [
+        replace(row, value=float(row.value or 0) + 0.4)
+        if (row.arm, row.metric) == ("hierarchical", "trailing_loss")
+        else row
+        for row in records()
+    ]
+    text = Prose.of(answer(higher))
+    assert text.startswith(
+        "Asked, and not shown: to beat a window of as many keys at equal tokens (a tree of means); to beat it at equal "
+        "CPU time (a tree of means); to lose at most 0.01 to dense attention at equal tokens (a tree of means); to be "
+        "0.05 below it at equal CPU time (a tree of means)."
+    ), text
+    assert "higher by 0.206 [" in text
+    alone = [row for row in records() if row.seed == 0]
+    assert "to beat a window of as many keys at equal tokens (a tree of means)" in Prose.of(answer(alone))
+    assert "not told apart (-0.195 (n=1, no interval))" in Prose.of(answer(alone))
+
+
+def test_arms_that_end_above_the_bigram_are_named() -> None:
+    rows = [*records(), *(kept("best_first", 2.7, seed, at="equal tokens") for seed in range(7))]
+    for bigram, words in ((2.6, "best_first ends above"), (2.8, "No arm ends above")):
+        assert words in Prose.of(answer([*rows, kept("bigram", bigram, 0, part="counts")]))
 
 
 def test_the_picture_has_a_line_per_training_against_text_and_against_time() -> None:

@@ -119,15 +119,28 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
     assert (reading.metric, reading.failed) == ("accuracy", "loss=nan at step 7")
 
 
-def test_the_answer_says_first_what_dense_attention_did_not_learn_and_then_what_the_tree_loses() -> None:
+def test_the_answer_says_first_what_dense_attention_did_not_learn_and_what_is_not_shown() -> None:
     text = Prose.of(answer(records(0.004)))
-    assert text.startswith("With 23.4% of the visible pairs")
-    for words in ("bounds: recall 0.391 [", "counting 20;", "the most on counting"):
+    assert text.startswith(
+        "Asked, in points, and not shown: to lose less than 1 beside counting (down a tree of means on recall); to "
+        "lose less than 5 (down a tree of bounds on counting; down a tree of means on recall). With 23.4% of the"
+    ), text
+    for words in ("bounds: recall 0.391 [", "counting 20; the most on recall"):
         assert words in text, text
-    assert text.index("tree of means: recall 30;") < text.index("tree of bounds"), "who loses most comes first"
+    assert text.index("Down a tree of means: recall 30;") < text.index("Down a tree of bounds"), (
+        "who loses most is first"
+    )
     assert Prose.of(answer(records(0.004, dense=0.9))).startswith(
         "Dense attention itself stays below 99% on recall (90%)"
     )
+
+
+def test_nothing_is_missed_where_every_interval_lies_below_what_may_be_lost() -> None:
+    kinds = ("dense", "window", "best_first")
+    mild = [row for row in records(0.004) if row.arm in kinds and row.axes["task"] != "counting"]
+    assert Prose.of(answer(mild)).startswith("With 23.4% of the visible pairs")
+    one = [row for row in mild if row.seed == 0]
+    assert "to lose less than 1 beside counting (down a tree of bounds on recall)" in Prose.of(answer(one))
 
 
 def test_the_longest_training_that_both_have_counts() -> None:
