@@ -12,10 +12,11 @@ million tokens, each choosing for itself, is computed once, to see that it can b
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ablations.evidence import Estimate, NoEvidence, estimate, exponent, replicates
+from ablations.evidence import Estimate, NoEvidence, compare, estimate, exponent, replicates
 from ablations.study import Arm, Cell, Figure, Reading, Study, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
 from bench.fingerprint import cores
@@ -208,22 +209,53 @@ def _bytes(arms: Sequence[str], length: int, dtype: Any) -> list[Reading]:
 
 
 def answer(records: Sequence[Record]) -> str:
-    """The tree against SDPA at the longest sequence measured, split; against its rivals; and its memory."""
+    """The tree against SDPA at the longest sequence measured, and in what that splits; its rivals; its memory."""
     lengths = [int(row.axes["length"]) for row in records if row.metric == "forward_cpu_ratio" and row.error is None]
     if not lengths:
         raise NoEvidence("no forward pass was timed")
     longest = max(lengths)
-    parts = []
-    for phase, words in zip(PHASES, ("a forward pass", "forward and backward"), strict=True):
-        tree, dense = (_faster(records, arm, phase, longest) for arm in ("hierarchical", "dense"))
-        parts.append(f"{words} {tree} times as fast as SDPA, where the kernel's dense form is {dense} times as fast")
+    parts = [_split(records, phase, longest) for phase in PHASES]
     share = estimate(records, arm="hierarchical", metric="selection_cpu_share", length=longest, dtype="fp32")
     said = f"At {longest} tokens in fp32 the tree makes {'; '.join(parts)}. Choosing is {share} of the forward pass."
-    try:
-        tree, dense = (_growth(records, arm, sorted(set(lengths))) for arm in ("hierarchical", "sdpa"))
-    except NoEvidence:
-        return said
-    return f"{said} From {min(lengths)} tokens on its time grows as n to the {tree}, that of SDPA to the {dense}."
+    return " ".join((said, *_rivals(records, longest), *_slopes(records, sorted(set(lengths))), *_memory(records)))
+
+
+def _split(records: Sequence[Record], phase: str, length: int) -> str:
+    """How many times as fast as SDPA the tree is: by the kernel's dense form, and from there on by the choice."""
+    words = {"forward": "a forward pass", "forward_backward": "forward and backward"}[phase]
+    tree, dense = (_faster(records, arm, phase, length) for arm in ("hierarchical", "dense"))
+    where: dict[str, str | int] = {"length": length, "dtype": "fp32"}
+    metric = f"{phase}_cpu_ratio"
+    chosen = compare(records, arm="dense", baseline="hierarchical", metric=metric, ratio=True, **where)
+    return f"{words} {tree} times as fast as SDPA: the kernel's dense form {dense} times, and the choice {chosen} times"
+
+
+def _rivals(records: Sequence[Record], length: int) -> list[str]:
+    """The forward pass of those that choose otherwise, or for nothing."""
+    with suppress(NoEvidence):
+        window, flat = (_faster(records, arm, "forward", length) for arm in ("window", "blocks"))
+        return [f"Forward, a window of as many keys is {window} times as fast as SDPA, the flat choice {flat} times."]
+    return []
+
+
+def _slopes(records: Sequence[Record], lengths: Sequence[int]) -> list[str]:
+    with suppress(NoEvidence):
+        tree, dense = (_growth(records, arm, lengths) for arm in ("hierarchical", "sdpa"))
+        return [f"From {lengths[0]} tokens on its time grows as n to the {tree}, that of SDPA to the {dense}."]
+    return []
+
+
+def _memory(records: Sequence[Record]) -> list[str]:
+    """The tree's peak against SDPA's where both were counted on the longest sequence."""
+    metric, phase = "peak_bytes", "forward_backward"
+    counted = [int(row.axes["length"]) for row in records if (row.metric, row.arm) == (metric, "hierarchical")]
+    with suppress(NoEvidence):
+        where: dict[str, str | int] = {"phase": phase, "length": max(counted, default=0), "dtype": "fp32"}
+        share = compare(records, arm="hierarchical", baseline="sdpa", metric=metric, ratio=True, **where)
+        return [
+            f"At {where['length']} tokens forward and backward take {share} of SDPA's peak bytes beyond the inputs."
+        ]
+    return []
 
 
 def _growth(records: Sequence[Record], arm: str, lengths: Sequence[int]) -> Estimate:

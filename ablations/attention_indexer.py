@@ -175,10 +175,32 @@ def answer(records: Sequence[Record]) -> str:
     ratio = partial(estimate, records, length=max(lengths), threads=1)
     prefill = ratio(arm="indexer_absorbed", metric="forward_cpu_ratio")
     decode = ratio(arm="indexer_absorbed", metric="decode_cpu_ratio")
-    return (
-        f"{said} At {max(lengths)} tokens the small layer's prefill takes {prefill} of the dense one's CPU time here, "
-        f"a decoded token {decode}."
+    crossed = (
+        f"{words} {_cheaper(records, arm, metric)}"
+        for words, arm, metric in (
+            ("an expanded prefill", "indexer", "forward_cpu_ratio"),
+            ("an absorbed one", "indexer_absorbed", "forward_cpu_ratio"),
+            ("a decoded token", "indexer_absorbed", "decode_cpu_ratio"),
+        )
     )
+    return (
+        f"{said} By CPU time of the small layer here, DSA costs less than dense MLA at these lengths measured: "
+        f"{'; '.join(crossed)}. At {max(lengths)} tokens the prefill takes {prefill} of the dense one's CPU time, a "
+        f"decoded token {decode}."
+    )
+
+
+def _cheaper(records: Sequence[Record], arm: str, metric: str) -> str:
+    """From which of the measured lengths on the whole interval of the arm's time lies below dense attention's."""
+    lengths = sorted({int(row.axes["length"]) for row in records if (row.arm, row.metric) == (arm, metric)})
+    above = [0]
+    for length in lengths:
+        high = estimate(records, arm=arm, metric=metric, length=length, threads=1).high
+        above += [length] if high is None or high >= 1 else []
+    since = [length for length in lengths if length > above[-1]]
+    if not since:
+        return f"shown at none up to {lengths[-1]}"
+    return f"from {since[0]} tokens on{f', not shown at {above[-1]}' if above[-1] else ''}"
 
 
 STUDY = Study(

@@ -70,12 +70,25 @@ def test_a_choice_for_each_token_or_head_reads_more_together_than_one_for_all() 
 
 def test_the_answer_names_the_longest_length_and_splits_the_ratio() -> None:
     said = hierarchical.answer(timed(4096, 0.5, 0.6) + timed(16384, 0.1, 0.4))
-    assert "16384 tokens" in said
-    assert "10 times as fast as SDPA" in said
-    assert "2.5 times as fast" in said
+    assert "At 16384 tokens" in said
+    assert "10 times as fast as SDPA: the kernel's dense form 2.5 times, and the choice 4 times" in said
     assert "grows as n" not in said, "nothing was timed in seconds"
+    assert "a window" not in said
+    assert "peak bytes" not in said
     with pytest.raises(NoEvidence):
         hierarchical.answer([])
+
+
+def test_the_answer_names_those_that_choose_otherwise_and_the_memory() -> None:
+    rows = timed(4096, 0.5, 0.6)
+    for seed in range(6):
+        for arm, ratio in (("window", 0.25), ("blocks", 0.8)):
+            rows.append(kept(arm, "forward_cpu_ratio", ratio, seed, length=4096, **TIMED))
+    for arm, taken in (("hierarchical", 300), ("sdpa", 400)):
+        rows.append(kept(arm, "peak_bytes", taken, 0, phase="forward_backward", length=4096, **TIMED))
+    said = hierarchical.answer(rows)
+    assert "a window of as many keys is 4 times as fast as SDPA, the flat choice 1.25 times." in said
+    assert "At 4096 tokens forward and backward take 0.75 of SDPA's peak bytes beyond the inputs." in said
 
 
 def test_the_answer_says_with_which_power_of_the_length_time_grows() -> None:

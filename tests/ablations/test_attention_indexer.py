@@ -82,15 +82,21 @@ def test_the_answer_has_the_crossings_and_the_longest_time() -> None:
     rows = [kept(row.arm, row) for row in study.counts()]
     said = study.answer(rows)
     assert "small layer" not in said
-    for seed in range(6):
-        for length, ratio in ((1024, 4.0), (8192, 2.0)):
-            for metric in ("forward_cpu_ratio", "decode_cpu_ratio"):
-                found = Measurement(metric=metric, value=ratio * (1.5 if metric == "decode_cpu_ratio" else 1))
-                axes = {"length": length, "threads": 1}
-                rows.append(kept("indexer_absorbed", Reading(arm="", measurement=found, axes=axes), seed))
+    for arm, metric, ratios in (
+        ("indexer", "forward_cpu_ratio", (0.9, 1.1, 0.8)),
+        ("indexer_absorbed", "forward_cpu_ratio", (4.0, 3.0, 2.0)),
+        ("indexer_absorbed", "decode_cpu_ratio", (0.9, 0.8, 0.5)),
+    ):
+        for seed in range(6):
+            for length, ratio in zip((1024, 2048, 8192), ratios, strict=True):
+                found, axes = Measurement(metric=metric, value=ratio), {"length": length, "threads": 1}
+                rows.append(kept(arm, Reading(arm="", measurement=found, axes=axes), seed))
     said = study.answer(rows)
-    assert "At 8192 tokens the small layer's prefill takes 2" in said
-    assert "a decoded token 3" in said
+    assert "At 8192 tokens the prefill takes 2" in said
+    assert "a decoded token 0.5" in said
+    assert "an expanded prefill from 8192 tokens on, not shown at 2048;" in said
+    assert "an absorbed one shown at none up to 8192;" in said
+    assert "a decoded token from 1024 tokens on." in said
 
 
 def measured(metric: str) -> list[Reading]:
