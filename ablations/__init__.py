@@ -14,8 +14,8 @@ catalogue.py      a study by its name or path
 run.py            every cell in a fresh process (cell.py), once (cache.py, and code.py: what code a result depends on)
 ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
-balance_methods.py, capacity_cells.py   what two studies of experts have too much of for one file, with their pictures:
-                  capacity_curves.py, moe_balance_pictures.py
+balance_methods.py, capacity_cells.py   what two studies of experts have too much of for one file; pictures alone:
+                  capacity_curves.py, moe_balance_pictures.py, attention_hierarchical_pictures.py
 equal_time.py       language models compared when equal CPU time has passed
 STUDIES           the studies, in the order of the report
 

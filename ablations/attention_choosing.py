@@ -13,7 +13,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ablations.attention_hierarchical import by_choice
+from ablations.attention_hierarchical_pictures import by_choice
 from ablations.evidence import NoEvidence, compare, estimate
 from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN

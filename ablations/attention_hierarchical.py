@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ablations.attention_hierarchical_pictures import BASELINE, MILLION, growth, scores
 from ablations.evidence import Estimate, NoEvidence, compare, estimate, exponent, replicates
 from ablations.study import Arm, Cell, Figure, Reading, Study, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
@@ -26,7 +27,7 @@ from dsv3.config import Blocks, Hierarchical
 from dsv3.config.counts import scored_in_all
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Picture
+    import torch
 
     from bench.block_attention import Inputs
 
@@ -40,7 +41,6 @@ CHOICES: Mapping[str, Callable[[int], Blocks]] = {
     "blocks": lambda size: Blocks(k=SEEN, block_q=size, block_k=BLOCK),
     "hierarchical": lambda size: Hierarchical(k=SEEN, block_q=size, block_k=BLOCK, branching=BRANCHING),
 }
-MILLION = 2**20
 FLEX = 16384  # tokens at which FlexAttention is timed: it is compiled anew for every length
 TRACED = 16384  # tokens up to which bytes are counted
 PHASES = ("forward", "forward_backward")
@@ -146,6 +146,7 @@ def times(cell: Cell) -> list[Reading]:
     import torch
 
     from bench import block_attention
+    from bench.meters.ceiling import gemm_rate
 
     torch.set_num_threads(int(cell.axes["threads"]))
     length = int(cell.axes["length"])
@@ -163,16 +164,22 @@ def times(cell: Cell) -> list[Reading]:
             arms.append(arm)
         except AssertionError as error:
             readings.append(Reading(arm=arm, metric="forward_cpu_ratio", failed=str(error)))
-    readings += [row for phase in PHASES for row in _timed(cell, arms, given, phase)]
+    ceilings = {form: gemm_rate(torch.device("cpu"), form, which="cpu").value for form in {dtype, torch.float32}}
+    readings += [row for phase in PHASES for row in _timed(cell, arms, given, phase, ceilings)]
     if cell.seed == 0 and length <= TRACED:
         readings += _bytes(arms, length, dtype)
     return readings
 
 
-def _timed(cell: Cell, arms: Sequence[str], given: "Inputs", phase: str) -> list[Reading]:
-    """Seconds of each arm, its ratio to SDPA and, of the forward pass, the part that goes into choosing."""
+def _timed(
+    cell: Cell, arms: Sequence[str], given: "Inputs", phase: str, ceilings: Mapping["torch.dtype", float]
+) -> list[Reading]:
+    """Seconds of each arm, its ratio to SDPA, its products' share of what a matrix product reaches in its format and,
+    of the forward pass, the part that goes into choosing.
+    """
     from bench import block_attention
     from bench.meters.paired import over_blocks, process_clock, ratios, summary, time_block
+    from bench.speed import rate
 
     call = {"forward": block_attention.inference, "forward_backward": block_attention.training}[phase]
     able = [arm for arm in arms if phase == "forward" or arm not in block_attention.FORWARD_ONLY]
@@ -184,12 +191,14 @@ def _timed(cell: Cell, arms: Sequence[str], given: "Inputs", phase: str) -> list
     taken = [time_block(calls, first + block, 1, process_clock) for block in range(blocks(int(cell.axes["length"])))]
     readings = []
     for arm in able:
-        for row in summary(taken, arm, "sdpa", phase, ("cpu",)):
-            axes = {"phase": phase} if row.metric.endswith("_seconds") else {}
-            readings.append(Reading(arm=arm, measurement=row, axes=axes))
+        seconds, *others = summary(taken, arm, BASELINE, phase, ("cpu",))
+        share = block_attention.operations(arm, given, phase) / ceilings[block_attention.attended(arm, given)[0].dtype]
+        timed = (seconds, rate(seconds, "ceiling_share", share))
+        readings += [Reading(arm=arm, measurement=row, axes={"phase": phase}) for row in timed]
+        readings += [Reading(arm=arm, measurement=row) for row in others]
     for arm, name in choosing.items():
-        share = over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
-        readings.append(Reading(arm=arm, measurement=share))
+        of_all = over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
+        readings.append(Reading(arm=arm, measurement=of_all))
     return readings
 
 
@@ -268,69 +277,6 @@ def _faster(records: Sequence[Record], arm: str, phase: str, length: int) -> Est
     return ratio.map(lambda share: 1 / share)
 
 
-def scores(table: Any) -> "Picture":
-    """Scores per token against length on logarithmic scales: a flat search's grow as n, a tree's as log n."""
-    rows = table[table["metric"] == "selection_scores"]
-    if rows.empty:
-        raise NoEvidence("no record of selection_scores yet")
-    each = rows["value"] / rows["length"]
-    return by_choice(rows, each, title="What choosing takes", label="scores per token, one head")
-
-
-def by_choice(rows: Any, values: Any, *, title: str, label: str) -> "Picture":
-    """Values of rows against length: of the flat search and the tree, for blocks of queries and for single ones."""
-    from matplotlib.figure import Figure as Picture
-
-    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
-    axes = picture.subplots()
-    for size in (1, BLOCK):
-        for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73")):
-            line = rows[(rows["arm"] == arm) & (rows["queries per choice"] == size)].sort_values("length")
-            name = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
-            style = "-" if size == 1 else "--"
-            axes.plot(line["length"], values[line.index], style, marker="o", color=colour, label=name)
-    ticks = sorted({int(length) for length in rows["length"]})
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel=label)
-    axes.set_title(title)
-    axes.set_xticks(ticks, [f"{tick // 1024}K" if tick < MILLION else "1M" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(visible=True, which="major")
-    picture.legend(loc="outside right center")
-    return picture
-
-
-def growth(table: Any) -> "Picture":
-    """Forward seconds in fp32 against length, each line with its slope, and where n log n would lead from 4K."""
-    import numpy as np
-    from matplotlib import rcParams
-    from matplotlib.figure import Figure as Picture
-
-    rows = table[(table["metric"] == "cpu_seconds") & (table["phase"] == "forward") & (table["part"] == "time")]
-    rows = rows[(rows["dtype"] == "fp32") & (rows["arm"] != "flex")]
-    if rows["length"].nunique() < 2:
-        raise NoEvidence("a slope needs forward cpu_seconds at two lengths: the full profile has them")
-    picture = Picture(figsize=(6.4, 3.4), layout="constrained")
-    axes = picture.subplots()
-    for arm in BLOCK_ARMS:
-        line = rows[rows["arm"] == arm].sort_values("length")
-        if len(line) > 1:
-            slope = np.polyfit(np.log(line["length"].astype(float)), np.log(line["value"]), 1)[0]
-            ink = {"color": rcParams["text.color"], "linestyle": "--"} if arm == STUDY.baseline else {}
-            axes.plot(line["length"], line["value"], marker="o", label=f"{arm}: n^{slope:.2f}", **ink)
-            if arm == "hierarchical":
-                n = line["length"].astype(float)
-                ideal = line["value"].iloc[0] * (n * np.log(n)) / (n.iloc[0] * np.log(n.iloc[0]))
-                axes.plot(n, ideal, ":", color="#7f7f7f", label="n log n")
-    ticks = sorted({int(length) for length in rows["length"]})
-    axes.set(xscale="log", yscale="log", xlabel="length", ylabel="seconds of CPU time, one thread")
-    axes.set_title("How forward time grows with length, fp32")
-    axes.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
-    axes.minorticks_off()
-    axes.grid(visible=True, which="major")
-    picture.legend(loc="outside right center", title="slope of the line")
-    return picture
-
-
 def _figures() -> tuple[Figure, ...]:
     ratios = tuple(
         Figure(
@@ -368,11 +314,12 @@ STUDY = Study(
     name="attention_hierarchical",
     question="How much faster is attention to blocks found down a tree, and does the tree earn its keep?",
     arms=tuple(Arm(name, words) for name, words in BLOCK_ARMS.items()),
-    baseline="sdpa",
+    baseline=BASELINE,
     metrics=(
         "forward_cpu_ratio",
         "forward_backward_cpu_ratio",
         "cpu_seconds",
+        "ceiling_share",
         "wall_seconds",
         "selection_cpu_share",
         "selection_scores",

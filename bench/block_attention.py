@@ -108,9 +108,26 @@ def last_blocks(length: int, device: torch.device | str = "cpu") -> Selection:
     )
 
 
+def attended(arm: str, given: Inputs) -> tuple[Tensor, ...]:
+    """Queries, keys and values in the arm's format."""
+    return given.wide if arm == "sdpa_fp32" else (given.q, given.k, given.v)
+
+
+def operations(arm: str, given: Inputs, phase: str) -> int:
+    """FLOPs of the arm's products over the pairs of a query and a key that it sees: 2 products forward, 5 backward.
+
+    Masked pairs and the scores of choosing are not in it, though their time is in the arm's.
+    """
+    heads, length = given.q.shape[1:3]
+    selection, products = choose(arm, given), {"forward": 2, "forward_backward": 7}[phase]
+    if selection is None:
+        return products * 2 * WIDTH * heads * length * (length + 1) // 2
+    return products * 2 * WIDTH * selection.cost.kept * heads // selection.indices.shape[1]
+
+
 def forward(arm: str, given: Inputs) -> Tensor:
     """The arm's output, choosing included."""
-    q, k, v = given.wide if arm == "sdpa_fp32" else (given.q, given.k, given.v)
+    q, k, v = attended(arm, given)
     selection = choose(arm, given)
     if arm == "flex":
         assert selection is not None, "flex computes a selection"
@@ -129,7 +146,7 @@ def inference(arm: str, given: Inputs) -> Tensor:
 
 def training(arm: str, given: Inputs) -> tuple[Tensor, ...]:
     """Forward and backward: the output and the gradients of q, k and v."""
-    q, k, v = given.wide if arm == "sdpa_fp32" else (given.q, given.k, given.v)
+    q, k, v = attended(arm, given)
     out = forward(arm, given)
     return out.detach(), *torch.autograd.grad(out, (q, k, v), v.detach())
 

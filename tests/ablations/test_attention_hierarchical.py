@@ -4,12 +4,17 @@ import math
 
 import pandas as pd
 import pytest
+import torch
 
 from ablations import attention_hierarchical as hierarchical
+from ablations import attention_hierarchical_pictures as pictures
 from ablations.evidence import NoEvidence
+from ablations.study import Cell
+from bench import block_attention
 from bench.block_attention import union_bytes
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
+from bench.meters import ceiling
 from bench.record import Record
 from reports import twins
 
@@ -38,6 +43,31 @@ def test_a_process_per_length_format_and_seed_and_fewer_blocks_of_long_calls() -
     assert len(full) == 6 * 4 * 2 + 2
     assert [hierarchical.blocks(length) for length in (4096, 16384, 65536, 131072)] == [7, 4, 1, 1]
     assert {cell.axes["part"] for cell in hierarchical.cells("quick")} == {"time", "counts"}
+
+
+def test_a_process_says_what_share_of_a_product_s_speed_every_arm_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ceilings = [], {torch.float32: 1e9, torch.bfloat16: 2e9}
+
+    def rate(device: torch.device, form: torch.dtype, which: str) -> Measurement:
+        asked.append((device.type, form, which))
+        return Measurement(metric="gemm_flops_per_second", value=ceilings[form])
+
+    monkeypatch.setattr(ceiling, "gemm_rate", rate)
+    monkeypatch.setattr(hierarchical, "blocks", lambda length: 1)
+    monkeypatch.setattr(block_attention, "check", lambda *_: None)
+    axes: dict[str, str | int] = {"part": "time", "dtype": "bf16", "length": 128, "threads": 1}
+    found = hierarchical.measure(Cell(arm=None, seed=1, axes=axes, seconds=1.0))
+    assert set(asked) == {("cpu", form, "cpu") for form in ceilings}
+    value = {
+        (row.arm, row.axes["phase"], row.measurement.metric): row.measurement.value
+        for row in found
+        if row.measurement and "phase" in row.axes
+    }
+    pairs, products = 4 * 64 * 2 * 128 * 129 // 2, {"forward": 2, "forward_backward": 7}
+    for arm, form in (("sdpa", torch.bfloat16), ("sdpa_fp32", torch.float32), ("plain", torch.bfloat16)):
+        for phase in hierarchical.PHASES:
+            share = value[arm, phase, "ceiling_share"]
+            assert share == pytest.approx(products[phase] * pairs / value[arm, phase, "cpu_seconds"] / ceilings[form])
 
 
 def test_a_flat_search_scores_per_token_what_grows_as_n_and_a_tree_what_grows_as_log_n() -> None:
@@ -108,18 +138,18 @@ def test_pictures_show_scores_per_token_and_the_slope_of_time() -> None:
         for row in hierarchical.counts()
         if row.measurement is not None
     ]
-    lines = hierarchical.scores(pd.DataFrame(counted)).axes[0].lines
+    lines = pictures.scores(pd.DataFrame(counted)).axes[0].lines
     assert len(lines) == 4
     seconds = [
         {"metric": "cpu_seconds", "phase": "forward", "arm": arm, "length": n, "value": 1e-9 * n**power, **TIMED}
         for arm, power in (("sdpa", 2.0), ("hierarchical", 1.0))
         for n in (4096, 16384, 65536)
     ]
-    picture = hierarchical.growth(pd.DataFrame(seconds))
+    picture = pictures.growth(pd.DataFrame(seconds))
     labels = [line.get_label() for line in picture.axes[0].lines]
     assert labels == ["sdpa: n^2.00", "hierarchical: n^1.00", "n log n"]
     ideal = picture.axes[0].lines[2].get_ydata()
     assert ideal[-1] / ideal[0] == pytest.approx(16 * math.log(65536) / math.log(4096))
     assert twins.of_picture(picture, "growth")
     with pytest.raises(NoEvidence):
-        hierarchical.growth(pd.DataFrame(seconds).query("length == 4096"))
+        pictures.growth(pd.DataFrame(seconds).query("length == 4096"))

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bench import block_attention, block_decoding
-from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN
+from bench.attention_sizes import BLOCK, BLOCK_ARMS, SEEN, WIDTH
 from dsv3.attention import Selection, attend, reference, why_not_kernel
 
 LENGTH = (SEEN + 3) * BLOCK
@@ -30,6 +30,25 @@ def test_every_arm_agrees_with_the_reference(arm: str, dtype: torch.dtype) -> No
     if reason := block_attention.why_not(arm, given):
         pytest.skip(reason)
     block_attention.check(arm, given)
+
+
+def seen(selection: Selection | None, head: int, position: int) -> int:
+    """Keys that a query of a head sees."""
+    if selection is None:
+        return position + 1
+    row, head = position // selection.block_q, head % selection.indices.shape[1]
+    listed = selection.indices[0, head, row, : selection.counts[0, head, row]].tolist()
+    return sum(min(selection.block_k, position + 1 - block * selection.block_k) for block in listed)
+
+
+@pytest.mark.parametrize("arm", ["sdpa", "window", "hierarchical"])
+def test_operations_are_the_products_of_pairs_that_are_seen(arm: str) -> None:
+    given = block_attention.inputs(LENGTH + 5, torch.float32, heads=2)
+    selection = block_attention.choose(arm, given)
+    pairs = sum(seen(selection, head, position) for head in range(2) for position in range(LENGTH + 5))
+    assert block_attention.operations(arm, given, "forward") == pairs * WIDTH * 2 * 2  # q . k and p v
+    # backward: the scores anew, and gradients of v, p, q and k
+    assert block_attention.operations(arm, given, "forward_backward") == pairs * WIDTH * 2 * (2 + 5)
 
 
 def test_on_a_gpu_our_arms_are_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
