@@ -7,8 +7,9 @@ One layer's attention without its projections (`bench.block_attention`): 4 heads
     what the choice gains    our dense form against our kernel on the chosen blocks
 
 and a window of as many blocks says what is left when choosing costs nothing. Scores are counted, not timed: the closed
-form of `dsv3.config.counts`, up to a million tokens, for blocks of queries and for single ones. One head of a
-million tokens, each choosing for itself, is computed once, to see that it can be.
+form of `dsv3.config.counts`, up to a million tokens, for blocks of queries and for single ones; what a search by bounds
+opens has none and is counted on random inputs. One head of a million tokens, each choosing for itself, is computed
+once, to see that it can be.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from ablations.attention_hierarchical_pictures import BASELINE, MILLION, growth, scores
 from ablations.evidence import Estimate, NoEvidence, compare, estimate, exponent, replicates
-from ablations.study import Arm, Cell, Figure, Reading, Study, grid
+from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from bench.attention_sizes import BLOCK, BLOCK_ARMS, BRANCHING, SEEN
 from bench.fingerprint import cores
 from bench.measurement import Measurement
 from bench.record import Profile, Record
-from dsv3.config import Blocks, Hierarchical
+from dsv3.config import Blocks, Hierarchical, vary
 from dsv3.config.counts import scored_in_all
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ LENGTHS: Mapping[Profile, tuple[int, ...]] = {"quick": (2048,), "full": (4096, 1
 DTYPES: Mapping[Profile, tuple[str, ...]] = {"quick": ("fp32",), "full": ("fp32", "bf16")}
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 COUNTED = tuple(2**power for power in range(12, 21))
+OPENED = (4096, 8192, 16384)  # tokens at which it is counted what a search by bounds scores
 JOINED = (4096, 16384)  # tokens at which it is counted what 64 queries read together
 SHARING = (1, 4)  # query heads per key-value head
 CHOICES: Mapping[str, Callable[[int], Blocks]] = {
@@ -78,7 +80,7 @@ def measure(cell: Cell) -> list[Reading]:
     """Counts, the run of a million tokens, or the times of every arm that agrees with the reference."""
     match cell.axes["part"]:
         case "counts":
-            return counts() + unions()
+            return counts() + opened() + unions()
         case "time":
             return times(cell)
         case _:
@@ -97,6 +99,26 @@ def counts() -> list[Reading]:
         for size in (BLOCK, 1)
         for length in COUNTED
     ]
+
+
+def opened() -> list[Reading]:
+    """The same of a search by bounds, whose number no closed form tells: as counted on random inputs, where bounds lie
+    close together and it opens most of the tree.
+    """
+    import torch
+
+    from bench.block_attention import inputs, tree
+    from dsv3.attention.select import hierarchical
+
+    readings = []
+    for length in OPENED:
+        given = inputs(length, torch.float32, heads=1)
+        for size in (BLOCK, 1):
+            scored = hierarchical(given.q, given.k, vary(tree("best_first"), block_q=size)).cost.scored
+            found = Measurement(metric="selection_scores", value=scored)
+            axes: dict[str, Value] = {"length": length, "queries per choice": size}
+            readings.append(Reading(arm="best_first", measurement=found, axes=axes))
+    return readings
 
 
 def unions() -> list[Reading]:
@@ -226,7 +248,8 @@ def answer(records: Sequence[Record]) -> str:
     parts = [_split(records, phase, longest) for phase in PHASES]
     share = estimate(records, arm="hierarchical", metric="selection_cpu_share", length=longest, dtype="fp32")
     said = f"At {longest} tokens in fp32 the tree makes {'; '.join(parts)}. Choosing is {share} of the forward pass."
-    return " ".join((said, *_rivals(records, longest), *_slopes(records, sorted(set(lengths))), *_memory(records)))
+    more = (_rivals(records, longest), _slopes(records, sorted(set(lengths))), _bounds(records), _memory(records))
+    return " ".join((said, *(sentence for found in more for sentence in found)))
 
 
 def _split(records: Sequence[Record], phase: str, length: int) -> str:
@@ -251,6 +274,20 @@ def _slopes(records: Sequence[Record], lengths: Sequence[int]) -> list[str]:
     with suppress(NoEvidence):
         tree, dense = (_growth(records, arm, lengths) for arm in ("hierarchical", "sdpa"))
         return [f"From {lengths[0]} tokens on its time grows as n to the {tree}, that of SDPA to the {dense}."]
+    return []
+
+
+def _bounds(records: Sequence[Record]) -> list[str]:
+    """What a search by bounds takes on random inputs, against all blocks."""
+    metric = "selection_scores"
+    counted = [int(row.axes["length"]) for row in records if (row.arm, row.metric) == ("best_first", metric)]
+    with suppress(NoEvidence):
+        where: dict[str, Value] = {"length": max(counted, default=0), "queries per choice": 1}
+        times = compare(records, arm="best_first", baseline="blocks", metric=metric, ratio=True, **where)
+        return [
+            f"At {where['length']} tokens, each choosing for itself, a search by bounds takes {times} times the scores "
+            "of the flat choice on random inputs, where bounds lie close together."
+        ]
     return []
 
 

@@ -13,7 +13,9 @@ MILLION = 2**20
 
 
 def scores(table: Any) -> "Picture":
-    """Scores per token against length on logarithmic scales: a flat search's grow as n, a tree's as log n."""
+    """Scores per token against length on logarithmic scales: a flat search's grow as n, a tree's as log n, those of a
+    search by bounds depend on the inputs, which are random here.
+    """
     rows = table[table["metric"] == "selection_scores"]
     if rows.empty:
         raise NoEvidence("no record of selection_scores yet")
@@ -22,14 +24,16 @@ def scores(table: Any) -> "Picture":
 
 
 def by_choice(rows: Any, values: Any, *, title: str, label: str) -> "Picture":
-    """Values of rows against length: of the flat search and the tree, for blocks of queries and for single ones."""
+    """Values of rows against length, of each way to choose: for blocks of queries and for single ones."""
     from matplotlib.figure import Figure as Picture
 
     picture = Picture(figsize=(6.4, 3.4), layout="constrained")
     axes = picture.subplots()
     for size in (1, BLOCK):
-        for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73")):
+        for arm, colour in (("blocks", "#d55e00"), ("hierarchical", "#009e73"), ("best_first", "#0072b2")):
             line = rows[(rows["arm"] == arm) & (rows["queries per choice"] == size)].sort_values("length")
+            if line.empty:
+                continue
             name = f"{arm}, {'each token' if size == 1 else f'{size} tokens'} a choice"
             style = "-" if size == 1 else "--"
             axes.plot(line["length"], values[line.index], style, marker="o", color=colour, label=name)

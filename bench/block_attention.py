@@ -118,11 +118,11 @@ def operations(arm: str, given: Inputs, phase: str) -> int:
 
     Masked pairs and the scores of choosing are not in it, though their time is in the arm's.
     """
-    heads, length = given.q.shape[1:3]
+    heads, length, width = given.q.shape[1:]
     selection, products = choose(arm, given), {"forward": 2, "forward_backward": 7}[phase]
     if selection is None:
-        return products * 2 * WIDTH * heads * length * (length + 1) // 2
-    return products * 2 * WIDTH * selection.cost.kept * heads // selection.indices.shape[1]
+        return products * 2 * width * heads * length * (length + 1) // 2
+    return products * 2 * width * selection.cost.kept * heads // selection.indices.shape[1]
 
 
 def forward(arm: str, given: Inputs) -> Tensor:

@@ -269,7 +269,8 @@ METRICS: tuple[Metric, ...] = (
            bias="gathering the chosen keys counts as attention"),
     Metric("selection_scores", "scores", "lower", "exact", transfers=True,
            formula="products of a query and a summary of keys that choosing takes, one head, a whole sequence",
-           bias="by the closed form that tests hold the search to; sorting and gathering cost extra"),
+           bias="by the closed form that tests hold the search to, by bounds as counted on random inputs; sorting and "
+                "gathering cost extra"),
     Metric("selection_share", "share", "lower", "exact", transfers=True,
            formula="(query, key) pairs kept / pairs visible under causality",
            bias="work, not time: gathering costs extra"),

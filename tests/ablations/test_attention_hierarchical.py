@@ -16,6 +16,7 @@ from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.meters import ceiling
 from bench.record import Record
+from dsv3.config.counts import scored_in_all
 from reports import twins
 
 WHERE = provenance("full")
@@ -86,6 +87,17 @@ def test_a_flat_search_scores_per_token_what_grows_as_n_and_a_tree_what_grows_as
     assert found["blocks", 1, 2**20] / 2**20 == pytest.approx(16384 / 2 - 2, rel=0.01)
 
 
+def test_a_search_by_bounds_scores_at_least_what_its_beam_does_and_at_most_the_tree_besides() -> None:
+    found = {(row.axes["length"], row.axes["queries per choice"]): row.measurement for row in hierarchical.opened()}
+    assert found.keys() == {(length, size) for length in hierarchical.OPENED for size in (64, 1)}
+    for (length, size), measured in found.items():
+        assert measured is not None
+        beam = sum(scored_in_all(hierarchical.CHOICES["hierarchical"](size), 0, length))
+        # nodes of all levels that end before a query, at most 1 + 1/4 + 1/16 + ... of its blocks
+        tree = 4 / 3 * sum(position // 64 for position in range(0, length, size))
+        assert beam < measured.value <= beam + tree
+
+
 def test_a_choice_for_each_token_or_head_reads_more_together_than_one_for_all() -> None:
     tree = hierarchical.CHOICES["hierarchical"]
     length, token = 2048, 2 * 64 * 4
@@ -116,8 +128,12 @@ def test_the_answer_names_those_that_choose_otherwise_and_the_memory() -> None:
             rows.append(kept(arm, "forward_cpu_ratio", ratio, seed, length=4096, **TIMED))
     for arm, taken in (("hierarchical", 300), ("sdpa", 400)):
         rows.append(kept(arm, "peak_bytes", taken, 0, phase="forward_backward", length=4096, **TIMED))
+    for arm, scored in (("best_first", 90), ("blocks", 60)):
+        rows.append(kept(arm, "selection_scores", scored, 0, length=4096, **{"queries per choice": 1}))
     said = hierarchical.answer(rows)
     assert "a window of as many keys is 4 times as fast as SDPA, the flat choice 1.25 times." in said
+    assert "At 4096 tokens, each choosing for itself, a search by bounds takes 1.5 times the scores of the flat" in said
+    assert "choice on random inputs" in said
     assert "At 4096 tokens forward and backward take 0.75 of SDPA's peak bytes beyond the inputs." in said
 
 

@@ -9,8 +9,9 @@ torch's kernel; after that one Selection lists all blocks for the first queries 
 
 `auto.toml` has, per instruction set of the C++ kernel, number format and direction, the length from which on the
 tree is faster than torch's dense attention, as `python -m bench.crossover` has measured it on trees of 16 blocks of 64
-keys. Elsewhere (another processor, a GPU, no kernel) the crossover is `UNMEASURED`, where even the tree in plain
-PyTorch was several times as fast. It is a number in the config: a model keeps its function on another machine.
+keys. Elsewhere (another processor, no kernel) the crossover is `UNMEASURED`, where even the tree in plain PyTorch was
+several times as fast on a CPU; for a GPU it is a guess. It is a number in the config: a model keeps its function on
+another machine.
 """
 
 import tomllib
