@@ -1,6 +1,7 @@
 """Keeping the experts equally busy by losses; what moves the selection bias is in `dsv3.moe.bias`.
 
-With p_ni = s_ni / sum_j s_nj, the normalised score of expert i for token n, and loads counted before any drop:
+With p_ni = s_ni / (sum_j s_nj + 1e-20), the normalised score of expert i for token n, and loads counted before any
+drop:
 
     SequenceLoss     alpha * sum_i f_i P_i per sequence, averaged over sequences
                      P_i = mean_t p_ti,   f_i = E / (K T) * number of t with i in the top-K of s_t
@@ -40,6 +41,7 @@ from dsv3.config import (
     SwitchLoss,
     ZLoss,
 )
+from dsv3.moe.router import NORMALISATION_FLOOR
 from dsv3.moe.routing import Routing, count
 
 Mean = Callable[[Tensor], Tensor]
@@ -77,8 +79,8 @@ def balance_losses(routing: Routing, moe: MoE, batch: int, mean: Mean = alone) -
 
 
 def probabilities(routing: Routing) -> Float[Tensor, "N E"]:
-    """Scores normalised over the experts; softmax scores already are."""
-    return routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+    """Scores normalised over the experts, as gate weights are over the chosen; softmax scores already are."""
+    return routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + NORMALISATION_FLOOR)
 
 
 def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:

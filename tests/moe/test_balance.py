@@ -1,5 +1,6 @@
 """Balance losses and the bias update on numbers worked by hand."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from dsv3.moe import (
     similarity_loss,
     switch_loss,
 )
+from dsv3.moe.balance import probabilities
+from dsv3.moe.router import NORMALISATION_FLOOR
 from dsv3.moe.routing import count
 
 
@@ -90,6 +93,32 @@ def test_losses_push_probability_away_from_the_busy_expert() -> None:
         assert found.scores.grad is not None
         assert (found.scores.grad[:, 0] > 0).all()
         assert (found.scores.grad[:, 1] < 0).all()
+
+
+def test_the_floor_under_a_sum_of_scores_changes_no_bit_of_ordinary_probabilities() -> None:
+    logits = 8 * torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
+    scores = logits.sigmoid().requires_grad_()
+    chosen = scores.topk(2).indices
+    found = probabilities(Routing(chosen, scores.gather(1, chosen), scores, count(chosen, 16)))
+    plain = scores / scores.sum(dim=1, keepdim=True)
+    assert torch.equal(found, plain)
+    assert torch.equal(*(torch.autograd.grad(each, scores, logits)[0] for each in (found, plain)))
+
+
+@pytest.mark.parametrize("loss", [lambda r: sequence_loss(r, 2), switch_loss, quadratic_loss])
+def test_gradients_are_the_derivatives_where_scores_come_near_to_the_floor_and_where_they_vanish(loss: object) -> None:
+    """Of tokens with ordinary scores, with a sum of about the floor, and of which every score is zero."""
+    centre = torch.tensor([0.0, math.log(NORMALISATION_FLOOR), -1e3, 0.0], dtype=torch.float64)
+    logits = centre[:, None] + torch.randn(4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    chosen = logits.topk(2).indices
+
+    def of_logits(logits: Tensor) -> Tensor:
+        scores = logits.sigmoid()
+        return loss(Routing(chosen, scores.gather(1, chosen), scores, count(chosen, 6)))  # type: ignore[operator]
+
+    assert torch.autograd.gradcheck(of_logits, logits.requires_grad_())
+    (gradient,) = torch.autograd.grad(of_logits(logits), logits)
+    assert gradient.any(dim=1).tolist() == [True, True, False, True]
 
 
 def test_losses_come_by_name_with_their_alpha_and_the_bias_adds_none() -> None:

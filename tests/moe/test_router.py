@@ -100,9 +100,11 @@ def test_infinite_logits_are_right_under_sigmoid_and_refused_under_softmax() -> 
         route(infinite, torch.eye(4).where(torch.eye(4) == 1, 0.0), torch.zeros(4), vary(FOUR, scoring_func="softmax"))
 
 
-def test_weights_stay_finite_when_every_chosen_score_is_zero() -> None:
-    weights = gate_weights(torch.zeros(1, 4), torch.tensor([[0, 1]]), FOUR)
+def test_weights_and_gradients_stay_finite_when_every_chosen_score_is_zero() -> None:
+    logits = torch.full((1, 4), -200.0, requires_grad=True)
+    weights = gate_weights(logits.sigmoid(), torch.tensor([[0, 1]]), FOUR)
     assert weights.tolist() == [[0.0, 0.0]]
+    assert torch.autograd.grad(weights.sum(), logits)[0].tolist() == [[0.0] * 4]
 
 
 def test_with_one_group_the_choice_is_the_plain_top_k() -> None:
