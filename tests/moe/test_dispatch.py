@@ -63,6 +63,18 @@ def test_values_and_gradients_equal_the_reference(
         torch.testing.assert_close(found, truth, rtol=0.0, atol=bound)
 
 
+@pytest.mark.parametrize("dispatch", DISPATCHES.values(), ids=DISPATCHES.keys())
+def test_input_and_weight_gradients_may_be_asked_for_apart(dispatch: Dispatch) -> None:
+    routing = random_routing(63, 8, 2, torch.float32, kept=0.7)
+    x = torch.randn(63, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    inputs, stacked = (x, routing.weights), stacked_experts(8, 32, 16, torch.float32)
+    y = dispatch(x, routing, *stacked)
+    toward = y.detach().cos()
+    together = torch.autograd.grad(y, (*inputs, *stacked), toward, retain_graph=True)
+    apart = [torch.autograd.grad(y, leaves, toward, retain_graph=True) for leaves in (inputs, stacked)]
+    assert all(torch.equal(one, other) for one, other in zip(together, (*apart[0], *apart[1]), strict=True))
+
+
 def test_all_tokens_on_one_expert_leave_the_others_without_gradient() -> None:
     indices = torch.full((9, 1), 2)
     routing = Routing(indices, torch.ones(9, 1, requires_grad=True), torch.rand(9, 4), count(indices, 4))
