@@ -16,6 +16,9 @@ has K = 1; dividing by K keeps its scale. The article's quadratic loss has no f 
 probabilities, however skewed the loads are. SimBal's (arXiv 2506.14038, here with R = W^T) sees neither: an orthogonal
 router keeps the angles between tokens, and spreads tokens that point everywhere. It needs E <= D to reach zero.
 
+A batch without tokens, as one of padding is, has P_i = 1/E and no load: but for SimBal's, which is of the weight alone,
+its losses are 0, and so are their gradients.
+
 When several processes share a batch, `mean` replaces a batch statistic by its mean over them: the room knows no process
 group. Switch's loss with it is the global-batch loss (arXiv 2501.11873): one sequence or process may be one-sided where
 all together are even. Its batch is what the processes hold at once, so accumulation makes it smaller.
@@ -83,13 +86,21 @@ def probabilities(routing: Routing) -> Float[Tensor, "N E"]:
     return routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + NORMALISATION_FLOOR)
 
 
+def mean_probabilities(routing: Routing) -> Float[Tensor, " E"]:
+    """Their mean over the tokens; without tokens no expert is preferred, and all have 1 / E."""
+    p_NE = probabilities(routing)
+    return p_NE.mean(dim=0) if len(p_NE) else p_NE.sum(dim=0) + 1 / p_NE.shape[1]
+
+
 def sequence_loss(routing: Routing, batch: int) -> Float[Tensor, ""]:
     """DeepSeek-V3's loss within a sequence, averaged over `batch` sequences; 1 at perfect balance."""
     if routing.lengths is not None:
         return _ragged_sequence_loss(routing, routing.lengths)
     tokens, experts = routing.scores.shape
-    k, length = routing.indices.shape[1], tokens // batch
+    k, length = routing.indices.shape[1], tokens // max(batch, 1)
     assert tokens == batch * length, f"{tokens} tokens do not make {batch} sequences of equal length"
+    if tokens == 0:
+        return probabilities(routing).sum()  # zero, and still a function of the scores
     chosen = routing.scores.detach().topk(k, dim=-1, sorted=False).indices.view(batch, length * k)
     load_BE = torch.zeros(batch, experts, dtype=routing.scores.dtype, device=chosen.device)
     load_BE.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load_BE.dtype))
@@ -113,13 +124,13 @@ def _ragged_sequence_loss(routing: Routing, lengths: Int[Tensor, " B"]) -> Float
 def switch_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
     """Switch Transformer's loss over the batch; 1 at perfect balance."""
     tokens, experts = routing.scores.shape
-    f_E = mean(routing.counts.to(routing.scores.dtype) / (tokens * routing.indices.shape[1]))
-    return experts * (f_E * mean(probabilities(routing).mean(dim=0))).sum()
+    f_E = mean(routing.counts.to(routing.scores.dtype) / (max(tokens, 1) * routing.indices.shape[1]))
+    return experts * (f_E * mean(mean_probabilities(routing))).sum()
 
 
 def quadratic_loss(routing: Routing, mean: Mean = alone) -> Float[Tensor, ""]:
     """The article's loss over the batch; 0 when the mean probabilities are equal."""
-    p_E = mean(probabilities(routing).mean(dim=0))
+    p_E = mean(mean_probabilities(routing))
     return (p_E - 1 / len(p_E)).square().sum()
 
 
@@ -133,4 +144,5 @@ def similarity_loss(routing: Routing) -> Float[Tensor, ""]:
 def z_loss(routing: Routing) -> Float[Tensor, ""]:
     """ST-MoE's loss (arXiv 2202.08906 equation 5): the mean squared logarithm of the softmax's denominator."""
     assert routing.logits is not None, "a router keeps its logits where the config has a ZLoss"
-    return routing.logits.logsumexp(dim=-1).square().mean()
+    squared_N = routing.logits.logsumexp(dim=-1).square()
+    return squared_N.mean() if len(squared_N) else squared_N.sum()

@@ -69,7 +69,7 @@ def proportional_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate
 def quantile_bias(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, " E"]:
     """The exact quantiles of one batch, centred: what histograms come near to."""
     experts = len(bias)
-    if k == experts:
+    if k == experts or len(scores) == 0:
         return bias - bias.mean()
     below = max(1, round(len(scores) * k / experts))
     found = _margins(scores, bias, k).kthvalue(below, dim=0).values.to(bias.dtype)

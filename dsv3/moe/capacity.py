@@ -50,7 +50,8 @@ def expert_capacity(tokens: int, moe: MoE, factor: float) -> int:
 def adaptive_capacity(tokens: int, moe: MoE, average: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The same with an average for a factor; it stays where it is, since asking a device for a number waits for it."""
     mean_load = tokens * moe.num_experts_per_tok / moe.n_routed_experts
-    return (mean_load * average).ceil().clamp(max=tokens)
+    # No load is above E times the mean; an infinite average would make NaN of a mean load of zero.
+    return (mean_load * average.clamp(max=moe.n_routed_experts)).ceil().clamp(max=tokens)
 
 
 @torch.no_grad()

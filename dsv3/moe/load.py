@@ -85,18 +85,28 @@ def load_statistics(counts: Int[Tensor, " E"], k: int, kept: Bool[Tensor, "N K"]
 
 
 def dropped_share(kept: Bool[Tensor, "N K"] | None) -> float:
-    """The share of token-expert pairs that no expert takes."""
-    return 0.0 if kept is None else 1.0 - float(kept.double().mean())
+    """The share of token-expert pairs that no expert takes; 0 where there is no pair to drop."""
+    return 0.0 if kept is None or kept.numel() == 0 else 1.0 - float(kept.double().mean())
 
 
 def max_vio_floor(experts: int, k: int, tokens: int) -> float:
-    """The mean MaxVio of uniform random routing."""
+    """The mean MaxVio of uniform random routing.
+
+    Raises:
+        ValueError: no tokens, whose mean load of zero nothing violates.
+    """
+    _require_tokens(tokens)
     counts = uniform_counts(experts, k, tokens)
     return float((counts.max(axis=1) / (tokens * k / experts) - 1).mean())
 
 
 def drop_floor(experts: int, k: int, tokens: int, capacity: int) -> float:
-    """The mean share of pairs that experts of this capacity drop under uniform random routing."""
+    """The mean share of pairs that experts of this capacity drop under uniform random routing.
+
+    Raises:
+        ValueError: no tokens, which make no pairs.
+    """
+    _require_tokens(tokens)
     over = np.maximum(uniform_counts(experts, k, tokens) - capacity, 0)
     return float(over.sum(axis=1).mean() / (tokens * k))
 
@@ -109,11 +119,13 @@ def block_floor(counts: Int[Tensor, "S E"], blocks: int, draws: int = DRAWS, see
     expert's loads are scaled to the mean, so that one with few tokens, in few blocks, comes out as very uneven.
 
     Raises:
-        ValueError: fewer blocks than are to be drawn.
+        ValueError: fewer blocks than are to be drawn, or a block without tokens.
     """
     c = counts.detach().cpu().numpy().astype(np.float64)
     rule = f"must be at most the S={len(c)} blocks that there are"
     require(0 < blocks <= len(c), "blocks", blocks, rule, "count the loads of more text, or ask for smaller batches")
+    empty = np.flatnonzero(c.sum(axis=1) == 0).tolist()
+    require(not empty, "empty blocks", empty, "every block must have tokens", "leave these out of the counts")
     random = np.random.default_rng((seed, *c.shape, blocks))
     mean = c.mean(axis=0)
     even = np.divide(c, mean, out=np.ones_like(c), where=mean > 0)
@@ -125,11 +137,13 @@ def rank_max_vio(counts: Int[Tensor, " E"], ranks: int) -> float:
     """MaxVio of the ranks among which the experts are divided in order, equally many to each.
 
     Raises:
-        ValueError: ranks that do not divide the experts.
+        ValueError: ranks that do not divide the experts, or counts of no token.
     """
     divides = ranks > 0 and len(counts) % ranks == 0
     require(divides, "ranks", ranks, f"must divide the {len(counts)} experts", "choose a divisor")
     loads = counts.view(ranks, -1).sum(dim=1).double()
+    rule = "must be of at least one token"
+    require(bool(loads.any()), "counts", counts.tolist(), rule, "leave out batches without tokens")
     return float(loads.max() / loads.mean() - 1)
 
 
@@ -153,6 +167,11 @@ def distinct_experts(random: np.random.Generator, experts: int, k: int, tokens: 
     while len(again := _with_repeats(chosen)):
         chosen[again] = random.integers(experts, size=(len(again), k))
     return chosen
+
+
+def _require_tokens(tokens: int) -> None:
+    rule = "must be at least 1: without tokens there is no floor"
+    require(tokens > 0, "tokens", tokens, rule, "leave out batches without tokens")
 
 
 def _with_repeats(chosen: np.ndarray) -> np.ndarray:

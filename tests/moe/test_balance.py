@@ -95,6 +95,25 @@ def test_losses_push_probability_away_from_the_busy_expert() -> None:
         assert (found.scores.grad[:, 1] < 0).all()
 
 
+def test_tokens_of_no_sequence_are_refused() -> None:
+    with pytest.raises(AssertionError, match="1 tokens do not make 0 sequences"):
+        sequence_loss(routing([[0.8, 0.2]], [[0]]), batch=0)
+
+
+def test_a_process_without_tokens_takes_part_in_every_mean() -> None:
+    """One that left out a mean would keep the others waiting for it. Its probabilities are those of no preference."""
+    nothing = torch.zeros(0, 1, dtype=torch.int64)
+    empty = Routing(nothing, torch.zeros(0, 1), torch.zeros(0, 2), count(nothing, 2))
+    shared: list[list[list[float]]] = []
+    for part in (routing([[0.8, 0.2]], [[0]]), empty):
+        seen: list[Tensor] = []
+        for loss in (switch_loss, quadratic_loss):
+            loss(part, lambda value, seen=seen: (seen.append(value), value)[1])
+        shared.append([value.tolist() for value in seen])
+    loads, means, again = shared[1]
+    assert (len(shared[0]), loads, means, again) == (3, [0.0, 0.0], [0.5, 0.5], [0.5, 0.5])
+
+
 def test_the_floor_under_a_sum_of_scores_changes_no_bit_of_ordinary_probabilities() -> None:
     logits = 8 * torch.randn(200, 16, generator=torch.Generator().manual_seed(0))
     scores = logits.sigmoid().requires_grad_()

@@ -202,6 +202,11 @@ def test_where_every_expert_is_chosen_quantiles_move_nothing() -> None:
     assert torch.equal(quantile_bias(scores, torch.zeros(4), 4), torch.zeros(4))
 
 
+def test_a_batch_without_tokens_centres_a_quantile_and_no_more() -> None:
+    bias = torch.tensor([0.75, 0.25, 0.0, 0.0])
+    assert quantile_bias(torch.zeros(0, 4), bias, 2).tolist() == [0.5, 0.0, -0.25, -0.25]
+
+
 def test_z_loss_by_hand() -> None:
     """Two experts: log(e^0 + e^0) = log 2, and log(3 + 1) = log 4."""
     logits = torch.tensor([[0.0, 0.0], [1.0986122887, 0.0]])

@@ -13,7 +13,7 @@ from dsv3.config import Adaptive, Dropless, Fixed, MoE, SignBias, vary
 from dsv3.config.moe import Policy
 from dsv3.model import Transformer, hf
 from dsv3.moe import MoELayer, Routing, expert_capacity, route
-from dsv3.moe.capacity import averaged, drop
+from dsv3.moe.capacity import adaptive_capacity, averaged, drop
 from dsv3.moe.router import gate_weights, within_groups
 from dsv3.moe.routing import count
 from tests.model.variants import BASE
@@ -252,6 +252,11 @@ def test_the_average_by_hand_and_by_a_loop() -> None:
         slow = largest if slow is None else 0.9 * slow + 0.1 * largest
         average = averaged(average, counts, 0.9)
         assert average.item() == pytest.approx(slow, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 60])
+def test_before_the_first_step_an_adaptive_capacity_is_the_whole_batch(tokens: int) -> None:
+    assert adaptive_capacity(tokens, ADAPTIVE, torch.tensor(math.inf)).item() == tokens
 
 
 def test_an_adaptive_capacity_drops_by_the_past_alone() -> None:

@@ -22,7 +22,7 @@ from dsv3.config import (
     SwitchLoss,
     ZLoss,
 )
-from dsv3.moe import balance_losses, load_statistics
+from dsv3.moe import balance_losses, dropped_share, load_statistics
 from tests.moe.layers import layer_of, model_of
 
 SCORINGS = ("sigmoid", "softmax")
@@ -126,6 +126,33 @@ def test_bias_moves_only_under_a_method_that_moves_it_and_against_the_load(moe: 
         assert bias[routing.counts.argmax()] < bias[routing.counts.argmin()]
     if SignBias(rate=0.01) in moe.balance:
         assert bias.abs().max().item() == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    "shape, lengths", [((3, 0), None), ((0, 5), None), ((3, 5), torch.zeros(3, dtype=torch.int64))], ids=str
+)
+@every_variant
+def test_a_batch_without_tokens_asks_for_nothing(
+    moe: MoE, shape: tuple[int, int], lengths: torch.Tensor | None
+) -> None:
+    layer = layer_of(moe, bias=0.3)
+    bias = layer.gate.e_score_correction_bias.clone()
+    y, routing = layer(torch.randn(*shape, 16), lengths)
+    losses = balance_losses(routing, moe, batch=shape[0])
+    of_weight = losses.pop("similarity", torch.zeros(()))
+    assert all(loss.item() == 0.0 for loss in losses.values())
+    pulled = y.sum() + sum(losses.values())
+    for weight in (layer.gate.weight, layer.experts.gate_up, layer.experts.down):
+        assert not torch.autograd.grad(pulled, weight, retain_graph=True, materialize_grads=True)[0].any()
+    assert of_weight.isfinite()
+    asked = layer.demand(routing)
+    layer.update_bias(routing.counts if asked is None else asked)
+    layer.update_capacity(routing.counts)
+    low, high = (layer.gate.e_score_correction_bias - bias).aminmax()
+    # centring adds one number to all biases, of which none is above 1
+    assert high - low <= torch.finfo(torch.float32).eps
+    assert layer.largest_load is None or layer.largest_load.isinf()
+    assert dropped_share(routing.kept) == 0.0
 
 
 @every_variant

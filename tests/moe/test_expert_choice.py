@@ -52,6 +52,13 @@ def test_loads_differ_by_one_at_most_and_each_expert_has_the_tokens_it_wants_mos
     assert (wanted >= left).all()
 
 
+def test_of_no_token_experts_choose_none() -> None:
+    found = choose_tokens(scored(torch.zeros(0, 8), 2), MOE)
+    assert found.kept is not None
+    assert (found.indices.shape, found.weights.shape, found.kept.shape) == ((0, 8), (0, 8), (0, 8))
+    assert found.counts.tolist() == [0] * 8
+
+
 def test_where_each_token_has_every_expert_it_does_not_matter_who_chooses() -> None:
     all_of_them = replace(MOE, num_experts_per_tok=8)
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.moe import LoadStatistics, drop_floor, load_statistics, max_vio_floor
+from dsv3.moe import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio_floor
 from dsv3.moe.load import block_floor, distinct_experts, rank_max_vio, uniform_counts
 
 
@@ -84,6 +84,18 @@ def test_drop_floor_is_what_uniform_routing_loses_at_a_capacity() -> None:
     )
     # Two experts, one token: whoever gets it is one over a capacity of zero.
     assert drop_floor(2, 1, 1, capacity=0) == 1.0
+
+
+def test_what_no_token_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokens=0: must be at least 1"):
+        max_vio_floor(8, 2, 0)
+    with pytest.raises(ValueError, match="tokens=0: must be at least 1"):
+        drop_floor(8, 2, 0, capacity=0)
+    with pytest.raises(ValueError, match=r"counts=\[0, 0\]: must be of at least one token"):
+        rank_max_vio(torch.zeros(2, dtype=torch.int64), 1)
+    with pytest.raises(ValueError, match=r"empty blocks=\[1\]: every block must have tokens"):
+        block_floor(torch.tensor([[1, 2], [0, 0]]), 1)
+    assert dropped_share(torch.zeros(0, 2, dtype=torch.bool)) == 0.0
 
 
 def test_floors_repeat_exactly() -> None:

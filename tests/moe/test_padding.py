@@ -83,11 +83,15 @@ def test_experts_that_choose_choose_no_padding(lengths: list[int]) -> None:
 def test_losses_of_a_batch_are_those_of_its_tokens(lengths: list[int]) -> None:
     methods: tuple[Balance, ...] = (SwitchLoss(), QuadraticLoss(), ZLoss())
     layer = layer_of(replace(MOE, balance=methods), bias=0.1).double()
-    x, tokens, here = padded(layer, [*lengths[:-1], 1 + lengths[-1] % LENGTH])
+    x, tokens, here = padded(layer, lengths)
     found = balance_losses(layer(x, here)[1], layer.moe, ROWS)
     expected = balance_losses(layer(tokens)[1], layer.moe, 1)
     assert list(found) == list(expected) == ["switch", "quadratic", "z"]
     torch.testing.assert_close(list(found.values()), list(expected.values()), rtol=1e-12, atol=0)
+    pulls = [torch.autograd.grad(sum(losses.values()), layer.gate.weight)[0] for losses in (found, expected)]  # type: ignore[arg-type]
+    torch.testing.assert_close(*pulls, rtol=1e-12, atol=1e-15)
+    if not any(lengths):
+        assert not any(found.values())
 
 
 @given(lengths=LENGTHS)
@@ -137,6 +141,20 @@ def test_a_models_padded_rows_say_what_they_say_alone(model: Transformer) -> Non
     k, depths = model.config.moe.num_experts_per_tok, len(found.mtp_logits)  # type: ignore[union-attr]
     assert routed[len(routed) - depths :] == [k * (sum(lengths) - 3 * ahead) for ahead in range(1, depths + 1)]
     assert set(routed[: len(routed) - depths]) == {k * sum(lengths)}
+
+
+def test_a_model_of_padding_alone_has_losses_of_zero_and_no_gradient_of_its_routers() -> None:
+    methods = (SequenceLoss(), SwitchLoss(), QuadraticLoss(), ZLoss())
+    model = Transformer(small.config(methods).model, seed=0)
+    output = model(torch.zeros(3, 10, dtype=torch.int64), lengths=torch.zeros(3, dtype=torch.int64))
+    moe = model.config.moe
+    assert moe is not None
+    losses = [loss for routing in output.routing for loss in balance_losses(routing, moe, 3).values()]
+    assert [loss.item() for loss in losses] == [0.0] * 4 * len(output.routing)
+    torch.stack(losses).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert gradients
+    assert not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("lengths", [[1, 2], [1, 2, 11], [1, 2, -1]])

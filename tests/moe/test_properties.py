@@ -6,8 +6,18 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, composite
 
 from dsv3.config import Fixed, MoE, vary
-from dsv3.moe import Routing, expert_capacity, load_statistics, route, sign_bias
+from dsv3.moe import (
+    Routing,
+    expert_capacity,
+    load_statistics,
+    quadratic_loss,
+    route,
+    sequence_loss,
+    sign_bias,
+    switch_loss,
+)
 from dsv3.moe.capacity import drop
+from dsv3.moe.router import gate_weights, score
 from dsv3.moe.routing import count
 
 quick = settings(max_examples=30)
@@ -35,7 +45,7 @@ def routed(draw: DrawFn) -> tuple[MoE, torch.Tensor, torch.Tensor, torch.Tensor]
     """A router, tokens, its weight and a bias of both signs."""
     moe = draw(routers())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    tokens = draw(st.integers(1, 20))
+    tokens = draw(st.integers(0, 20))
     x = torch.randn(tokens, WIDTH, generator=generator)
     weight = torch.randn(moe.n_routed_experts, WIDTH, generator=generator)
     return moe, x, weight, torch.rand(moe.n_routed_experts, generator=generator) - 0.5
@@ -101,6 +111,41 @@ def test_gradient_reaches_the_router_and_never_the_bias(
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert bias.grad is None
+
+
+@quick
+@given(
+    st.integers(0, 12),
+    st.integers(2, 8),
+    st.sampled_from(["sigmoid", "softmax"]),
+    st.floats(-1e3, 1e3),
+    st.floats(0.0, 50.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_whatever_the_logits_losses_and_weights_have_the_values_and_gradients_of_float64(
+    tokens: int, experts: int, scoring: str, centre: float, spread: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = centre + spread * torch.randn(tokens, experts, generator=generator)
+    toward = torch.rand(tokens, 2, generator=generator)
+    moe = MoE(n_routed_experts=experts, num_experts_per_tok=2, moe_intermediate_size=4, scoring_func=scoring)
+    chosen = logits.topk(2).indices
+    found = []
+    for leaf in (logits.clone().requires_grad_(), logits.double().requires_grad_()):
+        scores = score(leaf, moe)
+        weights = gate_weights(scores, chosen, moe)
+        routing = Routing(chosen, weights, scores, count(chosen, experts))
+        sums = switch_loss(routing), quadratic_loss(routing), (weights * toward).sum()
+        gradients = [torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in sums]
+        found.append([*(value.detach() for value in sums), *gradients])
+        # equal in float32, two scores differ in float64: its experts may be others, but what it gives is finite
+        sequence = sequence_loss(routing, batch=1)
+        assert sequence.isfinite()
+        assert torch.autograd.grad(sequence, leaf)[0].isfinite().all()
+    for single, double in zip(*found, strict=True):
+        # a sum over a few experts and tokens, times E, of probabilities with a few roundings each
+        bound = 16 * torch.finfo(torch.float32).eps * experts * max(tokens, 1)
+        torch.testing.assert_close(single.double(), double, rtol=0.0, atol=bound)
 
 
 @quick
