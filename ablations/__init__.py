@@ -29,6 +29,7 @@ STUDIES: tuple[str, ...] = (
     "attention_hierarchical",
     "attention_choosing",
     "attention_indexer",
+    "attention_gpu",
     "moe_speed",
     "moe_balance",
     "moe_capacity",

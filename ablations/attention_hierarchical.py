@@ -81,6 +81,9 @@ def measure(cell: Cell) -> list[Reading]:
     match cell.axes["part"]:
         case "counts":
             return counts() + opened() + unions()
+        case _ if cell.device != "cpu":
+            why = "it is timed on a CPU alone: attention_gpu has the times of a GPU"
+            return [Reading(arm="hierarchical", metric="forward_cpu_ratio", pending=why)]
         case "time":
             return times(cell)
         case _:

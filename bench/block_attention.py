@@ -3,7 +3,8 @@
 One layer without its projections: q, k and v are given, choosing is inside the time. `bench.attention_sizes` says what
 the arms are. So that a ratio to SDPA can be split, the kernel has a dense arm (what the code gains) and a window of as
 many blocks, which is the same work without a choice (what choosing costs); `plain` and `flex` compute the very
-selection of `hierarchical`. `auto` is timed by a case of its own, at short lengths too.
+selection of `hierarchical`. `auto` is timed by a case of its own, at short lengths too. Each of torch's fused kernels
+is an arm by name as well, for a GPU, where it has several.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.attention_sizes import BLOCK, BRANCHING, HEADS, SEEN, WIDTH
 from dsv3.attention import Implementation, Selection, SelectionCost, attend, reference, why_not_kernel, why_not_triton
@@ -24,14 +26,20 @@ from dsv3.config import Auto, Blocks, Hierarchical, vary
 
 KERNEL = ("dense", "window", "blocks", "hierarchical", "best_first")
 FORWARD_ONLY = ("flex",)
+BACKENDS: Mapping[str, SDPBackend] = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 AUTO: Mapping[str, Direction] = {"auto_forward": "forward", "auto_training": "training"}
 _LAST = 4  # queries of a long sequence that are compared with the reference
+_REFUSALS = ("No available kernel", "No viable backend")  # torch's words where a kernel is not for these inputs
 _SHORT = (SEEN + 2) * BLOCK + 9  # positions of a short one, past what is seen, its last block not full
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Queries, keys and values [1, H, T, P], and for `sdpa_fp32` the same in fp32."""
+    """Queries [1, H, T, P], keys and values [1, G, T, P], and for `sdpa_fp32` the same in fp32."""
 
     q: Tensor
     k: Tensor
@@ -40,12 +48,19 @@ class Inputs:
 
 
 def inputs(
-    length: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, heads: int = HEADS, seed: int = 0
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    heads: int = HEADS,
+    groups: int | None = None,
+    width: int = WIDTH,
+    seed: int = 0,
 ) -> Inputs:
-    """Random inputs of one sequence."""
+    """Random inputs of one sequence; every query head has keys of its own, or `groups` key-value heads serve all."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (1, heads, length, WIDTH)
-    q, k, v = (torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+    shapes = [(1, number, length, width) for number in (heads, groups or heads, groups or heads)]
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
     wide = (q, k, v) if dtype == torch.float32 else tuple(x.detach().float().requires_grad_() for x in (q, k, v))
     return Inputs(q, k, v, wide)
 
@@ -59,9 +74,22 @@ def arms(dtype: torch.dtype, phase: str) -> tuple[str, ...]:
 
 def why_not(arm: str, given: Inputs) -> str | None:
     """None where the arm can be computed here; otherwise what is missing."""
+    if arm in BACKENDS:
+        return _why_not_backend(arm, given)
     if arm not in KERNEL:
         return None
     return why_not_triton(given.q) if given.q.is_cuda else why_not_kernel(given.q)
+
+
+def _why_not_backend(arm: str, given: Inputs) -> str | None:
+    # which inputs a kernel takes depends on the version of torch: a call tells
+    try:
+        forward(arm, given)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _REFUSALS):
+            raise
+        return "torch has no such kernel for these inputs here"
+    return None
 
 
 def choose(arm: str, given: Inputs) -> Selection | None:
@@ -134,6 +162,9 @@ def forward(arm: str, given: Inputs) -> Tensor:
         return _flex(q.detach(), k.detach(), v.detach(), selection)
     if arm in AUTO:
         return attend(q, k, v, selection)
+    if arm in BACKENDS:
+        with sdpa_kernel(BACKENDS[arm]):
+            return attend(q, k, v, implementation="plain")
     ours: Implementation = "triton" if q.is_cuda else "kernel"
     return attend(q, k, v, selection, implementation=ours if arm in KERNEL else "plain")
 
@@ -148,7 +179,7 @@ def training(arm: str, given: Inputs) -> tuple[Tensor, ...]:
     """Forward and backward: the output and the gradients of q, k and v."""
     q, k, v = attended(arm, given)
     out = forward(arm, given)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), v.detach())
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), q.detach())
 
 
 def seeing(number: int, given: Inputs) -> Tensor:
@@ -181,9 +212,37 @@ def check(arm: str, given: Inputs) -> None:
     if arm in FORWARD_ONLY:
         _compare(arm, inference(arm, short), right.detach())
         return
-    grads = torch.autograd.grad(right, leaves, leaves[2].detach())
+    grads = torch.autograd.grad(right, leaves, leaves[0].detach())
     for ours, theirs in zip(training(arm, short), (right.detach(), *grads), strict=True):
         _compare(arm, ours, theirs)
+
+
+def check_heads(arm: str, given: Inputs) -> None:
+    """The arm computes what plain PyTorch does in float64 on its selection: the last block of queries, and a short
+    sequence of as many heads with gradients. Takes seconds where `check`, query by query, takes some for each head.
+
+    Raises:
+        AssertionError: with the largest difference, where it does not.
+    """
+    (heads, length, width), groups = given.q.shape[1:], given.k.shape[1]
+    selection = choose(arm, given)
+    last = None if selection is None else _row(selection)
+    first = (length - 1) // BLOCK * BLOCK
+    right, _ = _in_float64(given.q[:, :, first:], given.k, given.v, last)
+    _compare(arm, inference(arm, given)[:, :, first:], right.detach())
+    short = inputs(_SHORT, given.q.dtype, given.q.device, heads=heads, groups=groups, width=width, seed=1)
+    right, leaves = _in_float64(short.q, short.k, short.v, choose(arm, short))
+    grads = torch.autograd.grad(right, leaves, leaves[0].detach())
+    for ours, theirs in zip(training(arm, short), (right.detach(), *grads), strict=True):
+        _compare(arm, ours, theirs)
+
+
+def _in_float64(
+    q: Tensor, k: Tensor, v: Tensor, selection: Selection | None
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Attention in plain PyTorch, and the leaves that it was computed from."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    return attend(q, k, v, selection, implementation="plain"), (q, k, v)
 
 
 def per_token(length: int) -> tuple[Inputs, Selection, Tensor]:
@@ -228,7 +287,7 @@ def _right(arm: str, given: Inputs, queries: int) -> tuple[Tensor, tuple[Tensor,
     if selection is not None:
         seen = reference.selected(selection, heads=heads, queries=length, total=length)
     q, k, v = (x.detach().double().requires_grad_() for x in (given.q[:, :, -queries:], given.k, given.v))
-    return reference.attention(q, k, v, seen, scale=WIDTH**-0.5), (q, k, v)
+    return reference.attention(q, k, v, seen, scale=q.shape[3] ** -0.5), (q, k, v)
 
 
 def _compare(arm: str, ours: Tensor, right: Tensor) -> None:

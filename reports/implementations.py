@@ -53,6 +53,7 @@ LANGUAGE = {
     "window": RULED,
     **dict.fromkeys(("dense", "hierarchical", "best_first"), OURS),
 }
+GPU = {**dict.fromkeys(("sdpa", "flash", "cudnn", "efficient"), TORCH), "hierarchical": OURS}
 INDEXER = {"dense": TORCH, **dict.fromkeys(("indexer", "indexer_absorbed"), SHORT)}
 STUDIES: Mapping[str, Mapping[str, str]] = {
     "attention_sparsity": SPARSITY,
@@ -61,6 +62,7 @@ STUDIES: Mapping[str, Mapping[str, str]] = {
     "attention_quality": QUALITY,
     "attention_language": LANGUAGE,
     "attention_indexer": INDEXER,
+    "attention_gpu": GPU,
 }
 
 

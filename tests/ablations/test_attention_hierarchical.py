@@ -1,6 +1,7 @@
 """The study of attention down a tree: its cells, its counts, and what it makes of records."""
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -69,6 +70,13 @@ def test_a_process_says_what_share_of_a_product_s_speed_every_arm_reaches(monkey
         for phase in hierarchical.PHASES:
             share = value[arm, phase, "ceiling_share"]
             assert share == pytest.approx(products[phase] * pairs / value[arm, phase, "cpu_seconds"] / ceilings[form])
+
+
+def test_on_a_gpu_nothing_is_passed_off_as_its_time() -> None:
+    for cell in hierarchical.cells("full"):
+        if cell.axes["part"] != "counts":
+            (reading,) = hierarchical.measure(replace(cell, device="cuda"))
+            assert "attention_gpu" in str(reading.pending)
 
 
 def test_a_flat_search_scores_per_token_what_grows_as_n_and_a_tree_what_grows_as_log_n() -> None:

@@ -51,6 +51,49 @@ def test_operations_are_the_products_of_pairs_that_are_seen(arm: str) -> None:
     assert block_attention.operations(arm, given, "forward_backward") == pairs * WIDTH * 2 * (2 + 5)
 
 
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("arm", ["flash", "hierarchical", "window"])
+def test_heads_that_share_keys_agree_with_plain_pytorch(arm: str, groups: int) -> None:
+    given = block_attention.inputs(LENGTH + 5, torch.bfloat16, heads=4, groups=groups, width=16)
+    assert [x.shape[1] for x in (given.q, given.k, given.v)] == [4, groups, groups]
+    if reason := block_attention.why_not(arm, given):
+        pytest.skip(reason)
+    block_attention.check_heads(arm, given)
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient", "late"])
+def test_heads_that_compute_something_else_fail_their_check(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = block_attention.forward
+
+    def off(arm: str, given: block_attention.Inputs) -> torch.Tensor:
+        out = right(arm, given)
+        if wrong == "gradient":
+            return out + 0.1 * (given.k - given.k.detach()).sum()
+        return out + (wrong == "output" or given.q.shape[2] == LENGTH)
+
+    given = block_attention.inputs(LENGTH, torch.float32, heads=2, groups=1)
+    block_attention.check_heads("flash", given)
+    monkeypatch.setattr(block_attention, "forward", off)
+    with pytest.raises(AssertionError, match="flash"):
+        block_attention.check_heads("flash", given)
+
+
+def test_a_kernel_that_torch_refuses_is_missing_and_any_other_error_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = block_attention.inputs(BLOCK, torch.bfloat16, heads=2, groups=1)
+    found = {arm: block_attention.why_not(arm, given) for arm in block_attention.BACKENDS}
+    assert found["flash"] is None
+    assert "no such kernel" in str(found["cudnn"])  # on a CPU
+
+    def out_of_memory(arm: str, given: block_attention.Inputs) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(block_attention, "forward", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        block_attention.why_not("flash", given)
+
+
 def test_on_a_gpu_our_arms_are_the_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(block_attention, "attend", lambda *_, implementation: asked.append(implementation))
@@ -58,9 +101,9 @@ def test_on_a_gpu_our_arms_are_the_triton_kernels(monkeypatch: pytest.MonkeyPatc
     with FakeTensorMode():
         q, k, v = (torch.zeros(1, 2, LENGTH, 8, device="cuda") for _ in range(3))
     given = block_attention.Inputs(q, k, v, (q, k, v))
-    for arm in ("dense", "sdpa"):
+    for arm in ("dense", "sdpa", "cudnn"):
         block_attention.forward(arm, given)
-    assert asked == ["triton", "plain"]
+    assert asked == ["triton", "plain", "plain"]
     assert [block_attention.why_not(arm, given) for arm in ("dense", "sdpa")] == ["no such GPU", None]
 
 
