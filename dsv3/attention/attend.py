@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dsv3.attention import choice
+from dsv3.attention import choice, shapes
 from dsv3.attention.dense import dense
 from dsv3.attention.kernels import blocks, triton_blocks
 from dsv3.attention.selection import Selection
@@ -42,7 +42,8 @@ def attend(
         ValueError: for shapes that do not fit each other, a selection made for other shapes, or an implementation that
             cannot compute them here.
     """
-    _check_shapes(q, k, v)
+    shapes.check(q, k, v)
+    _check_dtypes(q, k, v)
     if implementation is not None:
         choice.check_choice(implementation, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -58,33 +59,18 @@ def attend(
     return sparse(q, k, v, selection, scale=scale)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        shape = tuple(tensor.shape)
-        require(
-            tensor.ndim == 4, f"{name}.shape", shape, "must be [batch, heads, positions, width]", "add the missing axes"
-        )
-    shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-    name = "(q.shape, k.shape, v.shape)"
-    same = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1:3] == v.shape[1:3] and q.shape[3] == k.shape[3]
-    require(same, name, shapes, "batch, keys and widths must agree", "pass [B,H,T,P], [B,G,S,P] and [B,G,S,R]")
-    filled = q.shape[0] > 0 and q.shape[2] > 0
-    require(filled, name, shapes, "batch and positions must not be empty", "pass at least one token")
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     kinds = (q.dtype, k.dtype, v.dtype)
     mixed = torch.is_autocast_enabled(q.device.type)
     require(mixed or len(set(kinds)) == 1, "dtypes", kinds, "must be one outside autocast", "convert them")
-    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    require(divides, name, shapes, "key-value heads must divide the query heads", "group the heads evenly")
-    rule = "queries are the last T of S positions, so T must be at most S"
-    require(q.shape[2] <= k.shape[2], name, shapes, rule, "pass the keys of all positions")
 
 
 def _check_selection(q: Tensor, k: Tensor, selection: Selection) -> None:
-    batch, heads, blocks, _ = selection.indices.shape
-    expected = -(-q.shape[2] // selection.block_q)
+    batch, expected = q.shape[0], -(-q.shape[2] // selection.block_q)
     name, given = "selection.indices.shape", tuple(selection.indices.shape)
-    rule = f"must be [{q.shape[0]}, h, {expected}, K] for {q.shape[2]} queries in blocks of {selection.block_q}"
-    require((batch, blocks) == (q.shape[0], expected), name, given, rule, "select for these queries")
+    rule = f"must be [{batch}, h, {expected}, K] for {q.shape[2]} queries in blocks of {selection.block_q}"
+    require(given[:1] + given[2:-1] == (batch, expected), name, given, rule, "select for these queries")
+    heads = given[1]
     allowed = {1, k.shape[1], q.shape[1]}
     require(
         heads in allowed, name, given, f"h must be one of {sorted(allowed)}", "select per head, per group or for all"

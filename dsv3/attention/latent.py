@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3.attention import shapes
 from dsv3.attention.attend import attend
 from dsv3.attention.cache import LayerCache
 from dsv3.attention.select import Importance, Index, LightningIndexer, leading, remember, select, unfinished
@@ -59,7 +60,11 @@ class LatentAttention(nn.Module):
 
         With a cache they follow its tokens, and are written to it. `absorbed` picks the form; None takes the absorbed
         one for a single token after a cache, the expanded one otherwise.
+
+        Raises:
+            ValueError: for no token, or a cache that they do not fit.
         """
+        shapes.check_axes("x", x, "batch", "positions", "width")
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
         q_nope, q_rope, q_index = self._query(x, position_T)

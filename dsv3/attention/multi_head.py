@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dsv3.attention import shapes
 from dsv3.attention.attend import attend
 from dsv3.attention.cache import LayerCache, key_value_heads
 from dsv3.attention.pooled import joined, pooled
@@ -52,7 +53,11 @@ class MultiHeadAttention(nn.Module):
         """The layer's output for T new tokens, and which keys they saw (None: all).
 
         With a cache they follow its tokens, and are written to it.
+
+        Raises:
+            ValueError: for no token, or a cache that they do not fit.
         """
+        shapes.check_axes("x", x, "batch", "positions", "width")
         start = 0 if cache is None else cache.length
         position_T = torch.arange(start, start + x.shape[1], device=x.device)
         frequency = torch.tensor(self.frequency, dtype=torch.float32, device=x.device)

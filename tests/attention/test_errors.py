@@ -1,5 +1,6 @@
 """What users may get wrong is refused by name, with the remedy."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from jaxtyping import config as jaxtyping_config
 
 from dsv3.attention import KeyValueCache, Selection, attend, build
-from dsv3.attention.select import per_head, window
+from dsv3.attention.select import blocks, hierarchical, per_head, window
 from dsv3.attention.sparse import LONGEST, sparse
-from dsv3.config import Everything, MultiHead, PerHead
-from tests.attention.variants import ATTENTIONS, config, hidden, module
+from dsv3.config import Blocks, Everything, Hierarchical, MultiHead
+from tests.attention.variants import ATTENTIONS, VARIANTS, config, hidden, module
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +33,17 @@ def heads(*shape: int) -> torch.Tensor:
         ((1, 2, 4, 6), (1, 2, 4, 6), (1, 2, 3, 6), "batch, keys and widths must agree"),
         ((1, 3, 4, 6), (1, 2, 4, 6), (1, 2, 4, 6), "key-value heads must divide the query heads"),
         ((1, 2, 5, 6), (1, 2, 4, 6), (1, 2, 4, 6), "T must be at most S"),
-        ((1, 2, 0, 6), (1, 2, 4, 6), (1, 2, 4, 6), "must not be empty; pass at least one token"),
-        ((0, 2, 4, 6), (0, 2, 4, 6), (0, 2, 4, 6), "must not be empty; pass at least one token"),
+        (
+            (1, 2, 0, 6),
+            (1, 2, 4, 6),
+            (1, 2, 4, 6),
+            r"q.shape=\(1, 2, 0, 6\): must not be empty; make each axis at least 1",
+        ),
+        ((0, 2, 4, 6), (0, 2, 4, 6), (0, 2, 4, 6), r"q.shape=\(0, 2, 4, 6\): must not be empty"),
+        ((1, 0, 4, 6), (1, 2, 4, 6), (1, 2, 4, 6), r"q.shape=\(1, 0, 4, 6\): must not be empty"),
+        ((1, 2, 4, 6), (1, 0, 4, 6), (1, 0, 4, 6), r"k.shape=\(1, 0, 4, 6\): must not be empty"),
+        ((1, 2, 4, 0), (1, 2, 4, 0), (1, 2, 4, 6), r"q.shape=\(1, 2, 4, 0\): must not be empty"),
+        ((1, 2, 4, 6), (1, 2, 4, 6), (1, 2, 4, 0), r"v.shape=\(1, 2, 4, 0\): must not be empty"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(
@@ -41,6 +51,43 @@ def test_shapes_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         attend(heads(*q), heads(*k), heads(*v))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Blocks(k=3, block_q=2, block_k=2),
+        Blocks(keep=0.5, top_p=0.5, block_q=2, block_k=2, sharing="group"),
+        Hierarchical(k=3, block_q=2, block_k=2, branching=2, sharing="all"),
+        Hierarchical(k=3, block_q=2, block_k=2, branching=2, search="best_first"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "q, k, message",
+    [
+        (
+            (2, 20, 6),
+            (1, 2, 20, 6),
+            r"q.shape=\(2, 20, 6\): must be \[batch, heads, positions, width\]; pass these axes",
+        ),
+        ((1, 2, 20, 6), (2, 20, 6), r"k.shape=\(2, 20, 6\): must be \[batch, heads, positions, width\]"),
+        ((1, 2, 20, 6), (1, 2, 20, 5), r"\(q.shape, k.shape\)=.*widths must agree; pass \[B,H,T,P\] and \[B,G,S,P\]$"),
+        ((1, 2, 20, 6), (2, 2, 20, 6), "batch, keys and widths must agree"),
+        ((1, 3, 20, 6), (1, 2, 20, 6), "key-value heads must divide the query heads; group the heads evenly"),
+        ((1, 2, 22, 6), (1, 2, 20, 6), "T must be at most S; pass the keys of all positions"),
+        ((0, 2, 20, 6), (0, 2, 20, 6), r"q.shape=\(0, 2, 20, 6\): must not be empty; make each axis at least 1"),
+        ((1, 0, 20, 6), (1, 2, 20, 6), "must not be empty"),
+        ((1, 2, 20, 6), (1, 0, 20, 6), "must not be empty"),
+        ((1, 2, 20, 0), (1, 2, 20, 0), "must not be empty"),
+    ],
+)
+def test_shapes_that_cannot_be_searched_are_refused(
+    choice: Blocks, q: tuple[int, ...], k: tuple[int, ...], message: str
+) -> None:
+    search: Callable[..., Selection] = hierarchical if isinstance(choice, Hierarchical) else blocks
+    with pytest.raises(ValueError, match=message):
+        search(heads(*q), heads(*k), choice)
 
 
 def test_mixed_formats_are_refused_outside_autocast() -> None:
@@ -65,6 +112,12 @@ def test_a_selection_for_other_shapes_is_refused(selection: Selection, message: 
         selection = window(1, 3, 3, size=2, block_q=2)
     with pytest.raises(ValueError, match=message):
         attend(q, heads(1, 1, 5, 4), heads(1, 1, 5, 4), selection)
+
+
+def test_lists_without_a_head_are_refused() -> None:
+    q, selection = heads(1, 3, 5, 4), window(1, 5, 5, size=2)
+    with pytest.raises(ValueError, match=r"selection.indices.shape=\(1, 1, 1\): must be \[1, h, 1, K\] for 5 queries"):
+        attend(q, q, q, replace(selection, indices=selection.indices[0]))
 
 
 @pytest.mark.parametrize(
@@ -97,6 +150,9 @@ def test_more_positions_than_fp32_counts_are_refused() -> None:
     [
         ({"size": 0}, "size=0: must be at least 1"),
         ({"size": 2, "sink": -1}, "sink=-1: must not be negative"),
+        ({"size": 2, "block_q": 0}, "block_q=0: must be at least 1: a block holds a token; use longer blocks"),
+        ({"size": 2, "block_q": -1}, "block_q=-1: must be at least 1"),
+        ({"size": 2, "block_k": 0}, "block_k=0: must be at least 1"),
     ],
 )
 def test_a_window_of_nothing_is_refused(arguments: dict[str, int], message: str) -> None:
@@ -118,13 +174,29 @@ def test_per_head_keeps_a_share_or_a_number(arguments: dict[str, float]) -> None
         per_head(torch.zeros(1, 1, 5), 5, **arguments)
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
-@pytest.mark.parametrize("select", [Everything(), PerHead(k=2)], ids=str)
-@pytest.mark.parametrize("batch, length", [(2, 0), (0, 3)])
-def test_modules_refuse_no_tokens(name: str, select: Everything | PerHead, batch: int, length: int) -> None:
-    made = module(config(ATTENTIONS[name], select))
-    with pytest.raises(ValueError, match=r"must not be empty|must be between 1"):
-        made(hidden(length, batch=batch))
+@pytest.mark.parametrize("block_q", [0, -1])
+def test_per_head_refuses_blocks_without_a_token(block_q: int) -> None:
+    with pytest.raises(ValueError, match=f"block_q={block_q}: must be at least 1: a block holds a token"):
+        per_head(torch.zeros(1, 1, 5), 5, k=2, block_q=block_q)
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ((2, 5), r"importance.shape=\(2, 5\): must be \[batch, heads, positions\]; pass these axes"),
+        ((1, 0, 5), r"importance.shape=\(1, 0, 5\): must not be empty"),
+    ],
+)
+def test_per_head_refuses_another_shape(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        per_head(torch.zeros(shape), 5, k=2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("batch, length", [(2, 0), (0, 3), (0, 40)])
+def test_modules_refuse_no_tokens(name: str, batch: int, length: int) -> None:
+    with pytest.raises(ValueError, match=rf"x.shape=\({batch}, {length}, 20\): must not be empty; make each axis at"):
+        module(VARIANTS[name])(hidden(length, batch=batch))
 
 
 @pytest.mark.parametrize("layer", [-1, 1])

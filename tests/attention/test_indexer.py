@@ -165,3 +165,23 @@ def test_head_weights_stay_off_fp8_codes_as_published() -> None:
 def test_what_cannot_be_selected_is_refused(queries: int, total: int, topk: int, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         indexer(*drawn(queries, total), topk=topk)
+
+
+@pytest.mark.usefixtures("annotations_unchecked")
+@pytest.mark.parametrize("topk", [4, 50])
+@pytest.mark.parametrize(
+    "q, weight, k, says",
+    [
+        ((0, 40, 3, 4), (0, 40, 3), (0, 40, 4), "must not be empty; make each axis at least 1"),
+        ((1, 40, 0, 4), (1, 40, 0), (1, 40, 4), "must not be empty"),
+        ((40, 3, 4), (40, 3), (40, 4), r"must agree; pass \[B,T,J,W\], \[B,T,J\] and \[B,S,W\]"),
+        ((1, 40, 3, 4), (1, 40, 2), (1, 40, 4), "batch, queries, heads and widths must agree"),
+        ((1, 40, 3, 4), (1, 40, 3), (1, 40, 5), "batch, queries, heads and widths must agree"),
+        ((1, 40, 3, 4), (1, 40, 3), (2, 40, 4), "batch, queries, heads and widths must agree"),
+    ],
+)
+def test_shapes_that_cannot_be_indexed_are_refused(
+    q: tuple[int, ...], weight: tuple[int, ...], k: tuple[int, ...], says: str, topk: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"^\(q.shape, weight.shape, k.shape\)=.*{says}"):
+        indexer(torch.zeros(q), torch.zeros(weight), torch.zeros(k), topk=topk)

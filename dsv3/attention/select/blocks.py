@@ -47,7 +47,8 @@ def blocks(
     `documents`: where packed documents begin; none sees another.
 
     Raises:
-        ValueError: when the first query is not the first of its block, or a document begins inside a block.
+        ValueError: for shapes that do not fit each other, when the first query is not the first of its block, or a
+            document begins inside a block.
     """
     return by_document(search, q, k, choice, scale=scale, documents=documents)
 

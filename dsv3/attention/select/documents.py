@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from dsv3.attention import shapes
 from dsv3.attention.select.index import Index, leading
 from dsv3.attention.selection import Selection, SelectionCost
 from dsv3.config import Blocks
@@ -32,11 +33,12 @@ def by_document(
     """`search` in each document of the last T of S positions; more than one document needs all queries.
 
     Raises:
-        ValueError: when the first query is not the first of its block, or a document begins inside a block.
+        ValueError: for shapes that do not fit each other, when the first query is not the first of its block, or a
+            document begins inside a block.
     """
-    queries, total = q.shape[2], k.shape[2]
-    start, scale = total - queries, q.shape[-1] ** -0.5 if scale is None else scale
-    require(1 <= queries <= total, "queries", queries, f"must be between 1 and S={total}", "select for some tokens")
+    shapes.check(q, k)
+    total, start = k.shape[2], k.shape[2] - q.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     rule = f"must be a multiple of block_q={choice.block_q}: the first token of a block chooses for it"
     require(start % choice.block_q == 0, "S - T", start, rule, "pass the queries from a block's beginning on")
     starts = list(documents)

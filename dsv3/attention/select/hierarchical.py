@@ -59,7 +59,8 @@ def hierarchical(
     `documents`: where packed documents begin; each has a tree of its own.
 
     Raises:
-        ValueError: when the first query is not the first of its block, or a document begins inside a block.
+        ValueError: for shapes that do not fit each other, when the first query is not the first of its block, or a
+            document begins inside a block.
     """
     return by_document(search, q, k, choice, scale=scale, documents=documents)
 

@@ -113,11 +113,16 @@ def indexer(
     """The `topk` best keys of each of the last T of S positions.
 
     Raises:
-        ValueError: for a topk below 1, or no query.
+        ValueError: for shapes that do not fit each other, a topk below 1, or no query.
     """
+    shapes = tuple(q.shape), tuple(weight.shape), tuple(k.shape)
+    name, wanted = "(q.shape, weight.shape, k.shape)", "[B,T,J,W], [B,T,J] and [B,S,W]"
+    fits = q.ndim == 4 and weight.shape == q.shape[:3] and k.ndim == 3 and k.shape[::2] == q.shape[::3]
+    require(fits, name, shapes, "batch, queries, heads and widths must agree", f"pass {wanted}")
     (batch, queries), total = q.shape[:2], k.shape[1]
     require(1 <= queries <= total, "queries", queries, f"must be between 1 and S={total}", "select for some tokens")
     require(topk >= 1, "topk", topk, "must be at least 1: a token attends to something", "see more keys")
+    require(q.numel() > 0, name, shapes, "must not be empty", "make each axis at least 1")
     if total <= topk:
         return everything(batch, queries, total, q.device)
     start = total - queries

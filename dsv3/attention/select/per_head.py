@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dsv3.attention import shapes
 from dsv3.attention.select.order import kth_of_prefixes
 from dsv3.attention.select.window import clipped_sum
 from dsv3.attention.selection import Selection, SelectionCost
@@ -65,11 +66,14 @@ def per_head(
     token-exact rule cuts to each query's own k. Both are decided by tokens the queries may see.
 
     Raises:
-        ValueError: unless exactly one of keep (in (0, 1]) and k (at least 1) is given, or for no query.
+        ValueError: unless exactly one of keep (in (0, 1]) and k (at least 1) is given, for another shape, for no query,
+            or for a block below 1.
     """
     PerHead(keep=keep, k=k)
+    shapes.check_axes("importance", importance, "batch", "heads", "positions")
     total = importance.shape[-1]
     require(1 <= queries <= total, "queries", queries, f"must be between 1 and S={total}", "select for some tokens")
+    require(block_q >= 1, "block_q", block_q, "must be at least 1: a block holds a token", "use longer blocks")
     order = importance.detach().argsort(dim=-1, descending=True, stable=True)
     place = torch.arange(total, device=order.device)
     rank = torch.empty_like(order).scatter_(-1, order, place.expand_as(order))

@@ -29,11 +29,13 @@ def window(
     """The window's selection for the last `queries` of `total` positions, shared by all heads.
 
     Raises:
-        ValueError: for a size below 1, a negative sink, or no query.
+        ValueError: for a size or a block below 1, a negative sink, or no query.
     """
     require(1 <= queries <= total, "queries", queries, f"must be between 1 and total={total}", "select for some tokens")
     require(size >= 1, "size", size, "must be at least 1: a token sees itself", "use a larger window")
     require(sink >= 0, "sink", sink, "must not be negative", "use 0 for no sink")
+    for name, block in (("block_q", block_q), ("block_k", block_k)):
+        require(block >= 1, name, block, "must be at least 1: a block holds a token", "use longer blocks")
     block_q = min(block_q, queries)
     first = torch.arange(total - queries, total, block_q, device=device)
     low = (first - size + 1).clamp(min=0) // block_k
