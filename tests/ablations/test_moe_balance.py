@@ -2,28 +2,30 @@
 
 import math
 from dataclasses import replace
+from statistics import stdev
 from typing import Any
 
 import pytest
+from scipy.stats import t
 
 from ablations import moe_balance
+from ablations.balance_methods import STRENGTHS
 from ablations.evidence import NoEvidence
-from ablations.moe_balance import (
+from ablations.moe_balance import EXPERTS, LAYERS, STUDY, cells, configured, measure
+from ablations.moe_balance_answer import (
+    ALPHA,
     BASELINE,
-    EXPERTS,
+    COMPARISONS,
     JUDGED,
-    LAYERS,
+    MARGIN,
     MATCHED,
-    STRENGTHS,
     answer,
-    cells,
-    configured,
     loss_at,
     matched_losses,
-    measure,
     most_even,
 )
 from ablations.moe_balance_pictures import heat, trade
+from ablations.significance import detectable, holm_adjusted, paired_t
 from ablations.study import Reading
 from ablations.traced import Prose
 from bench.fingerprint import provenance
@@ -61,6 +63,34 @@ def records(seeds: int = 6) -> list[Record]:
         found += kept(BASELINE, "default", seed, excess=1.25, loss=4.64 + shift)
         found += kept(BASELINE, "rate 0.003", seed, excess=3.0, loss=5.0 + shift)
         found += kept("global_batch", "default", seed, excess=MATCHED, loss=4.64 + 0.001 * (seed % 2) + shift)
+    return found
+
+
+def loads(arm: str, strength: str, seed: int, *, dead: float, spread: float) -> list[Record]:
+    """Figures of held-out loads, of which all of the text leaves half as many experts dead as a batch."""
+    at = {"device": "cpu", "strength": strength, "text": "held_out", **AXES}
+    found = (
+        ("batch", "dead_experts", dead),
+        ("all", "dead_experts", dead / 2),
+        ("batch", "excess_cv_squared", spread),
+    )
+    return [
+        record(
+            Point(study="moe_balance", arm=arm, baseline=BASELINE, seed=seed, axes={**at, "loads": which}),
+            WHERE,
+            Measurement(metric=metric, value=value),
+        )
+        for which, metric, value in found
+    ]
+
+
+def contrast(gaps: dict[str, list[float]]) -> list[Record]:
+    """The bias, and losses that are these above it where both are as even as MATCHED."""
+    found = [row for seed in range(6) for row in kept(BASELINE, "default", seed, excess=MATCHED, loss=4.6)]
+    found += kept("none", "default", 0, excess=12.0, loss=4.6)
+    for arm, gaps_of_arm in gaps.items():
+        for seed, gap in enumerate(gaps_of_arm):
+            found += kept(arm, "default", seed, excess=MATCHED, loss=4.6 + gap)
     return found
 
 
@@ -142,7 +172,8 @@ def test_the_answer_names_the_most_even_and_the_gap_with_what_could_be_seen() ->
     assert "1.25 times" in said
     assert f"{BASELINE} at default" in said
     assert "global_batch 0.02" in said
-    assert "seen from" in said
+    assert "Never as even at any strength: none." in said
+    assert "DeepSeek-V3 reports" not in said, "no record says what a sequence-wise loss does"
     assert "router even over all text" not in said, "no record says how much that is"
     with pytest.raises(NoEvidence):
         answer([])
@@ -161,6 +192,83 @@ def test_the_answer_says_what_blocks_leave_and_what_experts_that_choose_become()
     said = Prose.of(answer([*records(), *choosing, *over]))
     assert "over that its excess is 1.2." in said, "of the strength that is most even, whatever others have"
     assert "even by force in training, are at 11 when tokens choose" in said
+
+
+def test_a_method_that_looks_ahead_is_never_the_most_even() -> None:
+    found = records()
+    found += [row for seed in range(6) for row in kept("expert_choice", "default", seed, excess=1.0, loss=4.6)]
+    assert f"most even causal method, {BASELINE} at default" in Prose.of(answer(found))
+
+
+def test_the_most_even_method_stands_beside_those_it_is_not_told_from_and_its_loss_beside_the_biass() -> None:
+    assert "a paired t test at 0.05/12 tells it from all others." in Prose.of(answer(records()))
+    found = records()
+    for seed in range(6):
+        found += kept("switch", "alpha 1", seed, excess=1.2, loss=4.67 + 0.02 * seed)
+        found += kept("proportional", "default", seed, excess=1.21 + 0.1 * (-1) ** seed, loss=4.6)
+        found += kept("quantile", "default", seed, excess=1.4 + 0.001 * seed, loss=4.6)
+    said = Prose.of(answer(found))
+    assert "most even causal method, switch at alpha 1 (" in said
+    rivals = said[said.index("does not tell it from") :].split(". ")[0]
+    assert "proportional at default (1.21 [" in rivals
+    assert "quantile" not in rivals
+    assert "nat/token, which less that of sign_bias at default (excess 1.25) is 0.055 [" in said
+
+
+def test_the_answer_says_whether_experts_die_and_how_far_loads_spread() -> None:
+    found = records()
+    for arm, dead, spread in ((BASELINE, 0.0, 0.04), ("none", 2.0, 1.2), ("deepseek_v3", 0.0, 0.03)):
+        found += [row for seed in range(6) for row in loads(arm, "default", seed, dead=dead, spread=spread)]
+    found += [row for seed in range(6) for row in kept("deepseek_v3", "default", seed, excess=1.5, loss=4.6)]
+    said = Prose.of(answer(found))
+    assert "leaves 0 experts without a token in a batch and 0 in all of the text" in said
+    assert "where nothing balances, 2 are left in a batch" in said
+    assert f"exceeds chance's by 0.04; at default strengths: {BASELINE} 0.04, deepseek_v3 0.03, none 1.2." in said
+
+
+SPREAD = (-0.001, 0.001, -0.0005, 0.0005, 0.0002, -0.0002)
+
+
+@pytest.mark.parametrize(
+    "gap, batch_wise, sequence_wise",
+    [
+        (0.0, "reproduced", "not decidable"),
+        (0.003, "reproduced", "reproduced"),
+        (0.0045, "not decidable", "reproduced"),
+        (-0.02, "refuted", "refuted"),
+        (0.02, "refuted", "reproduced"),
+    ],
+)
+def test_the_published_contrast_is_reproduced_refuted_or_not_decidable(
+    gap: float, batch_wise: str, sequence_wise: str
+) -> None:
+    gaps = [gap + part for part in SPREAD]
+    said = Prose.of(answer(contrast(dict.fromkeys(("switch", "global_batch", "sequence"), gaps))))
+    assert f"an end within {MARGIN:g} of the bias's is {batch_wise} for global_batch, " in said
+    assert f", and {batch_wise} for switch, " in said
+    assert f"a higher one is {sequence_wise} for sequence, " in said
+    least = detectable(gaps, alpha=ALPHA / COMPARISONS)
+    assert said.count(f"(seen from {float(f'{least:.2g}'):.4g})") == 2 * 3
+
+
+def test_nothing_is_said_of_the_published_contrast_before_all_seeds() -> None:
+    gaps = {arm: [0.0003, 0.0001, 0.0002] for arm in ("switch", "global_batch", "sequence")}
+    said = Prose.of(answer(contrast(gaps)))
+    assert "of the bias's is not decidable for global_batch" in said
+    assert "a higher one is not decidable for sequence" in said
+
+
+@pytest.mark.parametrize("shift, told", [(0.98, False), (1.02, True)])
+def test_the_contrast_is_judged_at_the_level_at_which_holm_begins_in_the_table(shift: float, told: bool) -> None:
+    (family,) = STUDY.compared
+    assert family.margin == MARGIN
+    assert len(STUDY.arms) - 1 == COMPARISONS
+    edge = float(t.ppf(1 - ALPHA / COMPARISONS / 2, len(SPREAD) - 1)) * stdev(SPREAD) / len(SPREAD) ** 0.5
+    gaps = [shift * edge + part for part in SPREAD]
+    adjusted = holm_adjusted({"sequence": paired_t(gaps)}, COMPARISONS)["sequence"]
+    assert (adjusted <= ALPHA) is told
+    said = Prose.of(answer(contrast(dict.fromkeys(("switch", "global_batch", "sequence"), gaps))))
+    assert ("a higher one is reproduced" in said) is told
 
 
 def test_a_strength_that_diverged_hides_nothing_of_the_others() -> None:
