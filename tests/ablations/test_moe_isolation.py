@@ -7,6 +7,7 @@ import pytest
 
 from ablations import moe_isolation
 from ablations.claims import Outcome, ledger
+from ablations.comparison import families
 from ablations.evidence import NoEvidence
 from ablations.moe_isolation import (
     BASELINE,
@@ -162,6 +163,15 @@ def test_the_answer_carries_the_numbers_of_the_records() -> None:
     assert "in a share 0.3 of the experts, two batches of one domain in 0.05" in said
     assert "weights is 0." in said
     assert "clip_experts 0.4 [" in said
+
+
+def test_clipping_by_expert_is_set_against_clipping_by_one_norm_as_tight() -> None:
+    records = [row for row in told() if row.arm != "clip_experts"]
+    records += rows("clip_experts", "loss", [5.25, 5.45])
+    assert "instead of all by one norm as tight changes it by -0.05 [" in answer(records)
+    family = families(records, STUDY.compared, arms=list(CONFIGS), baseline=BASELINE, seeds=2)[-1]
+    assert (family.baseline, family.arms) == ("clip_global", ("clip_experts",))
+    assert family.compared.margin == STUDY.compared[0].margin
 
 
 def test_the_picture_has_a_line_for_each_arm_in_a_panel_for_cosine_and_one_for_norm() -> None:
