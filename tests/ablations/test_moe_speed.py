@@ -1,12 +1,13 @@
 """The study of the experts' speed: its means over a grid, what its quick cell measures, and its picture."""
 
+from dataclasses import replace
 from statistics import geometric_mean
 
 import pytest
 
 from ablations import moe_speed
 from ablations.evidence import NoEvidence
-from ablations.moe_speed import CHANGES, PEER, ROWS, over_grid
+from ablations.moe_speed import CHANGES, COMPILED_PEER, PEER, ROWS, over_grid
 from ablations.traced import Prose
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
@@ -47,14 +48,37 @@ def records(dtype: str = "fp32", seeds: int = 6) -> list[Record]:
 def test_the_answer_is_of_the_fastest_dense_layer_and_over_the_whole_grid() -> None:
     said = Prose.of(moe_speed.answer(records()))
     assert "In fp32 the kernel reaches 1.5 of the fastest dense layer's speed from 256 rows" in said
-    assert "and 0.75 at 32 rows" in said
-    assert "and 2.5 times at the worst one. Against transformers compiled it is 2.828 times as fast" in said
+    assert "from 256 rows an expert on (0.92 asked) and 0.75 at 32 rows (0.65 asked)" in said
+    assert "2.5 times at the worst one (1 asked) and 2.5 times up to 32 rows. At 32 rows" in said
+    assert "it is 3.75 times as fast as the layer that fills them up to 128 (1.3 asked)" in said
+    assert (
+        "as it is or compiled, it is 2.828 times as fast over all shapes, 2 times at the worst one and 2 times" in said
+    )
     without_compiling = moe_speed.answer([row for row in records() if not row.arm.endswith("_compiled")])
     assert without_compiling in moe_speed.answer(records())
     whole = geometric_mean([2.5, 2.5, 5.0, 5.0])
     assert over_grid(records(), "fp32", lambda point: 1 / point["kernel"], lambda _: True).value == pytest.approx(whole)
     assert "bf16" not in said
-    assert "In bf16" in moe_speed.answer(records() + records("bf16"))
+    both = moe_speed.answer(records() + records("bf16"))
+    assert "In bf16 the kernel reaches 1.5 of the fastest dense layer's speed from 256 rows an expert on (0.85" in both
+    assert "2.5 times up to 32 rows (1.6 asked)" in both
+
+
+def test_the_peers_faster_mode_is_chosen_at_each_shape() -> None:
+    """Compiled it is the faster one at 512 rows alone."""
+    rows = [row for row in records() if (row.arm, row.axes["rows"]) != (COMPILED_PEER, 512)]
+    rows = [replace(row, value=1.2) if row.arm == COMPILED_PEER else row for row in rows]
+    rows += [row for row in records() if (row.arm, row.axes["rows"]) == (COMPILED_PEER, 512)]
+    said = Prose.of(moe_speed.answer(rows))
+    whole = geometric_mean([2.5, 2.5, 5.0, 4.0])
+    assert f"it is {whole:.4g} times as fast over all shapes, 2.5 times at the worst one and 2.5 times up to 32" in said
+
+
+def test_one_process_has_no_interval_and_the_answer_says_so_once_a_format() -> None:
+    said = Prose.of(moe_speed.answer(records(seeds=1)))
+    assert said.startswith("In fp32, of one process and so without intervals, the kernel reaches 1.5 of ")
+    assert "no interval)" not in said
+    assert "intervals" not in Prose.of(moe_speed.answer(records()))
 
 
 def test_a_point_that_lacks_an_arm_counts_for_nothing() -> None:
