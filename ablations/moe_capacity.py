@@ -175,9 +175,9 @@ def answer(records: Sequence[Record]) -> str:
         for told in (partial(_drops, records), partial(_gap, records))
     )
     return (
-        f"Late in {_steps(records)} steps full experts drop {drops}. Against dropless a factor changes the held-out "
-        f"loss, in nat/token, by {losses}. {_policies(records)} The average of past steps' largest loads is "
-        f"{_late(records, 'adaptive', 'capacity_factor')} times the mean load: it drops "
+        f"Late in {_steps(records)} steps full experts drop {drops}. Against dropless, as DeepSeek-V3 is, a factor "
+        f"changes the held-out loss, in nat/token, by {losses}. {_policies(records)} The average of past steps' "
+        f"largest loads is {_late(records, 'adaptive', 'capacity_factor')} times the mean load: it drops "
         f"{_percent(_late(records, 'adaptive', 'drop_share'))} and changes the loss by {_gap(records, 'adaptive')}. "
         f"{_speeds(records)}"
     )

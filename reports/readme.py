@@ -37,12 +37,14 @@ def generated(text: str, studies: Sequence[Study], reference: Path = REFERENCE) 
 
 
 def claim_table(ruled: Sequence[Ruling]) -> str:
-    """Every claim with its verdict, as a Markdown table."""
+    """Every claim with its verdict, beside what DeepSeek does, as a Markdown table."""
     rows = [
-        f"| {row.claim.id} | {row.claim.words} | {row.claimed} | {row.verdict.outcome} | {row.verdict.answer} |"
+        f"| {row.claim.id} | {row.claim.words} | {row.claimed} | {row.verdict.outcome} | {row.verdict.answer} "
+        f"| {row.claim.deepseek} |"
         for row in ruled
     ]
-    return "\n".join(("| | claim | claimed | verdict | found here |", "| --- | --- | ---: | --- | --- |", *rows))
+    head = "| | claim | claimed | verdict | found here | DeepSeek |", "| --- | --- | ---: | --- | --- | --- |"
+    return "\n".join((*head, *rows))
 
 
 def with_parts(text: str, parts: Mapping[str, str]) -> str:

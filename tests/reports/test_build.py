@@ -12,6 +12,7 @@ import pytest
 
 from ablations import catalogue
 from ablations.cell import to_record
+from ablations.claims import ledger
 from ablations.comparison import Compared
 from ablations.study import Study
 from bench.fingerprint import Provenance
@@ -165,7 +166,9 @@ def test_a_full_run_answers_with_numbers_and_a_verdict(coin: Study, run: Run) ->
     assert re.search(r"Bent coins show -0\.\d+ \[-0\.\d+, -0\.\d+\] more heads\.", text)
     assert "holds here" in text
     assert "python -m ablations run attention_sparsity --profile full" in text
-    assert "Bent coins show" in report.files["report.md"].decode()
+    text = report.files["report.md"].decode()
+    assert "Bent coins show" in text
+    assert f"| {ledger()['B2'].deepseek} |" in text, "a claim stands beside what DeepSeek does"
 
 
 def test_what_failed_stays_in_the_report_as_text(coin: Study, run: Run) -> None:

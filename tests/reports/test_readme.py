@@ -1,12 +1,20 @@
 import pytest
 
 from ablations.catalogue import every
-from reports.readme import README, generated, with_parts
+from ablations.claims import ledger
+from reports.pages import rulings
+from reports.readme import README, claim_table, generated, with_parts
 
 
 def test_the_generated_parts_of_the_readme_and_its_figure_are_fresh() -> None:
     stale = [path.name for path, data in generated(README.read_text(), every()).items() if path.read_bytes() != data]
     assert not stale, f"{', '.join(stale)}: run `python -m reports readme`"
+
+
+def test_every_claim_stands_beside_what_deepseek_does() -> None:
+    head, _, *rows = claim_table(rulings((), ())).splitlines()
+    assert head.endswith("| DeepSeek |")
+    assert [row.split(" | ")[-1] for row in rows] == [f"{claim.deepseek} |" for claim in ledger().values()]
 
 
 def test_a_part_is_put_between_its_markers_and_nowhere_else() -> None:
