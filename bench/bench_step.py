@@ -1,8 +1,9 @@
 """Cases of a whole training step: dsv3 against transformers' DeepseekV3ForCausalLM, the same model in both.
 
 A step is forward, cross-entropy, backward and a fused AdamW update of 128 experts of width 128 (top-2, one shared) in
-three of four layers, on 4 sequences of 512 tokens in fp32. The peer runs in its best mode: grouped_mm experts, SDPA
-attention, no cache; its weights are read from a checkpoint that dsv3 wrote. Widths keep DeepSeek-V3's proportions
+three of four layers, on 4 sequences of 512 tokens in fp32. The peer has its fastest parts, grouped_mm experts and SDPA
+attention, and no cache; its weights are read from a checkpoint that dsv3 wrote. Both sides run eager and, in the full
+profile alone, compiled: a quick run does not tell which is the peer's best mode. Widths keep DeepSeek-V3's proportions
 (queries and keys 3/2 as wide as values). Balance losses and the bias update are left out, as the peer has neither.
 """
 
