@@ -165,7 +165,7 @@ def kernel(
 ) -> Float[Tensor, "N D"]:
     """`dsv3.moe.kernels` on sorted rows; `memory` is lent to the gradients of the weights."""
     token, weight, counts = sort_rows(routing, cut=not torch.compiler.is_compiling())
-    return kernel_experts(x, weight, gate_up, down, token, counts, memory, instructions=instructions).to(x.dtype)
+    return kernel_experts(x, weight, gate_up, down, token, counts, memory, instructions=instructions)
 
 
 def triton(

@@ -12,6 +12,6 @@ constexpr int PANEL = 6, WIDE = 2, REGISTER = 32;  // rows and vectors of a pane
 
 #include "passes.h"
 }  // namespace
-const Kernels avx2{"avx2", room, hidden, out, weights, inputs};
+const Kernels avx2{"avx2", rooms, hidden, out, weights, inputs};
 }  // namespace dsv3::experts
 #endif

@@ -13,6 +13,6 @@ constexpr int PANEL = 6, WIDE = 4, REGISTER = 64;  // rows and vectors of a pane
 
 #include "passes.h"
 }  // namespace
-const Kernels avx512{"avx512", room, hidden, out, weights, inputs};
+const Kernels avx512{"avx512", rooms, hidden, out, weights, inputs};
 }  // namespace dsv3::experts
 #endif

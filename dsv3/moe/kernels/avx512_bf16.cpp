@@ -14,6 +14,6 @@ constexpr int PANEL = 6, WIDE = 4, REGISTER = 64;  // rows and vectors of a pane
 
 #include "passes.h"
 }  // namespace
-const Kernels avx512_bf16{"avx512_bf16", room, hidden, out, weights, inputs};
+const Kernels avx512_bf16{"avx512_bf16", rooms, hidden, out, weights, inputs};
 }  // namespace dsv3::experts
 #endif

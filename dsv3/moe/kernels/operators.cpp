@@ -83,10 +83,15 @@ Call prepared(const Tensor& x, const Tensor& weight, const Tensor& gate_up, cons
 }
 
 // Columns in as many pieces as there are threads, in steps of the widest panel.
-template <class Work>
-void by_columns(const Problem& p, const Kernels& kernels, const Work& work) {
+int64_t columns_at_once(const Problem& p) {
   int64_t wide = (pieces(p.hidden, at::get_num_threads()) + 63) / 64 * 64;
-  shared_out(pieces(p.hidden, wide), kernels.room(p), [&](int64_t i, char* scratch) {
+  return std::min(wide, p.hidden);
+}
+
+template <class Work>
+void by_columns(const Problem& p, int64_t room, const Work& work) {
+  int64_t wide = columns_at_once(p);
+  shared_out(pieces(p.hidden, wide), room, [&](int64_t i, char* scratch) {
     work(i * wide, std::min(wide, p.hidden - i * wide), scratch);
   });
 }
@@ -100,10 +105,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   Tensor a = at::empty({token.size(0), p.inner}, x.options());
   Tensor y = at::zeros(x.sizes(), x.options().dtype(at::kFloat));
   p.h = (char*)h.data_ptr(), p.a = (char*)a.data_ptr(), p.y = y.data_ptr<float>();
-  shared_out(p.experts, kernels.room(p), [&](int64_t e, char* scratch) { kernels.hidden(p, e, scratch); });
-  by_columns(p, kernels,
+  Rooms rooms = kernels.rooms(p, columns_at_once(p));
+  shared_out(p.experts, rooms.hidden, [&](int64_t e, char* scratch) { kernels.hidden(p, e, scratch); });
+  by_columns(p, rooms.out,
              [&](int64_t column, int64_t columns, char* scratch) { kernels.out(p, column, columns, scratch); });
-  return {y, h};
+  return {y.to(x.scalar_type()), h};
 }
 
 std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensor& h, const Tensor& x, const Tensor& weight,
@@ -125,8 +131,9 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensor& h, co
   p.h = call.keep(h), p.dy = call.keep(grad.to(x.scalar_type())), p.dh = (char*)dh.data_ptr();
   p.dx = dx.data_ptr<float>(), p.dweight = dweight.data_ptr<float>();
   p.dgate_up = (char*)dgate_up.data_ptr(), p.ddown = (char*)ddown.data_ptr();
-  shared_out(p.experts, kernels.room(p), [&](int64_t e, char* scratch) { kernels.weights(p, e, scratch); });
-  by_columns(p, kernels,
+  Rooms rooms = kernels.rooms(p, columns_at_once(p));
+  shared_out(p.experts, rooms.weights, [&](int64_t e, char* scratch) { kernels.weights(p, e, scratch); });
+  by_columns(p, rooms.inputs,
              [&](int64_t column, int64_t columns, char* scratch) { kernels.inputs(p, column, columns, scratch); });
   return {dx, dweight};
 }

@@ -17,6 +17,7 @@ constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
 
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <bool HALF>
 constexpr int64_t size_of() {
   return HALF ? 2 : 4;
@@ -157,23 +158,81 @@ static float backward_row(const float* g, const char* h, int64_t inner, float we
   return sum;
 }
 
+// ---- scratch memory: what a pass takes of it, `next` being where that ends
+
+template <bool HALF>
+struct HiddenRoom : Scratch {
+  Word *rows, *strip;
+  HiddenRoom(const Problem& p, char* scratch) : Scratch{scratch} {
+    int64_t deep = words<HALF>(p.hidden);
+    rows = take<Word>(p.longest * deep);
+    strip = take<Word>(HALF ? deep * STRIP : 0);
+  }
+};
+
+template <bool HALF>
+struct OutRoom : Scratch {
+  Word* strip;
+  OutRoom(const Problem& p, char* scratch) : Scratch{scratch} {
+    strip = take<Word>(HALF ? words<HALF>(p.inner) * STRIP : 0);
+  }
+};
+
+// What is not needed at the same time lies in the same place: dy and a, factors of one product, and then x and dh, of
+// the next (fp32's dh lies in place); of a tile, dy as it comes, g turned and what is to be paired; dy turned, g and
+// pairs to be turned.
+template <bool HALF>
+struct WeightsRoom : Scratch {
+  static constexpr bool IN_ROWS = HALF && LEFT_IN_ROWS;
+  int64_t all;  // rows of an expert, or pairs of them
+  Word *of_hidden, *of_inner, *rows, *turned;
+  WeightsRoom(const Problem& p, char* scratch) : Scratch{scratch} {
+    int64_t d = p.hidden, f = p.inner, tile = least(TILE, padded(p.longest));
+    all = IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
+    of_hidden = take<Word>(all * d);
+    of_inner = take<Word>(all * (HALF ? 2 * f : f));
+    rows = take<Word>(tile * (HALF ? most(words<HALF>(d), f) : f));
+    turned = take<Word>(tile * most(words<HALF>(d), f));
+  }
+};
+
+template <bool HALF>
+struct InputsRoom : Scratch {
+  Word* turned;  // dh, then the dx that comes of it
+  float* turned_dx;
+  InputsRoom(const Problem& p, int64_t columns, char* scratch) : Scratch{scratch} {
+    int64_t tile = least(TILE, padded(p.longest));
+    turned = take<Word>(tile * most(words<HALF>(2 * p.inner), columns));
+    turned_dx = take<float>(tile * columns);
+  }
+};
+
+// Laid out from address 0, memory ends after as many bytes as it needs.
+template <bool HALF>
+static Rooms rooms_of(const Problem& p, int64_t columns) {
+  return {(int64_t)HiddenRoom<HALF>(p, nullptr).next, (int64_t)OutRoom<HALF>(p, nullptr).next,
+          (int64_t)WeightsRoom<HALF>(p, nullptr).next, (int64_t)InputsRoom<HALF>(p, columns, nullptr).next};
+}
+static Rooms rooms(const Problem& p, int64_t columns) {
+  return p.half ? rooms_of<true>(p, columns) : rooms_of<false>(p, columns);
+}
+
 // ---- passes
 
 template <bool HALF>
 static void hidden_of(const Problem& p, int64_t e, char* scratch) {
   Matrices<HALF> registers;
-  Scratch room{scratch};
+  HiddenRoom<HALF> room(p, scratch);
   constexpr int64_t size = size_of<HALF>();
   int64_t first = p.start[e], stop = p.start[e + 1], d = p.hidden, f = p.inner, deep = words<HALF>(d);
   if (first == stop) return;
-  Word* rows = room.take<Word>(p.longest * deep);
-  Word* strip = room.take<Word>(HALF ? deep * STRIP : 0);
-  gather(p.x, d * size, p.token + first, stop - first, (char*)rows);
+  gather(p.x, d * size, p.token + first, stop - first, (char*)room.rows);
   for (int64_t c = 0; c < 2 * f; c += STRIP) {
-    Factor weights = as_right<HALF>(p.gate_up + (e * d * 2 * f + c) * size, d, least(STRIP, 2 * f - c), 2 * f, strip);
+    Factor weights =
+        as_right<HALF>(p.gate_up + (e * d * 2 * f + c) * size, d, least(STRIP, 2 * f - c), 2 * f, room.strip);
     for (int64_t i = first; i < stop; i += TALL)
       product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, stop - i), least(STRIP, 2 * f - c), deep,
-                                                     rows + (i - first) * deep, deep, weights.data, weights.lead,
+                                                     room.rows + (i - first) * deep, deep, weights.data, weights.lead,
                                                      Put<HALF>{p.h + (i * 2 * f + c) * size, 2 * f});
   }
   for (int64_t i = first; i < stop; ++i)
@@ -183,13 +242,14 @@ static void hidden_of(const Problem& p, int64_t e, char* scratch) {
 template <bool HALF>
 static void out_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
   Matrices<HALF> registers;
+  OutRoom<HALF> room(p, scratch);
   constexpr int64_t size = size_of<HALF>();
   int64_t d = p.hidden, f = p.inner, deep = words<HALF>(f);
   for (int64_t e = 0; e < p.experts; ++e) {
     if (p.start[e] == p.start[e + 1]) continue;
     for (int64_t c = column; c < column + columns; c += STRIP) {
       int64_t wide = least(STRIP, column + columns - c);
-      Factor weights = as_right<HALF>(p.down + (e * f * d + c) * size, f, wide, d, (Word*)scratch);
+      Factor weights = as_right<HALF>(p.down + (e * f * d + c) * size, f, wide, d, room.strip);
       for (int64_t i = p.start[e]; i < p.start[e + 1]; i += TALL)
         product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, p.start[e + 1] - i), wide, deep,
                                                        (const Word*)(p.a + i * f * size), deep, weights.data,
@@ -198,51 +258,60 @@ static void out_of(const Problem& p, int64_t column, int64_t columns, char* scra
   }
 }
 
+// dweight, dh and ddown of an expert.
 template <bool HALF>
-static void weights_of(const Problem& p, int64_t e, char* scratch) {
-  Matrices<HALF> registers;
-  Scratch room{scratch};
+static void down_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& room, bool past) {
   constexpr int64_t size = size_of<HALF>();
+  constexpr bool IN_ROWS = WeightsRoom<HALF>::IN_ROWS;
   int64_t first = p.start[e], count = p.start[e + 1] - first, d = p.hidden, f = p.inner, deep = words<HALF>(d);
-  int64_t all = padded(words<HALF>(p.longest));
-  constexpr bool IN_ROWS = HALF && LEFT_IN_ROWS;
-  int64_t lead_a = IN_ROWS ? all : f, lead_x = IN_ROWS ? all : d;
-  Word* x = room.take<Word>(all * d);
-  Word* dy = room.take<Word>(all * d);
-  Word* a = room.take<Word>(all * f);
-  Word* dh = room.take<Word>(HALF ? all * 2 * f : 0);
-  char* rows = room.take<char>(TILE * (d > f ? d : f) * size);
-  Word* turned_dy = room.take<Word>(deep * TILE);
-  float* turned_g = room.take<float>(f * TILE);
-  float* g = room.take<float>(TILE * f);
-  Word* pairs_room = room.take<Word>(IN_ROWS ? TILE / 2 * (d > f ? d : f) : 0);
+  int64_t lead_a = IN_ROWS ? room.all : f;
+  Word *dy = room.of_hidden, *a = room.of_inner, *g = room.turned;
   const Word* down = (const Word*)(p.down + e * f * d * size);
   for (int64_t i = 0; i < count; i += TILE) {
     int64_t n = least(TILE, count - i), lead = padded(n), row = first + i;
-    char* own_dy = HALF ? rows : (char*)(dy + i * d);
-    gather(p.dy, d * size, p.token + row, n, own_dy);
-    if (HALF) paired(rows, n, d, d, dy + i / 2 * d);
-    turn_rows((const Word*)own_dy, deep, n, deep, turned_dy, lead);
-    product<HALF, true, Far::a>(f, lead, deep, down, deep, turned_dy, lead, Put<false>{(char*)turned_g, lead});
-    turn_rows((const Word*)turned_g, lead, f, lead, (Word*)g, f);
-    char* own_a = HALF ? rows : (char*)(a + i * f);
+    Word* own_dy = HALF ? room.rows : dy + i * d;
+    gather(p.dy, d * size, p.token + row, n, (char*)own_dy);
+    if (HALF) paired((char*)own_dy, n, d, d, dy + i / 2 * d);
+    turn_rows(own_dy, deep, n, deep, room.turned, lead);
+    product<HALF, true, Far::a>(f, lead, deep, down, deep, room.turned, lead, Put<false>{(char*)room.rows, lead});
+    turn_rows(room.rows, lead, f, lead, g, f);
+    char* own_a = (char*)(HALF ? room.rows : a + i * f);
     for (int64_t j = 0; j < n; ++j)
-      p.dweight[row + j] = backward_row<HALF>(g + j * f, p.h + (row + j) * 2 * f * size, f, p.weight[row + j],
-                                              p.dh + (row + j) * 2 * f * size, own_a + j * f * size);
-    if (HALF) {
-      paired_left(rows, n, f, i, a, lead_a, pairs_room);
-      paired(p.dh + row * 2 * f * size, n, 2 * f, 2 * f, dh + i / 2 * 2 * f);
-      gather(p.x, d * size, p.token + row, n, rows);
-      paired_left(rows, n, d, i, x, lead_x, pairs_room);
-    } else {
-      gather(p.x, d * size, p.token + row, n, (char*)(x + i * d));
-    }
+      p.dweight[row + j] = backward_row<HALF>((const float*)g + j * f, p.h + (row + j) * 2 * f * size, f,
+                                              p.weight[row + j], p.dh + (row + j) * 2 * f * size, own_a + j * f * size);
+    if (HALF) paired_left(own_a, n, f, i, a, lead_a, room.turned);
   }
-  const Word* slope = HALF ? dh : (const Word*)(p.dh + first * 2 * f * size);
-  bool past = p.experts * 3 * f * d * size > CACHED;
-  product<HALF, IN_ROWS>(f, d, words<HALF>(count), a, lead_a, dy, d, PutAway<HALF>{p.ddown + e * f * d * size, d, past});
-  product<HALF, IN_ROWS>(d, 2 * f, words<HALF>(count), x, lead_x, slope, 2 * f,
+  product<HALF, IN_ROWS>(f, d, words<HALF>(count), a, lead_a, dy, d,
+                         PutAway<HALF>{p.ddown + e * f * d * size, d, past});
+}
+
+// dgate_up of an expert whose dh is there.
+template <bool HALF>
+static void gate_up_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& room, bool past) {
+  constexpr int64_t size = size_of<HALF>();
+  constexpr bool IN_ROWS = WeightsRoom<HALF>::IN_ROWS;
+  int64_t first = p.start[e], count = p.start[e + 1] - first, d = p.hidden, f = p.inner;
+  int64_t lead_x = IN_ROWS ? room.all : d;
+  Word* x = room.of_hidden;
+  const char* dh = p.dh + first * 2 * f * size;
+  for (int64_t i = 0; i < count; i += TILE) {
+    int64_t n = least(TILE, count - i);
+    char* own_x = (char*)(HALF ? room.rows : x + i * d);
+    gather(p.x, d * size, p.token + first + i, n, own_x);
+    if (HALF) paired_left(own_x, n, d, i, x, lead_x, room.turned);
+  }
+  if (HALF) paired(dh, count, 2 * f, 2 * f, room.of_inner);
+  product<HALF, IN_ROWS>(d, 2 * f, words<HALF>(count), x, lead_x, HALF ? room.of_inner : (const Word*)dh, 2 * f,
                          PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
+}
+
+template <bool HALF>
+static void weights_of(const Problem& p, int64_t e, char* scratch) {
+  Matrices<HALF> registers;
+  WeightsRoom<HALF> room(p, scratch);
+  bool past = p.experts * 3 * p.inner * p.hidden * size_of<HALF>() > CACHED;
+  down_of<HALF>(p, e, room, past);
+  gate_up_of<HALF>(p, e, room, past);
 #ifdef HAS_AVX512
   _mm_sfence();
 #endif
@@ -251,18 +320,17 @@ static void weights_of(const Problem& p, int64_t e, char* scratch) {
 template <bool HALF>
 static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* scratch) {
   Matrices<HALF> registers;
-  Scratch room{scratch};
+  InputsRoom<HALF> room(p, columns, scratch);
   int64_t d = p.hidden, f = p.inner, deep = words<HALF>(2 * f);
-  Word* turned_dh = room.take<Word>(deep * TILE);
-  float* turned_dx = room.take<float>(columns * TILE);
-  float* dx = room.take<float>(TILE * columns);
+  float* dx = (float*)room.turned;
   for (int64_t e = 0; e < p.experts; ++e) {
     const Word* weights = (const Word*)(p.gate_up + (e * d + column) * 2 * f * size_of<HALF>());
     for (int64_t first = p.start[e]; first < p.start[e + 1]; first += TILE) {
       int64_t n = least(TILE, p.start[e + 1] - first), lead = padded(n);
-      turn_rows((const Word*)(p.dh + first * 2 * f * size_of<HALF>()), deep, n, deep, turned_dh, lead);
-      product<HALF, true, Far::a>(columns, lead, deep, weights, deep, turned_dh, lead, Put<false>{(char*)turned_dx, lead});
-      turn_rows((const Word*)turned_dx, lead, columns, lead, (Word*)dx, columns);
+      turn_rows((const Word*)(p.dh + first * 2 * f * size_of<HALF>()), deep, n, deep, room.turned, lead);
+      product<HALF, true, Far::a>(columns, lead, deep, weights, deep, room.turned, lead,
+                                  Put<false>{(char*)room.turned_dx, lead});
+      turn_rows((const Word*)room.turned_dx, lead, columns, lead, (Word*)dx, columns);
       for (int64_t i = 0; i < n; ++i) {
         float* to = p.dx + p.token[first + i] * d + column;
         float* later = p.dx + p.token[first + least(i + SUMS_AHEAD, n - 1)] * d + column;
@@ -273,16 +341,6 @@ static void inputs_of(const Problem& p, int64_t column, int64_t columns, char* s
       }
     }
   }
-}
-
-static int64_t room(const Problem& p) {
-  int64_t d = p.hidden, f = p.inner, rows = (p.longest + TILE - 1) / TILE * TILE;
-  int64_t hidden = (rows + STRIP) * d, out = f * STRIP;
-  int64_t weights = rows * (2 * d + 3 * f) + TILE * (2 * d + 4 * f), inputs = TILE * (2 * f + 2 * d);
-  int64_t most = hidden > out ? hidden : out;
-  most = weights > most ? weights : most;
-  most = inputs > most ? inputs : most;
-  return most * 4 + 16 * 64;
 }
 
 static void hidden(const Problem& p, int64_t e, char* scratch) {

@@ -7,5 +7,5 @@ constexpr int PANEL = 2, WIDE = 4, REGISTER = 16;  // rows and vectors of a pane
 
 #include "passes.h"
 }  // namespace
-const Kernels portable{"portable", room, hidden, out, weights, inputs};
+const Kernels portable{"portable", rooms, hidden, out, weights, inputs};
 }  // namespace dsv3::experts

@@ -25,11 +25,15 @@ struct Problem {
   int64_t longest;  // rows of the busiest expert
 };
 
+struct Rooms {  // bytes of scratch memory that each pass uses
+  int64_t hidden, out, weights, inputs;
+};
+
 // Each pass writes what no other piece of its work does, in an order of its own alone, so that the number of threads
-// changes no bit. `scratch` has room(problem) bytes, a multiple of 64.
+// changes no bit. `scratch` has as many bytes as `rooms` says.
 struct Kernels {
   const char* name;
-  int64_t (*room)(const Problem&);
+  Rooms (*rooms)(const Problem&, int64_t columns);  // columns at a time, where some are taken
   // h and a of an expert's rows
   void (*hidden)(const Problem&, int64_t expert, char* scratch);
   // some columns of y, over all experts
