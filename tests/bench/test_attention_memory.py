@@ -1,4 +1,4 @@
-"""Attention holds no n x n object; the meter counts what operators take inside too, the C++ kernel's memory among it."""
+"""Attention holds no n x n object; the meter counts what operators take inside too, the C++ kernel's among it."""
 
 import pytest
 import torch
