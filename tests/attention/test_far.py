@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv3.attention import Selection, SelectionCost, attend
-from tests.attention.lists import by_cpu, close, grads, needs_kernel, select
+from tests.attention.lists import close, grads, needs_kernel, select
 
 LONGEST = 2**31 - 1  # positions that the kernel counts
 WIDTH = 8
@@ -39,11 +39,9 @@ def test_the_last_key_is_seen_up_to_the_most_positions_and_one_more_is_refused(
         attend(q, k, k, last_block(queries, LONGEST + 1, block_k), implementation="kernel")
 
 
-@by_cpu
+@needs_kernel
 @pytest.mark.parametrize("queries, block", [(1, 64), (2, 64), (1, 1), (2, 1)])
-def test_rows_of_a_tensor_of_more_than_2_31_numbers_are_read_where_they_lie(
-    queries: int, block: int, implementation: str
-) -> None:
+def test_rows_of_a_tensor_of_more_than_2_31_numbers_are_read_where_they_lie(queries: int, block: int) -> None:
     """Offsets count numbers and bytes in 64 bits, so that only positions have an end."""
     step = 2**31
     memory = torch.empty(step + 3 * WIDTH, dtype=torch.bfloat16)  # pages that nobody touches are not there
@@ -56,6 +54,6 @@ def test_rows_of_a_tensor_of_more_than_2_31_numbers_are_read_where_they_lie(
     generator = torch.Generator().manual_seed(0)
     leaves = far(0, queries), far(1, 2), far(2, 2)
     near = tuple(x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in leaves)
-    ours, theirs = (attend(*x, selection, implementation=implementation) for x in (leaves, near))
+    ours, theirs = (attend(*x, selection, implementation="kernel") for x in (leaves, near))
     assert torch.equal(ours, theirs)
     assert all(torch.equal(one, two) for one, two in zip(grads(ours, leaves), grads(theirs, near), strict=True))

@@ -1,4 +1,4 @@
-"""Attention holds no n x n object; the meter counts what operators take inside too, the C++ kernel's among it."""
+"""Attention holds no n x n object; the meter counts what operators take inside too, as the C++ kernel does."""
 
 import pytest
 import torch
@@ -44,8 +44,9 @@ def test_no_selection_takes_memory_for_all_pairs(select: Select, implementation:
     given = leaves_of(select)
     results = given[0].nbytes + sum(x.nbytes for x in given)  # the output, as large as queries, and the gradients
     peak = peak_bytes(lambda: leaves_of(select), attended)[0].value
-    # a mask of a byte for each pair, the least that an n x n object takes; scores in fp32 would be four times as much
-    assert results <= peak < results + LENGTH**2
+    # half a mask of a byte for each pair, the least that an n x n object takes: in forward there are no gradients yet,
+    # in whose place it could stand. Scores in fp32 take eight times as much
+    assert results <= peak < results + LENGTH**2 / 2
 
 
 @needs_kernel
