@@ -8,7 +8,16 @@ from numbers import Real
 from ablations.traced import mark, sources_of
 
 UNITS = {"length": "tokens"}  # of axes whose name does not say it
-_SPELT = {"cpu": "CPU", "flops": "FLOPs", "kv": "KV", "mfu": "MFU", "moe": "MoE", "mtp": "MTP", "sqnr": "SQNR"}
+_SPELT = {
+    "cpu": "CPU",
+    "gpu": "GPU",
+    "flops": "FLOPs",
+    "kv": "KV",
+    "mfu": "MFU",
+    "moe": "MoE",
+    "mtp": "MTP",
+    "sqnr": "SQNR",
+}
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB")
 _COUNTS = ("", "K", "M", "G", "T", "P", "E")
 

@@ -47,6 +47,7 @@ def test_a_place_is_short() -> None:
 def test_names_of_the_code_are_spelt_as_one_writes_them() -> None:
     assert spelt("forward_backward_cpu_ratio") == "forward backward CPU ratio"
     assert spelt("excess_max_vio") == "excess MaxVio"
+    assert spelt("attention_gpu") == "attention GPU"
     assert (with_unit("length"), with_unit("ranks")) == ("length (tokens)", "ranks")
 
 
