@@ -199,8 +199,8 @@ def _cheaper(records: Sequence[Record], arm: str, metric: str) -> str:
         above += [length] if high is None or high >= 1 else []
     since = [length for length in lengths if length > above[-1]]
     if not since:
-        return f"shown at none up to {lengths[-1]}"
-    return f"from {since[0]} tokens on{f', not shown at {above[-1]}' if above[-1] else ''}"
+        return f"shown at none up to {lengths[-1]} tokens"
+    return f"from {since[0]} tokens on{f', not shown at {above[-1]} tokens' if above[-1] else ''}"
 
 
 STUDY = Study(

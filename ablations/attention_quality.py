@@ -71,7 +71,7 @@ ASKED: Mapping[str, str] = {  # of whom it is asked whether they lose anything
     "indexer": "by an indexer with latent attention",
     "per_head": "by the article's importance of keys",
 }
-MOST = 5  # points, the most that any may lose
+MOST = 0.05  # that any may lose
 
 
 def selects(length: int) -> dict[str, Select]:
@@ -204,18 +204,18 @@ def _lost(records: Sequence[Record], arm: str, points: Sequence[Mapping[str, Val
 def _missed(lost: Mapping[str, Mapping[str, Estimate]]) -> str:
     """Of whom it is not shown that they lose no more than they may, and on which tasks."""
     said = []
-    for most, apart in ((100 * MARGIN, EXEMPT), (float(MOST), ())):
+    for most, apart in ((MARGIN, EXEMPT), (MOST, ())):
         short = []
         for words, by_task in lost.items():
             tasks = [task for task, points in by_task.items() if task not in apart and not _below(points, most)]
             short += [f"{words} on {', '.join(tasks)}"] if tasks else []
         beside = f" beside {', '.join(apart)}" if apart else ""
-        said += [f"to lose less than {most:g}{beside} ({'; '.join(short)})"] if short else []
-    return f"Asked, in points, and not shown: {'; '.join(said)}. " if said else ""
+        said += [f"to lose less than {most:.0%}{beside} ({'; '.join(short)})"] if short else []
+    return f"Asked, and not shown: {'; '.join(said)}. " if said else ""
 
 
 def _below(points: Estimate, most: float) -> bool:
-    return points.high is not None and points.high < most
+    return points.high is not None and points.high < 100 * most
 
 
 def _losses(lost: Mapping[str, Mapping[str, Estimate]]) -> list[str]:

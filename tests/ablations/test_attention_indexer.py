@@ -94,8 +94,8 @@ def test_the_answer_has_the_crossings_and_the_longest_time() -> None:
     said = study.answer(rows)
     assert "At 8192 tokens the prefill takes 2" in said
     assert "a decoded token 0.5" in said
-    assert "an expanded prefill from 8192 tokens on, not shown at 2048;" in said
-    assert "an absorbed one shown at none up to 8192;" in said
+    assert "an expanded prefill from 8192 tokens on, not shown at 2048 tokens;" in said
+    assert "an absorbed one shown at none up to 8192 tokens;" in said
     assert "a decoded token from 1024 tokens on." in said
 
 

@@ -122,8 +122,8 @@ def test_a_training_that_diverges_is_a_failed_reading(monkeypatch: pytest.Monkey
 def test_the_answer_says_first_what_dense_attention_did_not_learn_and_what_is_not_shown() -> None:
     text = Prose.of(answer(records(0.004)))
     assert text.startswith(
-        "Asked, in points, and not shown: to lose less than 1 beside counting (down a tree of means on recall); to "
-        "lose less than 5 (down a tree of bounds on counting; down a tree of means on recall). With 23.4% of the"
+        "Asked, and not shown: to lose less than 1% beside counting (down a tree of means on recall); to "
+        "lose less than 5% (down a tree of bounds on counting; down a tree of means on recall). With 23.4% of the"
     ), text
     for words in ("bounds: recall 0.391 [", "counting 20; the most on recall"):
         assert words in text, text
@@ -140,7 +140,7 @@ def test_nothing_is_missed_where_every_interval_lies_below_what_may_be_lost() ->
     mild = [row for row in records(0.004) if row.arm in kinds and row.axes["task"] != "counting"]
     assert Prose.of(answer(mild)).startswith("With 23.4% of the visible pairs")
     one = [row for row in mild if row.seed == 0]
-    assert "to lose less than 1 beside counting (down a tree of bounds on recall)" in Prose.of(answer(one))
+    assert "to lose less than 1% beside counting (down a tree of bounds on recall)" in Prose.of(answer(one))
 
 
 def test_the_longest_training_that_both_have_counts() -> None:
