@@ -164,7 +164,7 @@ def _figures() -> tuple[Figure, ...]:
     return (
         Figure(
             "speed",
-            "Forward and backward time against the fastest of torch's kernels, each query head with keys of its own",
+            "Forward and backward time against torch's fastest kernel, no keys shared",
             metric=RATIO,
             x="length",
             where={SHARED: SHARING[0]},
@@ -172,7 +172,7 @@ def _figures() -> tuple[Figure, ...]:
         ),
         Figure(
             "sharing",
-            f"Seconds of forward and backward by query heads per key-value head, {LENGTHS['quick'][0]} tokens",
+            f"Forward and backward by query heads that share keys, {LENGTHS['quick'][0]} tokens",
             metric=SECONDS,
             x=SHARED,
             where={"length": LENGTHS["quick"][0]},
@@ -180,7 +180,7 @@ def _figures() -> tuple[Figure, ...]:
         ),
         Figure(
             "choosing",
-            "Share of forward and backward that goes into choosing, each query head with keys of its own",
+            "Share of forward and backward that goes into choosing, no keys shared",
             metric=CHOOSING,
             x="length",
             where={SHARED: SHARING[0]},
