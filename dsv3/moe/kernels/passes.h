@@ -192,7 +192,7 @@ struct WeightsRoom : Scratch {
     of_hidden = take<Word>(all * d);
     of_inner = take<Word>(all * (HALF ? 2 * f : f));
     rows = take<Word>(tile * (HALF ? most(words<HALF>(d), f) : f));
-    turned = take<Word>(tile * most(words<HALF>(d), f));
+    turned = take<Word>(tile * most(padded(words<HALF>(d)), f));  // rows are turned a whole vector at a time
   }
 };
 
