@@ -115,7 +115,9 @@ def test_a_report_is_one_file_of_at_most_four_megabytes(reference: tuple[Path, R
     _, report = reference
     assert len(report.files["index.html"]) <= 4 * 2**20
     assert report.references >= 90
-    assert all(figure.twin for page in report.pages for figure in page.figures), "each figure has its table"
+    drawn = [figure for page in report.pages for figure in page.figures if "pending: " not in figure.inline]
+    assert drawn
+    assert all(figure.twin for figure in drawn), "each figure has its table"
     assert mentioned(html(report)) <= {row.id for row in load(REFERENCE / "records.jsonl").records}
 
 
