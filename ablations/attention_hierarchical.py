@@ -217,13 +217,14 @@ def _timed(
     readings = []
     for arm in able:
         seconds, *others = summary(taken, arm, BASELINE, phase, ("cpu",))
-        share = block_attention.operations(arm, given, phase) / ceilings[block_attention.attended(arm, given)[0].dtype]
-        timed = (seconds, rate(seconds, "ceiling_share", share))
+        at_ceiling = ceilings[block_attention.attended(arm, given)[0].dtype]
+        least = block_attention.operations(arm, given, phase) / at_ceiling
+        timed = (seconds, rate(seconds, "ceiling_share", least))
         readings += [Reading(arm=arm, measurement=row, axes={"phase": phase}) for row in timed]
         readings += [Reading(arm=arm, measurement=row) for row in others]
     for arm, name in choosing.items():
-        of_all = over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
-        readings.append(Reading(arm=arm, measurement=of_all))
+        share = over_blocks("selection_cpu_share", ratios(taken, name, arm, "cpu"))
+        readings.append(Reading(arm=arm, measurement=share))
     return readings
 
 

@@ -139,26 +139,30 @@ def _beside_dense(records: Sequence[Record], dtype: str) -> str:
 
 
 def _beside_peers(records: Sequence[Record], dtype: str) -> str:
-    whole = over_grid(records, dtype, _of_peer, lambda rows: True)
-    worst = over_grid(records, dtype, _of_peer, lambda rows: True, of=min)
-    few = over_grid(records, dtype, _of_peer, lambda rows: rows <= FEW)
+    whole, worst, few = _of_shapes(records, dtype, _of_peer)
     padded = over_grid(records, dtype, _of_padded, lambda rows: rows == FEW)
     asked = f" ({ASKED_UP_TO_FEW[dtype]:g} asked)" if dtype in ASKED_UP_TO_FEW else ""
     return (
-        f"It is {_told(whole)} times as fast as transformers over all shapes ({ASKED_MEAN:g} asked), {_told(worst)} "
-        f"times at the worst one ({ASKED_WORST:g} asked) and {_told(few)} times up to {FEW} rows{asked}. At {FEW} rows "
-        f"it is {_told(padded)} times as fast as the layer that fills them up to 128 ({ASKED_MEAN:g} asked)."
+        f"It is {whole} times as fast as transformers over all shapes ({ASKED_MEAN:g} asked), {worst} times at the "
+        f"worst one ({ASKED_WORST:g} asked) and {few} times up to {FEW} rows{asked}. At {FEW} rows it is "
+        f"{_told(padded)} times as fast as the layer that fills them up to 128 ({ASKED_MEAN:g} asked)."
     )
 
 
 def _beside_the_peers_best(records: Sequence[Record], dtype: str) -> str:
-    whole = over_grid(records, dtype, _of_best_peer, lambda rows: True)
-    worst = over_grid(records, dtype, _of_best_peer, lambda rows: True, of=min)
-    few = over_grid(records, dtype, _of_best_peer, lambda rows: rows <= FEW)
+    whole, worst, few = _of_shapes(records, dtype, _of_best_peer)
     return (
-        f"Against transformers in its faster mode at each shape, as it is or compiled, it is {_told(whole)} times as "
-        f"fast over all shapes, {_told(worst)} times at the worst one and {_told(few)} times up to {FEW} rows."
+        f"Against transformers in its faster mode at each shape, as it is or compiled, it is {whole} times as fast "
+        f"over all shapes, {worst} times at the worst one and {few} times up to {FEW} rows."
     )
+
+
+def _of_shapes(records: Sequence[Record], dtype: str, of_point: Callable[[Point], float]) -> tuple[str, str, str]:
+    """The mean over all shapes, the worst of them, and the mean up to FEW rows."""
+    whole = over_grid(records, dtype, of_point, lambda rows: True)
+    worst = over_grid(records, dtype, of_point, lambda rows: True, of=min)
+    few = over_grid(records, dtype, of_point, lambda rows: rows <= FEW)
+    return _told(whole), _told(worst), _told(few)
 
 
 def _told(found: Estimate) -> str:
