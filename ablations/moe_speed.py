@@ -6,25 +6,31 @@ is torch's own, the same compiled, or this project's kernel with a single expert
 timed as it is and compiled. `bench.expert_layers` says what the arms are.
 
 The grid: 8, 64 and 128 experts, 2 or 8 of them a token, 8 to 512 rows for each, widths of 256 and 1024 with experts
-half and a quarter as wide, both number formats, routing drawn at random or balanced. Figures of the grid are geometric
+half and a quarter as wide, both number formats, routing of real text or balanced. Figures of the grid are geometric
 means over its shapes, taken in each process, so that their intervals are over processes.
+
+Where rows are filled up to those of the fullest expert, a capacity is what turns padding into speed: `padded_1.2` is
+timed beside `padded`, with the share of pairs that it drops for it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from statistics import geometric_mean
+from itertools import product
+from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from ablations.evidence import Estimate, NoEvidence, mean
 from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from ablations.traced import note_read
+from bench.measurement import Measurement
 from bench.record import Profile, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
+# Processes. Means over the grid differ between them by a percent or so: three tell what the answer says.
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 3}
 ROWS = (8, 32, 256, 512)
 FEW, MANY = 32, 256  # rows of which products are short, and from which they are long
 # What is asked of the kernel: of the fastest dense layer's speed from MANY rows on and at FEW; of that of both peers in
@@ -38,13 +44,18 @@ FLOPS = 2_000_000_000  # of an arm in a block, at least
 METRIC = "forward_backward_cpu_ratio"
 PEER = "transformers"
 COMPILED_PEER, PADDED_PEER = "transformers_compiled", "padded_128"
+WHOLE, LIMITED = "padded", "padded_1.2"
+FACTOR = 1.2  # of its capacity, the article's
 DENSE = ("dense", "dense_compiled", "dense_kernel")
+DRAWN = ("kernel", "looped", PEER, COMPILED_PEER, PADDED_PEER, WHOLE, LIMITED)
 CHANGES: Mapping[str, str] = {
     "transformers": "DeepSeek-V3's experts there, on torch's grouped product",
     "transformers_compiled": "the same, compiled by torch for each shape",
     "kernel": "this project's C++ kernel",
     "looped": "this project's loop of torch's products",
     "padded_128": "rows filled up to multiples of 128 for the grouped product, as MegaBlocks does",
+    "padded": "rows filled up to those of the fullest expert for one batched product",
+    "padded_1.2": "the same at capacity 1.2, which drops what finds no room",
     "dense": "no experts: a SwiGLU of as many FLOPs, torch's products",
     "dense_compiled": "the same, compiled by torch for each shape",
     "dense_kernel": "the same by this project's kernel, as one expert",
@@ -77,7 +88,7 @@ def measure(cell: Cell) -> list[Reading]:
     points = [
         (rows, k, routed)
         for rows in (ROWS if whole else (FEW, MANY))
-        for k, routed in (((2, "uniform"), (8, "uniform"), (2, "balanced")) if whole else ((2, "uniform"),))
+        for k, routed in (product((2, 8), ("text", "balanced")) if whole else ((2, "text"),))
     ]
     return [reading for point in points for reading in _timed(cell, *point, compiling=whole)]
 
@@ -87,6 +98,7 @@ def _timed(cell: Cell, rows: int, k: int, routed: str, *, compiling: bool) -> li
 
     from bench import expert_layers
     from bench.meters.paired import process_clock, ratio, time_block
+    from dsv3.moe.load import dropped_share
 
     width, experts, seed = int(cell.axes["width"]), int(cell.axes["experts"]), cell.seed or 0
     shape = expert_layers.Shape(rows * experts // k, width, INNER[width], experts, k)
@@ -95,7 +107,7 @@ def _timed(cell: Cell, rows: int, k: int, routed: str, *, compiling: bool) -> li
     lacking = dict.fromkeys(() if compiling else expert_layers.COMPILED, "compiling takes longer than a quick run")
     torch.compiler.reset()  # of too many shapes it would compile none
     arms = build(names=[name for name in CHANGES if name not in lacking])
-    expert_layers.check(arms | build(names=(expert_layers.TRUTH,)), dtype)
+    expert_layers.check(arms | build(names=expert_layers.TRUTHS), dtype)
     steps = {name: arm.step for name, arm in arms.items()}
     calls = max(1, FLOPS // shape.flops)
     blocks = range(4 if compiling else 3)  # the first warms up
@@ -107,6 +119,8 @@ def _timed(cell: Cell, rows: int, k: int, routed: str, *, compiling: bool) -> li
         if arm != PEER
     ]
     lacking |= {name: "the C++ kernel cannot be built here" for name in expert_layers.KERNEL if name not in arms}
+    lost = dropped_share(expert_layers.limited(expert_layers.routing_of(shape, routed, seed)).kept)
+    found.append(Reading(arm=LIMITED, measurement=Measurement(metric="drop_share", value=lost), axes=axes))
     return found + [Reading(arm=arm, metric=METRIC, pending=why, axes=axes) for arm, why in lacking.items()]
 
 
@@ -123,6 +137,7 @@ def answer(records: Sequence[Record]) -> str:
             said.append(_beside_dense(records, dtype))
             said.append(_beside_peers(records, dtype))
             said.append(_beside_the_peers_best(records, dtype))
+            said.append(_by_capacity(records, dtype))
     if not said:
         raise NoEvidence("the kernel has not been timed beside a dense layer")
     return " ".join(said)
@@ -157,6 +172,29 @@ def _beside_the_peers_best(records: Sequence[Record], dtype: str) -> str:
     )
 
 
+def _by_capacity(records: Sequence[Record], dtype: str) -> str:
+    """What a capacity saves where every expert's rows are filled up to as many."""
+    gained = over_grid(records, dtype, _of_unlimited, lambda rows: True, routing="text")
+    behind = over_grid(records, dtype, _of_limited, lambda rows: True, routing="text")
+    lost = _lost(records, dtype).map(lambda share: 100 * share)
+    return (
+        f"Routed as real text is, rows filled up to a capacity of {FACTOR:g} are {_told(gained)} times as fast as up "
+        f"to the fullest expert, for {_told(lost)}% of the pairs dropped; the kernel, which drops none, is "
+        f"{_told(behind)} times as fast as that."
+    )
+
+
+def _lost(records: Sequence[Record], dtype: str) -> Estimate:
+    """The share of pairs that the capacity drops, the mean over the grid in each process."""
+    rows = [row for row in records if (row.metric, row.axes.get("routing")) == ("drop_share", "text")]
+    rows = [row for row in rows if row.error is None and row.axes["dtype"] == dtype]
+    if not rows:
+        raise NoEvidence(f"nothing was dropped in {dtype}")
+    note_read(rows)
+    seeds = {row.seed for row in rows}
+    return mean([fmean(float(row.value or 0.0) for row in rows if row.seed == seed) for seed in seeds])
+
+
 def _of_shapes(records: Sequence[Record], dtype: str, of_point: Callable[[Point], float]) -> tuple[str, str, str]:
     """The mean over all shapes, the worst of them, and the mean up to FEW rows."""
     whole = over_grid(records, dtype, of_point, lambda rows: True)
@@ -184,6 +222,16 @@ def _of_padded(point: Point) -> float:
     return point[PADDED_PEER] / point["kernel"]
 
 
+def _of_unlimited(point: Point) -> float:
+    if not {WHOLE, LIMITED} <= point.keys():
+        raise NoEvidence("a capacity has not been timed")
+    return point[WHOLE] / point[LIMITED]
+
+
+def _of_limited(point: Point) -> float:
+    return point[LIMITED] / point["kernel"]
+
+
 def _of_best_peer(point: Point) -> float:
     """As it is, a time of 1, or compiled, whichever is faster at the point."""
     if COMPILED_PEER not in point:
@@ -198,8 +246,10 @@ def over_grid(
     which: Callable[[int], bool],
     *,
     of: Callable[[Iterable[float]], float] = geometric_mean,
+    **where: Value,
 ) -> Estimate:
-    """The geometric mean (or `of`) over the grid's points with such rows, in each process, and then over processes.
+    """The geometric mean (or `of`) over the grid's points with such rows, in each process, and then over processes;
+    `where` are axes of the points that count.
 
     Raises:
         NoEvidence: no such point has all arms that were timed, the kernel among them.
@@ -207,7 +257,7 @@ def over_grid(
     seeds: dict[int | None, dict[object, dict[str, float]]] = {}
     rows = [row for row in records if row.metric == METRIC and row.error is None and row.axes["dtype"] == dtype]
     needed = {row.arm for row in rows} | {"kernel"}
-    rows = [row for row in rows if which(int(row.axes["rows"]))]
+    rows = [row for row in rows if which(int(row.axes["rows"])) and where.items() <= row.axes.items()]
     for row in rows:
         point = seeds.setdefault(row.seed, {}).setdefault(tuple(sorted(row.axes.items(), key=str)), {})
         point[row.arm] = float(row.value or 0.0)
@@ -235,7 +285,7 @@ def speeds(table: Any) -> "Picture":
         )
         points[PEER] = 1.0
         best = points.filter(items=DENSE).min(axis=1)
-        for arm in points.columns.intersection(("kernel", "looped", PEER, COMPILED_PEER, "padded_128"), sort=False):
+        for arm in points.columns.intersection(DRAWN, sort=False):
             share = np.exp(np.log(best / points[arm]).groupby("rows").mean())
             axes.plot(share.index, share, marker="o", label=arm if axes is panels[0] else None)
         axes.axhline(1.0, color="#7f7f7f", linestyle=":", label="dense" if axes is panels[0] else None)
@@ -257,7 +307,7 @@ STUDY = Study(
     question="How near does a layer of experts come to a dense one?",
     arms=tuple(Arm(name, changes) for name, changes in CHANGES.items()),
     baseline=PEER,
-    metrics=(METRIC,),
+    metrics=(METRIC, "drop_share"),
     seeds=SEEDS,
     cells=cells,
     measure=measure,
@@ -266,8 +316,8 @@ STUDY = Study(
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
         "One thread by CPU time, all arms in one process. The time of compiling, once a shape, is left out.",
-        "In records from before December 2026 the kernel and the loop alone compute the gradients of the gate weights: "
-        "the other arms are flattered there.",
+        "In records of uniform routing, an older grid, the kernel and the loop alone compute the gradients of the gate "
+        "weights: the other arms are flattered there.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )

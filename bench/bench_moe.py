@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.cases import Figures, Run
-from bench.expert_layers import PEER, TRUTH, Arm, Shape, build, check
+from bench.expert_layers import PEER, TRUTHS, Arm, Shape, build, check
 from bench.measurement import Measurement, Point
 from bench.meters.flops import flops
 from bench.meters.memory import memory
@@ -49,14 +49,14 @@ def bench_experts(
     measure_arms(
         phase="forward_backward",
         baseline=PEER,
-        arms={name: arm.step for name, arm in arms.items() if name != TRUTH},
+        arms={name: arm.step for name, arm in arms.items() if name not in TRUTHS},
         check=lambda: check(arms, dtype),
         axes=axes,
         tokens=shape.tokens,
         flops=shape.flops,
         dtype=dtype,
     )
-    for name in [name for name in arms if name != TRUTH]:
+    for name in [name for name in arms if name not in TRUTHS]:
         keep(name, costs(shape, dtype, device, name), axes=axes)
 
 

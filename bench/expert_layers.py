@@ -2,11 +2,13 @@
 
 All arms get the same tokens, the same routing and the same weights, each in the layout it likes. The routing is given,
 so the router's own cost is left out; sorting, combining and the gradients of the gate weights are in. `uniform` routing
-draws K distinct experts for each token, `balanced` gives every expert as many rows.
+draws K distinct experts for each token, `balanced` gives every expert as many rows, `text` is that of real text
+(`bench.text_routing`).
 
     transformers     the experts of DeepSeek-V3 there, on torch's grouped product: the peer
     triton           the experts on a GPU: left out elsewhere
     padded           each expert's rows filled up to those of the fullest, then one batched product
+    padded_1.2       the same at the article's capacity: fewer rows to fill up, and tokens dropped that find no room
     padded_128       each expert's rows filled up to a multiple of 128, as MegaBlocks does, then the grouped product
     dense            a SwiGLU of K times the width on all tokens, torch's own products
     dense_kernel     the same by our kernel, as a layer of one expert: what is lost to experts alone
@@ -24,9 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.text_routing import text_routing
+from dsv3.config import Fixed, MoE
 from dsv3.layers import SwiGLU
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe import Routing
+from dsv3.moe.capacity import drop, expert_capacity
 from dsv3.moe.dispatch import Dispatch, grouped, kernel, looped, padded, reference, sort_rows, triton
 from dsv3.moe.kernels import triton_experts
 from dsv3.moe.kernels.experts import fits, why_not
@@ -36,6 +41,9 @@ from dsv3.moe.routing import count
 PEER = "transformers"
 DENSE = ("dense", "dense_kernel")
 TRUTH = "reference"
+LIMITED: Mapping[str, str] = {"padded_1.2": TRUTH + "_1.2"}  # arms that drop, and what they are to equal
+TRUTHS = (TRUTH, *LIMITED.values())
+FACTOR = 1.2
 COMPILED = {"transformers_compiled": PEER, "dense_compiled": "dense"}
 KERNEL = ("kernel", "dense_kernel")
 PADDED = 128  # rows to a multiple of which an expert's are filled up
@@ -122,13 +130,17 @@ DISPATCHES: Mapping[str, Dispatch] = {
     "grouped": grouped,
     "padded": padded,
     "padded_128": blockwise,
+    "padded_1.2": padded,
     TRUTH: reference,
+    LIMITED["padded_1.2"]: reference,
 }
 LENDING = ("kernel", "looped")  # memory, to their gradients
 
 
 def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
     """Which experts the tokens go to, with random gate weights."""
+    if routed == "text":
+        return text_routing(shape.tokens, _config(shape.experts, shape.k), seed=seed)
     random = torch.Generator().manual_seed(seed)
     if routed == "balanced":
         first = torch.arange(shape.tokens)[:, None] * shape.k + torch.arange(shape.k)
@@ -137,6 +149,20 @@ def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
         indices = torch.rand(shape.tokens, shape.experts, generator=random).topk(shape.k).indices
     weights = torch.rand(shape.tokens, shape.k, generator=random)
     return Routing(indices, weights, weights.new_ones(shape.tokens, shape.experts), count(indices, shape.experts))
+
+
+def limited(routing: Routing) -> Routing:
+    """The same with what each expert keeps at the article's capacity."""
+    return drop(routing, _config_of(routing), Fixed(factor=FACTOR))
+
+
+def _config_of(routing: Routing) -> MoE:
+    return _config(len(routing.counts), routing.indices.shape[1])
+
+
+def _config(experts: int, k: int) -> MoE:
+    """Of a router, which does not care how wide its experts are."""
+    return MoE(n_routed_experts=experts, num_experts_per_tok=k, moe_intermediate_size=1)
 
 
 def build(
@@ -175,11 +201,11 @@ def build(
 
 def check(arms: Mapping[str, Arm], dtype: torch.dtype) -> None:
     """Outputs and gradients of every routed arm equal the reference's; the dense layers are another function."""
-    truth = arms[TRUTH].results()
+    truths = {name: arms[name].results() for name in TRUTHS if name in arms}
     for name, arm in arms.items():
-        if COMPILED.get(name, name) in (TRUTH, *DENSE):
+        if COMPILED.get(name, name) in (*TRUTHS, *DENSE):
             continue
-        for found, right in zip(arm.results(), truth, strict=True):
+        for found, right in zip(arm.results(), truths[LIMITED.get(name, TRUTH)], strict=True):
             # Sums of a few hundred products in other orders, and a handful of roundings to the type on the way.
             bound = 8 * torch.finfo(dtype).eps * arm.x.shape[1] ** 0.5 * right.abs().max().item()
             torch.testing.assert_close(found, right, rtol=0.0, atol=bound, msg=partial("{}: {}".format, name))
@@ -198,6 +224,10 @@ def _ours(
     given: dict[str, Any] = {"instructions": instructions} if name == "kernel" else {}
     if name in LENDING and lend:
         given["memory"] = (ReusedMemory(), ReusedMemory())
+    if name in (*LIMITED, *LIMITED.values()):
+        routing = limited(routing)
+    if name in LIMITED:
+        given["capacity"] = expert_capacity(len(x), _config_of(routing), FACTOR)
     dispatch, routing = partial(DISPATCHES[name], **given), _learning(routing)
     return Arm(lambda rows: dispatch(rows, routing, *stacked), stacked, x, gate=routing.weights)
 

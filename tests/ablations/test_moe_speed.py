@@ -7,7 +7,7 @@ import pytest
 
 from ablations import moe_speed
 from ablations.evidence import NoEvidence
-from ablations.moe_speed import CHANGES, COMPILED_PEER, PEER, ROWS, over_grid
+from ablations.moe_speed import CHANGES, COMPILED_PEER, LIMITED, PEER, ROWS, over_grid
 from ablations.traced import Prose
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
@@ -23,26 +23,30 @@ TIMES = {
     "kernel": 0.4,
     "looped": 0.9,
     "padded_128": 1.5,
+    "padded": 2.4,
+    "padded_1.2": 1.2,
     "dense": 0.5,
     "dense_compiled": 0.6,
     "dense_kernel": 0.3,
 }
 
 
-def kept(arm: str, value: float, seed: int, **axes: str | int) -> Record:
+def kept(arm: str, value: float, seed: int, metric: str = moe_speed.METRIC, **axes: str | int) -> Record:
     point = Point(study=moe_speed.STUDY.name, arm=arm, baseline=PEER, seed=seed, axes={"device": "cpu"} | axes)
-    return record(point, WHERE, Measurement(metric=moe_speed.METRIC, value=value))
+    return record(point, WHERE, Measurement(metric=metric, value=value))
 
 
 def records(dtype: str = "fp32", seeds: int = 6) -> list[Record]:
     """Processes that agree; at more than 32 rows the kernel takes half the time, and the dense layers are as before."""
-    where = {"width": 256, "experts": 8, "k": 2, "routing": "uniform", "dtype": dtype}
-    return [
+    where = {"width": 256, "experts": 8, "k": 2, "routing": "text", "dtype": dtype}
+    times = [
         kept(arm, time / 2 if arm == "kernel" and rows > 32 else time, seed, rows=rows, **where)
         for seed in range(seeds)
         for rows in ROWS
         for arm, time in TIMES.items()
     ]
+    lost = [kept(LIMITED, 0.11, seed, "drop_share", rows=rows, **where) for seed in range(seeds) for rows in ROWS]
+    return times + lost
 
 
 def test_the_answer_is_of_the_fastest_dense_layer_and_over_the_whole_grid() -> None:
@@ -62,6 +66,15 @@ def test_the_answer_is_of_the_fastest_dense_layer_and_over_the_whole_grid() -> N
     both = moe_speed.answer(records() + records("bf16"))
     assert "In bf16 the kernel reaches 1.5 of the fastest dense layer's speed from 256 rows an expert on (0.85" in both
     assert "2.5 times up to 32 rows (1.6 asked)" in both
+
+
+def test_a_capacity_turns_padding_into_speed_on_routing_of_text_alone() -> None:
+    said = Prose.of(moe_speed.answer(records()))
+    gained = "a capacity of 1.2 are 2 times as fast as up to the fullest expert, for 11% of the pairs dropped"
+    assert f"{gained}; the kernel, which drops none, is 4.24" in said
+    balanced = [replace(row, axes={**row.axes, "routing": "balanced"}) for row in records()]
+    assert "capacity" not in moe_speed.answer(balanced)
+    assert said == Prose.of(moe_speed.answer(records() + [row for row in balanced if row.arm == LIMITED]))
 
 
 def test_the_peers_faster_mode_is_chosen_at_each_shape() -> None:
@@ -94,6 +107,9 @@ def test_a_point_that_lacks_an_arm_counts_for_nothing() -> None:
 def test_the_quick_cell_times_every_arm_against_the_peer() -> None:
     (cell,) = moe_speed.cells("quick")
     rows = moe_speed.measure(cell)
+    lost = [row for row in rows if row.measurement is not None and row.measurement.metric == "drop_share"]
+    assert [(row.arm, row.axes["rows"]) for row in lost] == [(LIMITED, 32), (LIMITED, 256)]
+    rows = [row for row in rows if row not in lost]
     assert {(row.arm, row.axes["rows"]) for row in rows} == {
         (arm, number) for arm in CHANGES if arm != PEER for number in (32, 256)
     }
