@@ -1,30 +1,45 @@
 """How evenly does each way of balancing load the experts, and what does it cost in loss at equal evenness?
 
 Every method on the same small model with DeepSeek-V3's router (sigmoid scores, a shared expert), at several strengths;
-each training starts from the same weights and reads the same text. Strength buys evenness with loss, so that methods
-are compared where they are equally even: the loss of each is interpolated between its strengths, linearly in log excess
-MaxVio, at an excess of MATCHED. Strengths beyond the most even one are left out, since they overshoot; a method that is
-evener than MATCHED at its weakest has the loss that it has there, and one that is never as even has none.
+each training starts from the same weights and reads the same text. With r rows for each of E experts, K to a token:
 
+    excess squared CV      CV^2 - (1 - K/E) / r, its expectation under uniformly random routing: 0 is as even as chance.
+                           Of all experts and comparable across batch sizes, so that methods are ranked by it
     excess MaxVio          MaxVio / that of uniformly random routing of as many tokens: 1 is as even as chance
-    excess squared CV      its like without a maximum, comparable across batch sizes
     excess over blocks     MaxVio / that of a router even over all text, whose blocks of real tokens hang together; of
                            the most even method alone, since of a router that neglects experts this scales up their few
                            tokens, so that an uneven router looks even
 
-The first two are taken twice: of the training's own batches, and of held-out text by the frozen model, each token for
-itself. Only the second is causal for every method, and only there methods are ranked: experts that choose tokens are
-even by force in training and choose by what comes later. `switch` has the statistics of a microbatch, a quarter of the
-batch, as a process has that does not talk to others; `global_batch` is the same loss on the whole. Centring moves all
-biases of a layer alike, which changes no choice: its arm differs from `sign_bias` by rounding alone, which a training
-then makes larger, and so shows how small a difference means nothing.
+Strength buys evenness with loss, so that methods are also compared where they are equally even: the loss of each is
+interpolated between its strengths, linearly in log excess MaxVio, at an excess of MATCHED. Strengths beyond the most
+even one are left out, since they overshoot; a method that is evener than MATCHED at its weakest has the loss that it
+has there, and one that is never as even has none.
+
+Balance is taken of the training's own batches, and of held-out text by the frozen model, each token for itself: there
+in batches of as many rows, by which methods are ranked, and over all of the text, where what batches have by chance or
+by topic evens out. Only held-out text is causal for every method: experts that choose tokens are even by force in
+training and choose by what comes later. `switch` has the statistics of a microbatch, a quarter of the batch, as a
+process has that does not talk to others; `global_batch` is the same loss on the whole. Centring moves all biases of a
+layer alike, which changes no choice: its arm differs from `sign_bias` by rounding alone, which a training then makes
+larger, and so shows how small a difference means nothing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from ablations.balance_methods import CHANGES, MICROBATCHES, STRENGTHS
 from ablations.comparison import Compared
-from ablations.moe_balance_answer import BASELINE, COMPARISONS, JUDGED, MARGIN, SEEDS, answer
+from ablations.moe_balance_answer import (
+    BASELINE,
+    BUSIEST,
+    COMPARISONS,
+    HEADLINE,
+    JUDGED,
+    MARGIN,
+    OVERALL,
+    SEEDS,
+    answer,
+)
 from ablations.moe_balance_pictures import heat, trade
 from ablations.significance import ALPHA
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
@@ -135,15 +150,26 @@ def measure(cell: Cell) -> list[Reading]:
     ]
 
 
+def _headline(name: str, over: str, where: Mapping[str, Value]) -> Figure:
+    return Figure(
+        f"{HEADLINE}_{name}",
+        f"Excess squared CV {over}, default strengths (0: chance)",
+        metric=HEADLINE,
+        kind="interval",
+        where={"strength": "default", **where},
+        log="x",
+    )
+
+
 STUDY = Study(
     name="moe_balance",
     question="How evenly does each way of balancing load the experts, and at which loss?",
     arms=tuple(Arm(name, changes) for name, changes in CHANGES.items()),
     baseline=BASELINE,
     metrics=(
+        HEADLINE,
         "excess_max_vio",
         "excess_over_blocks",
-        "excess_cv_squared",
         "loss",
         "max_vio",
         "rank_max_vio",
@@ -166,13 +192,15 @@ STUDY = Study(
     ),
     configs={name: configured(name, "default", steps=300, rows=8) for name in CHANGES},
     figures=(
-        Figure("trade", "What evenness costs: loss against excess MaxVio, a point a strength", draw=trade),
+        _headline("batch", "in a batch of held-out text", JUDGED),
+        _headline("all", "over all held-out text", OVERALL),
+        Figure("trade", "What evenness costs: held-out loss by strength, from weak to strong", draw=trade),
         Figure(
             "excess_max_vio",
             "Excess MaxVio on held-out text at default strengths",
             metric="excess_max_vio",
             kind="interval",
-            where={"strength": "default", **JUDGED},
+            where={"strength": "default", **BUSIEST},
             log="x",
             reference=(1.0, "chance"),
         ),
@@ -185,5 +213,7 @@ STUDY = Study(
         "Rivals of the most even method and the published contrast are judged by t intervals at "
         f"{ALPHA:g}/{COMPARISONS}, the strictest level of Holm's family in the table of losses.",
         "Exact quantiles have no arm: a test holds histograms to them.",
+        "Excess MaxVio alone has percentiles over layers; no arm drops a token: what a capacity drops, and by chance, "
+        "stands in moe_capacity.",
     ),
 )

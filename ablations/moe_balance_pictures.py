@@ -2,28 +2,53 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ablations.balance_methods import STRENGTHS
 from ablations.evidence import NoEvidence
+from ablations.moe_balance_answer import HEADLINE
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Picture
 
 MARKERS = "osD^vPXh<>*d"
 
 
 def trade(table: Any) -> "Picture":
-    """Loss against excess MaxVio on held-out text: a line per method through its strengths, means over seeds."""
+    """Loss against evenness on held-out text, by either measure: a line per method through its strengths, from weak to
+    strong, means over seeds.
+    """
     from matplotlib.figure import Figure as Picture
 
-    judged = table[(table["text"] == "held_out") & (table["loads"] == "batch") & (table["over_layers"] == "mean")]
+    points = _points(table)
+    if points.empty:
+        raise NoEvidence("no training has both a loss and a balance")
+    picture = Picture(figsize=(6.4, 7.6), layout="constrained")
+    spread, busiest = picture.subplots(2, 1)
+    busiest.axvline(1.0, color="#7f7f7f", linestyle=":", label="_chance")
+    for axes, metric in ((spread, HEADLINE), (busiest, "excess_max_vio")):
+        _paths(axes, points[points["metric"] == metric])
+    spread.set(title="By squared CV", xlabel="excess squared CV in a held-out batch (0: chance)")
+    busiest.set(title="By MaxVio", xlabel="excess MaxVio in a held-out batch (1: chance)")
+    picture.legend(*busiest.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return picture
+
+
+def _points(table: Any) -> Any:
+    """A row per arm, strength and measure of evenness, with its loss, in the order of strengths."""
+    ranks = {key: rank for rank, key in enumerate((arm, one) for arm, many in STRENGTHS.items() for one in many)}
+    busiest = table["metric"].eq("excess_max_vio") & table["over_layers"].eq("mean")
+    judged = table[table["text"].eq("held_out") & table["loads"].eq("batch") & (table["metric"].eq(HEADLINE) | busiest)]
     judged = judged[judged["steps"] == judged["steps"].max()]
     losses = table[table["metric"] == "loss"]
     points = judged.merge(losses, on=["arm", "strength", "steps", "rows"], suffixes=("", "_loss"))
-    if points.empty:
-        raise NoEvidence("no training has both a loss and a balance")
-    picture = Picture(figsize=(6.4, 4.6), layout="constrained")
-    axes = picture.subplots()
+    order = [ranks[key] for key in zip(points["arm"], points["strength"], strict=True)]
+    return points.assign(order=order).sort_values("order")
+
+
+def _paths(axes: "Axes", points: Any) -> None:
+    from matplotlib.ticker import LogLocator
+
     for place, (arm, rows) in enumerate(points.groupby("arm", sort=False)):
-        rows = rows.sort_values("value")
         axes.plot(
             rows["value"],
             rows["value_loss"],
@@ -32,15 +57,13 @@ def trade(table: Any) -> "Picture":
             linewidth=1,
             linestyle=("-", "--")[place // 8 % 2],
             label=str(arm),
+            zorder=2 + (len(rows) == 1),  # a method with one strength would hide under the lines of others
         )
-    axes.axvline(1.0, color="#7f7f7f", linestyle=":", label="_chance")
-    axes.set(xscale="log", xlabel="excess MaxVio on held-out text (1: chance)", ylabel="held-out loss (nat/token)")
-    ticks = [tick for tick in (1, 2, 3, 5, 10, 20) if tick <= 1.1 * points["value"].max()]
-    axes.set_xticks(ticks, labels=[str(tick) for tick in ticks])
+    axes.set(xscale="log", ylabel="held-out loss (nat/token)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.grid(visible=True)
-    picture.legend(loc="outside lower center", ncols=4)
-    return picture
 
 
 def heat(table: Any) -> "Picture":

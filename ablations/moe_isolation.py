@@ -290,16 +290,19 @@ def agreement_over_training(table: Any) -> "Picture":
     rows = rows[rows["steps"] == rows["steps"].max()]
     picture = Picture(figsize=(7.2, 3.4), layout="constrained")
     panels = picture.subplots(1, 2)
+    drawn = [(arm, marker) for arm, marker in zip(DRAWN, "o^sD", strict=True) if arm in set(rows["arm"])]
     titles = {"router_cosine": "Cosine", "router_pull": "Norm of balance / norm of language"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for arm in (arm for arm in DRAWN if arm in set(rows["arm"])):
+        for arm, marker in drawn:
             points = rows[(rows["metric"] == name) & (rows["arm"] == arm)].sort_values("done")
-            (line,) = axes.plot(points["done"], points["value"], marker="o", markersize=4, label=arm)
+            look: dict[str, Any] = {"marker": marker, "markersize": 4, "label": arm}
+            if arm == BASELINE:  # others lie on it
+                look |= {"linewidth": 4, "markersize": 8, "alpha": 0.5}
+            (line,) = axes.plot(points["done"], points["value"], **look)
             axes.fill_between(points["done"], points["low"], points["high"], color=line.get_color(), alpha=0.15, lw=0)
         axes.set(title=title, xlabel="share of the steps done")
         axes.grid(visible=True)
     panels[0].axhline(0.0, color="#7f7f7f", linestyle=":")
-    panels[0].set_ylim(-1, 1)
     panels[1].set_yscale("log")
     picture.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
     return picture

@@ -4,7 +4,8 @@ effect could be seen.
     effect        exact sign-flip test (ablations/evidence.py), inverted into an interval here; paired t test
     no harm       two one-sided t tests (TOST; Schuirmann 1987): the mean lies inside (-margin, +margin), with the
                   margin declared before
-    sight         the smallest mean that the deciding test finds with 80% power, given the spread of the differences
+    sight         the smallest mean that the deciding test finds with 80% power, given the spread of the differences;
+                  or how many pairs it takes to find a mean that is asked about
 
 Several such tests are a family under Holm, whose size m and number of seeds n are declared before the first cell; a
 member that is not measured counts as no finding. The exact sign-flip test decides where it can find anything, with
@@ -17,6 +18,7 @@ subsets (Hartigan 1969). Differences that are all equal have no spread to test a
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -129,19 +131,38 @@ def detectable(differences: Sequence[float], alpha: float = ALPHA, power: float 
     from statistics import stdev
 
     from scipy.optimize import brentq
+
+    n, most = len(differences), 1.0
+    while _found(most, n, alpha) < power:
+        most *= 2
+    return float(brentq(lambda effect: power - _found(effect, n, alpha), 0.0, most)) * stdev(differences)
+
+
+def pairs_to_see(effect: float, differences: Sequence[float], alpha: float = ALPHA, power: float = POWER) -> int:
+    """The fewest pairs with which a two-sided paired t test at `alpha` finds a mean difference of `effect` with that
+    power, at the spread seen here; 2, the fewest that it takes, where there is none.
+
+    Raises:
+        ValueError: an effect that is not above 0, which no number of pairs tells from none.
+    """
+    from statistics import stdev
+
+    require(effect > 0, "effect", effect, "must be above 0", "say which difference should be seen")
+    spread = stdev(differences)
+    if spread == 0.0:
+        return 2
+    most = 2
+    while _found(effect / spread, most, alpha) < power:
+        most *= 2
+    return 2 + bisect_left(range(2, most), power, key=lambda n: _found(effect / spread, n, alpha))
+
+
+def _found(effect: float, n: int, alpha: float) -> float:
+    """How often a two-sided paired t test finds an effect in standard deviations, and its sign."""
     from scipy.stats import nct, t
 
-    n = len(differences)
-    edge = float(t.ppf(1 - alpha / 2, n - 1))
-
     # statsmodels' TTestPower adds the far tail, for which scipy's noncentral t is often nan with 2 or 3 pairs.
-    def lacking(effect: float) -> float:
-        return power - float(nct.sf(edge, n - 1, effect * math.sqrt(n)))
-
-    most = 1.0
-    while lacking(most) > 0:
-        most *= 2
-    return float(brentq(lacking, 0.0, most)) * stdev(differences)
+    return float(nct.sf(float(t.ppf(1 - alpha / 2, n - 1)), n - 1, effect * math.sqrt(n)))
 
 
 def detectable_by_flips(differences: Sequence[float], alpha: float = ALPHA, power: float = POWER) -> float:

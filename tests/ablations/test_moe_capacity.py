@@ -201,6 +201,7 @@ def full() -> list[Record]:
         for routing in ("early", "late", "balanced"):
             records += rows(arm, "step_cpu_ratio", [0.9, 0.9], steps=120, routing=routing)
             records += rows(arm, "saved_bytes", [3e6] * 2, steps=120, routing=routing)
+            records += rows(arm, "tokens_per_second", [1.5e4, 1.6e4], steps=120, routing=routing)
         records += late(arm, "routing_cpu_ratio", [1.25] * 2)
         records += rows(arm, "loss", [4.01, 4.03], steps=120)
     for factor in FACTORS:
@@ -222,7 +223,8 @@ def test_the_answer_carries_the_numbers_of_the_records(full: list[Record]) -> No
 def test_the_page_of_curves_has_every_quantity_with_its_intervals(full: list[Record]) -> None:
     (figure,) = [figure for figure in STUDY.figures if figure.name == "curves"]
     picture, tables = draw(STUDY, figure, full)
-    assert [axes.get_title(loc="left") for axes in picture.axes] == ["Quality", "Speed", "Memory", "Drops"]
+    titles = ["Quality", "Drops", "Time", "Speed", "Memory"]
+    assert [axes.get_title(loc="left") for axes in picture.axes] == [*titles, ""], "the last has the legend"
     quality = picture.axes[0]
     least = next(line for line in quality.lines if line.get_label() == "least probable dropped")
     assert list(least.get_xdata()) == list(FACTORS)
@@ -230,7 +232,11 @@ def test_the_page_of_curves_has_every_quantity_with_its_intervals(full: list[Rec
     assert len(quality.containers) == 4, "intervals of three policies and of the star"
     star = next(line for line in quality.lines if line.get_marker() == "*")
     assert list(star.get_xdata()) == [3.0]
-    assert [table.caption for table in tables] == ["Quality", "Speed", "Memory", "Drops"]
+    assert "drops by chance (floor)" in [line.get_label() for line in picture.axes[1].lines]
+    late = next(line for line in picture.axes[3].lines if line.get_label() == "late routing")
+    assert list(late.get_ydata()) == pytest.approx([1.55e4] * len(FACTORS)), "tokens per second"
+    assert len(picture.axes[3].collections) == 4, "bands of three routings, and the interval of the star"
+    assert [table.caption for table in tables] == titles
 
 
 def test_without_records_the_page_of_curves_says_what_is_missing() -> None:

@@ -21,6 +21,7 @@ from ablations.significance import (
     holm_adjusted,
     judge_family,
     paired_t,
+    pairs_to_see,
     sign_flip_interval,
 )
 
@@ -121,6 +122,22 @@ def test_the_detectable_difference_is_statsmodels(n: int, alpha: float) -> None:
     differences = [float(at) for at in range(n)]
     size = detectable(differences, alpha) / float(np.std(differences, ddof=1))
     assert size == pytest.approx(TTestPower().solve_power(nobs=n, alpha=alpha, power=0.8), rel=1e-4)
+
+
+@pytest.mark.parametrize("size, alpha", [*product((0.3, 0.8, 2.0, 7.0), (0.05, 0.05 / 12))])
+def test_the_pairs_that_show_an_effect_are_the_fewest_that_detect_it(size: float, alpha: float) -> None:
+    differences = [float(at) for at in range(6)]
+    spread = float(np.std(differences, ddof=1))
+    n = pairs_to_see(size * spread, differences, alpha)
+    likely = [detectable([float(at) for at in range(m)], alpha) / float(np.std(range(m), ddof=1)) for m in (n, n - 1)]
+    assert likely[0] <= size < likely[1]
+    assert pairs_to_see(size * spread, differences, alpha, power=0.9) >= n
+
+
+def test_without_spread_two_pairs_show_any_effect_and_no_number_shows_none() -> None:
+    assert pairs_to_see(0.1, [0.5] * 4) == 2
+    with pytest.raises(ValueError, match=r"effect=0.0: must be above 0"):
+        pairs_to_see(0.0, [1.0, 2.0])
 
 
 @pytest.mark.parametrize("n, alpha", [*product((2, 3), (0.05, 0.05 / 9))])
