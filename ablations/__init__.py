@@ -32,6 +32,7 @@ STUDIES: tuple[str, ...] = (
     "attention_indexer",
     "attention_gpu",
     "moe_speed",
+    "moe_gpu",
     "moe_balance",
     "moe_capacity",
     "moe_isolation",
