@@ -18,6 +18,7 @@ from rich.text import Text
 from ablations import STUDIES
 from ablations.adopt import Differs, adopt
 from ablations.catalogue import load
+from ablations.code import experts_reached
 from ablations.difference import Difference, differences
 from ablations.ray_cluster import run_on_ray
 from ablations.run import label, remaining, run
@@ -176,7 +177,8 @@ def _run(command: Run, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
     left = any(remaining(study, command.profile, out, command.device).left for study in studies.values())
     if left or not (out / "machines" / f"{machine_id()}.json").exists():
-        save(out)  # not of a finished study: a new time and load would make another report of the same records
+        # Not of a finished study: a new time and load would make another report of the same records.
+        save(out, experts=experts_reached(*(study.measure for study in studies.values())))
     failures = sum(_run_study(name, study, command, out, console) for name, study in studies.items())
     console.print(f"records in {command.out / 'records.jsonl'}; `python -m reports build` makes the report of them")
     return 1 if failures else 0

@@ -28,6 +28,7 @@ _MEASURING = (
 )  # of ablations what trains; the rest says what is asked
 _KERNELS = (".cpp", ".cu", ".h")
 _TABLE = ".toml"
+_DISPATCH = Path("dsv3", "moe", "dispatch.py")
 
 
 def code_digest(function: Callable[..., Any]) -> str:
@@ -45,6 +46,17 @@ def code_files(function: Callable[..., Any]) -> frozenset[Path]:
     """The files, other than its own, that `function` reaches."""
     names = frozenset(name for node in definitions_reached(function) for name in _imported(node))
     return files_reached(names, _source(function).parent)
+
+
+def experts_reached(*functions: Callable[..., Any]) -> dict[str, str] | None:
+    """Which dispatch the experts take here, `dsv3.moe.dispatch.chosen_here()`, where one of the functions reaches any;
+    None, and no import of torch, where none does.
+    """
+    if not any(ROOT / _DISPATCH in code_files(function) for function in functions):
+        return None
+    from dsv3.moe.dispatch import chosen_here
+
+    return chosen_here()
 
 
 def definitions_reached(function: Callable[..., Any]) -> list[ast.stmt]:

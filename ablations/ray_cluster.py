@@ -21,7 +21,7 @@ from typing import Any
 from ablations import catalogue
 from ablations.cache import cell_key, mark, marks
 from ablations.cell import order
-from ablations.code import ROOT
+from ablations.code import ROOT, experts_reached
 from ablations.run import in_fresh_process, label, patience, settle
 from ablations.study import Cell, Study
 from bench.fingerprint import cores, save
@@ -87,9 +87,10 @@ def measured_there(text: str, limit: float) -> There:
         told = json.loads(text) | {"out": folder}
         status, said = in_fresh_process(json.dumps(told), limit, threading.Event())
         files = {path.name: path.read_text() for path in Path(folder).glob("*.jsonl")}
-        machine = save(folder) if files else None
+        study = catalogue.load(told["study"])
+        machine = save(folder, experts=experts_reached(study.measure)) if files else None
         fingerprint = {machine.name: machine.read_text()} if machine else {}
-    key = cell_key(catalogue.load(told["study"]), Cell(**told["cell"]), told["profile"]) if files else ""
+    key = cell_key(study, Cell(**told["cell"]), told["profile"]) if files else ""
     return There(status=status, said=said, key=key, files=files, fingerprint=fingerprint)
 
 

@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if problem := find(chosen):
             print(f"python -m bench: {problem}", file=sys.stderr)
             return 2
-    fingerprint.save(chosen.out)
+    from dsv3.moe.dispatch import chosen_here  # torch takes seconds, and what cannot run says so before
+
+    fingerprint.save(chosen.out, experts=chosen_here())
     records, failed = run_cases(chosen)
     if not records:
         print(f"python -m bench: no case left a record; does -k {chosen.k!r} name one?", file=sys.stderr)

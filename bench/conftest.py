@@ -19,6 +19,7 @@ from bench.cases import Figures, Run
 from bench.fingerprint import fingerprint, provenance, revision
 from bench.measurement import Measurement, Point
 from bench.record import Profile
+from dsv3.moe.dispatch import chosen_here
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +38,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """pytest-benchmark's JSON carries our fingerprint too."""
-    machine_info["dsv3"] = fingerprint()
+    machine_info["dsv3"] = fingerprint(experts=chosen_here())
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

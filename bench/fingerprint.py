@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -54,8 +55,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def fingerprint(corpus: str | None = None) -> dict[str, Any]:
-    """Everything that explains a figure measured here; what this system does not tell is None."""
+def fingerprint(corpus: str | None = None, experts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Everything that explains a figure measured here; what this system does not tell is None.
+
+    `experts`: which dispatch they take here, `dsv3.moe.dispatch.chosen_here()`; to ask for that takes torch.
+    """
     return {
         "machine": machine_id(),
         "revision": revision(),
@@ -73,6 +77,7 @@ def fingerprint(corpus: str | None = None) -> dict[str, Any]:
         "address_randomisation": _read("/proc/sys/kernel/randomize_va_space"),
         "load": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "steal_share": _steal_share(),
+        "expert_dispatch": None if experts is None else dict(experts),
         "threads": {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
         "gpu": gpus(),
     }
@@ -92,12 +97,16 @@ def revision() -> str:
     return commit + (f"+{sha256(changes.encode()).hexdigest()[:8]}" if changes else "")
 
 
-def save(folder: Path | str, corpus: str | None = None) -> Path:
-    """Write the fingerprint as `<folder>/machines/<machine id>.json`, whole or not at all, and return the path."""
+def save(folder: Path | str, corpus: str | None = None, experts: Mapping[str, str] | None = None) -> Path:
+    """Write the fingerprint as `<folder>/machines/<machine id>.json`, whole or not at all, and return the path.
+
+    Without `experts` those of an earlier run stay: this one has none to ask for.
+    """
     path = Path(folder) / "machines" / f"{machine_id()}.json"
+    known = saved(folder, machine_id()).get("expert_dispatch") if experts is None else experts
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(fingerprint(corpus), indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(fingerprint(corpus, known), indent=2, sort_keys=True) + "\n")
     temporary.replace(path)
     return path
 

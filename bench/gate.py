@@ -11,7 +11,8 @@ since either it is real, and the next loss of it must be noticed, or something i
 the versions of torch and Python, on which kernels the processor gets and on whether our own C++ kernel is there, so
 expectations are kept per such key. Instructions (`bench.instructions`) are compared with those of a base revision,
 counted beside: HEAD if dsv3/ or bench/ differ from it, otherwise HEAD~1, or --base REVISION. Fewer are printed and are
-no failure. What differs is measured again: figures that do not repeat have no verdict. Each run is noted in gate.jsonl.
+no failure. What differs is measured again: figures that do not repeat have no verdict. Each run is noted in gate.jsonl,
+with the dispatch that experts take there; which one a case took shows in its operators, and so is held by equality too.
 
 Exit code 0: equal; 1: something costs more; 2: the gate was asked for what it cannot do, or it failed itself, and
 nothing costs more as far as it came; 3: no expectations for this key yet (1 with --require); 4: unstable;
@@ -118,8 +119,9 @@ def run(chosen: argparse.Namespace, stored: Stored, base: str | None) -> int:
     here = key()
     verdict = guarded(lambda: measure_and_judge(chosen, stored, base, here))
     if not chosen.accept:
-        outcome = OUTCOMES[verdict.code]
-        noted = Run(time=utc_now(), key=here, revision=revision(), outcome=outcome, figures=verdict.about)
+        outcome, about, taken = OUTCOMES[verdict.code], verdict.about, experts()
+        print(f"experts: the table's entries for {taken['instructions']}")
+        noted = Run(time=utc_now(), key=here, revision=revision(), outcome=outcome, figures=about, experts=taken)
         print(f"{note(chosen.out / 'gate.jsonl', noted)} ({chosen.out / 'gate.jsonl'})")
     return verdict.code
 
@@ -270,6 +272,13 @@ def key() -> str:
     from dsv3.attention.kernels import blocks
 
     return f"{place()}, {'no ' if blocks.why_not() else ''}C++ kernel"
+
+
+def experts() -> dict[str, str]:
+    """Which dispatch the experts take here."""
+    from dsv3.moe.dispatch import chosen_here
+
+    return chosen_here()
 
 
 def place() -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,16 @@ MEASURE = "import json, sys; from bench.structure import measure; json.dump(meas
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of the gate: when (UTC), on which key, of which code, what came out and which figures it was about."""
+    """One run of the gate: when (UTC), on which key, of which code, what came out and which figures it was about; and
+    which dispatch its experts take there (`dsv3.moe.dispatch.chosen_here`).
+    """
 
     time: str
     key: str
     revision: str
     outcome: str
     figures: tuple[str, ...] = ()
+    experts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

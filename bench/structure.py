@@ -1,6 +1,6 @@
 """Exact figures of small pieces of work: a training step, a prompt, a token, two processes, plans, drops.
 
-    operators               torch operators that ran, by name
+    operators               torch operators that ran, by name; those of experts say which dispatch was taken
     host_synchronisations   those among them that make the host wait for a value of the device
     allocations, peak_bytes, live_bytes, flops, parameters     as in the glossary
     saved_bytes             what the first microbatch keeps for backward, measured where the step itself goes backward

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bench.measurement import Measurement
 from dsv3.config import Fixed, MoE
+from dsv3.config.rules import require
 from dsv3.moe import Routing
 from dsv3.moe.capacity import expert_capacity
 from dsv3.moe.load import block_floor, drop_floor, load_statistics, rank_max_vio
@@ -75,6 +76,12 @@ def excess_over_blocks(rows: Int[Tensor, "S L E"], k: int, batch: int) -> float:
 
 
 def to_mean(counts: Int[Tensor, " E"]) -> list[float]:
-    """Each expert's load as a multiple of the mean."""
+    """Each expert's load as a multiple of the mean.
+
+    Raises:
+        ValueError: counts of no token.
+    """
+    rule = "must be of at least one token"
+    require(bool(counts.any()), "counts", counts.tolist(), rule, "leave out batches without tokens")
     ratios: list[float] = (counts.double() / counts.double().mean()).tolist()
     return ratios

@@ -10,7 +10,7 @@ from dsv3.moe.balance import balance_losses, quadratic_loss, sequence_loss, simi
 from dsv3.moe.bias import histogram_bias, proportional_bias, quantile_bias, sign_bias
 from dsv3.moe.capacity import expert_capacity
 from dsv3.moe.layer import MoELayer
-from dsv3.moe.load import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio_floor
+from dsv3.moe.load import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio, max_vio_floor
 from dsv3.moe.router import route
 from dsv3.moe.routing import Routing
 
@@ -24,6 +24,7 @@ __all__ = [
     "expert_capacity",
     "histogram_bias",
     "load_statistics",
+    "max_vio",
     "max_vio_floor",
     "proportional_bias",
     "quadratic_loss",

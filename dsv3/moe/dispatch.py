@@ -15,7 +15,7 @@ transposes. Every implementation has the signature `Dispatch`, computes in x's t
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +25,9 @@ from torch import Tensor
 from dsv3.config.rules import require
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe.capacity import place_in_queue
-from dsv3.moe.fastest import WITHOUT, fastest
+from dsv3.moe.fastest import WITHOUT, Direction, fastest, in_words
 from dsv3.moe.kernels import triton_experts
-from dsv3.moe.kernels.experts import fits, instruction_sets, kernel_experts, why_not
+from dsv3.moe.kernels.experts import FORMATS, fits, instruction_sets, kernel_experts, why_not
 from dsv3.moe.looped import looped_experts, sum_dtype
 from dsv3.moe.memory import ReusedMemory
 from dsv3.moe.routing import Routing, count
@@ -192,7 +192,7 @@ def choose(
     aligned = all(width * x.element_size() % 16 == 0 for width in down.shape[1:])
     if x.device.type == "cpu":
         training = torch.is_grad_enabled() and down.requires_grad
-        instructions = instruction_sets()[0] if fits(x, down) and why_not() is None else WITHOUT
+        instructions = kernel_instructions() if fits(x, down) else WITHOUT
         rows = routing.indices.numel() / len(down)
         name = fastest(instructions, x.dtype, "training" if training else "forward", rows)
         if name == "kernel":
@@ -201,3 +201,22 @@ def choose(
     if x.dtype in triton_experts.FORMATS and triton_experts.why_not(x.device.type) is None:
         return triton
     return grouped if x.dtype in GROUPED and aligned else partial(looped, memory=memory)
+
+
+def kernel_instructions() -> str:
+    """What the C++ kernel computes with on this processor; "none" where it cannot be had. It is built now."""
+    return instruction_sets()[0] if why_not() is None else WITHOUT
+
+
+def chosen_here() -> dict[str, str]:
+    """What `choose` takes on this CPU, in words: the kernel's instructions, and by format and direction the dispatch.
+
+    Of widths that the kernel computes; where it cannot compute the format, the table's entries without it hold.
+    """
+    instructions = kernel_instructions()
+    found = {"instructions": instructions}
+    for dtype in GROUPED:
+        for direction in get_args(Direction):
+            entry = in_words(instructions if dtype in FORMATS else WITHOUT, dtype, direction)
+            found[f"{str(dtype).removeprefix('torch.')} {direction}"] = entry
+    return found

@@ -27,6 +27,16 @@ def fastest(instructions: str, dtype: torch.dtype, direction: Direction, rows: f
     return found
 
 
+def in_words(instructions: str, dtype: torch.dtype, direction: Direction) -> str:
+    """What `fastest` takes for any rows: the dispatch of few, then from how many on which other one."""
+    found: list[tuple[int, Name]] = [(0, fastest(instructions, dtype, direction, 0))]
+    for rows, name in entries(instructions, str(dtype).removeprefix("torch."), direction):
+        if name != found[-1][1]:
+            found.append((rows, name))
+    (_, first), *later = found
+    return f"{first} ({', '.join(f'{name} from {rows} rows' for rows, name in later)})" if later else first
+
+
 @torch.compiler.assume_constant_result  # the compiler runs it and keeps the answer
 def entries(instructions: str, dtype: str, direction: str) -> tuple[tuple[int, Name], ...]:
     """From how many rows on which dispatch is taken, ascending; the first from 0 on."""

@@ -15,7 +15,8 @@ p-norm of everything is that of the ranks' norms, of their experts alone, and of
     |g|_p = | (|g_experts of rank 1|_p, ..., |g_experts of rank R|_p, |g_replicated|_p) |_p       also for p = infinity
 
 A rank's norm of what it holds is not that: unaveraged it has ranks clip the gradient that all hold by different
-factors, and its mean over ranks, like a sum that counts replicated parameters R times, changes with the layout.
+factors, and its mean over ranks, like a sum that counts replicated parameters R times, changes with the layout. Data
+parallelism alone, as in `dsv3.train`, shards nothing: every rank has the whole gradient, and its norm is the one.
 """
 
 from collections.abc import Callable, Sequence

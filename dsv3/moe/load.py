@@ -28,7 +28,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Bool, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsv3.config.rules import require
@@ -57,6 +58,12 @@ class LoadStatistics:
         return self.max_vio / self.max_vio_floor
 
 
+def max_vio(counts: Int[Tensor, "*batch E"]) -> Float[Tensor, "*batch"]:
+    """MaxVio of each row of counts, in float64 and on their device; NaN for a row without tokens."""
+    loads = counts.double()
+    return loads.amax(dim=-1) / loads.mean(dim=-1) - 1
+
+
 def load_statistics(counts: Int[Tensor, " E"], k: int, kept: Bool[Tensor, "N K"] | None = None) -> LoadStatistics:
     """The statistics of `counts`, the tokens per expert before dropping, of tokens that each go to `k` experts.
 
@@ -73,7 +80,7 @@ def load_statistics(counts: Int[Tensor, " E"], k: int, kept: Bool[Tensor, "N K"]
     cv = c.std() / mean
     rank = np.arange(1, experts + 1)
     return LoadStatistics(
-        max_vio=float(c.max() / mean - 1),
+        max_vio=float(max_vio(counts)),
         max_vio_floor=max_vio_floor(experts, k, total // k),
         cv=float(cv),
         excess_cv_squared=float(cv**2 - (experts - k) / total),
@@ -97,7 +104,7 @@ def max_vio_floor(experts: int, k: int, tokens: int) -> float:
     """
     _require_tokens(tokens)
     counts = uniform_counts(experts, k, tokens)
-    return float((counts.max(axis=1) / (tokens * k / experts) - 1).mean())
+    return float(max_vio(torch.tensor(counts)).numpy().mean())
 
 
 def drop_floor(experts: int, k: int, tokens: int, capacity: int) -> float:
@@ -130,6 +137,7 @@ def block_floor(counts: Int[Tensor, "S E"], blocks: int, draws: int = DRAWS, see
     mean = c.mean(axis=0)
     even = np.divide(c, mean, out=np.ones_like(c), where=mean > 0)
     batches = (even[random.choice(len(c), blocks, replace=False)].mean(axis=0) for _ in range(draws))
+    # Not `max_vio`: means of shares, not of counts, which torch would round otherwise than what is recorded was.
     return float(np.mean([batch.max() / batch.mean() - 1 for batch in batches]))
 
 
@@ -141,10 +149,10 @@ def rank_max_vio(counts: Int[Tensor, " E"], ranks: int) -> float:
     """
     divides = ranks > 0 and len(counts) % ranks == 0
     require(divides, "ranks", ranks, f"must divide the {len(counts)} experts", "choose a divisor")
-    loads = counts.view(ranks, -1).sum(dim=1).double()
+    loads = counts.view(ranks, -1).sum(dim=1)
     rule = "must be of at least one token"
     require(bool(loads.any()), "counts", counts.tolist(), rule, "leave out batches without tokens")
-    return float(loads.max() / loads.mean() - 1)
+    return float(max_vio(loads))
 
 
 @lru_cache(maxsize=32)

@@ -22,6 +22,7 @@ from torch import Tensor
 from dsv3.data.baseline import bits_per_byte
 from dsv3.data.pack import share
 from dsv3.model import ModelOutput, Transformer
+from dsv3.moe import max_vio
 from dsv3.parallel import ALONE, Ranks
 from dsv3.precision import autocast, unscale, update
 from dsv3.train.loss import loss_parts
@@ -42,7 +43,7 @@ class StepReport:
         text_bytes: bytes of text that these targets stand for; 0 if unknown.
         seconds: wall time.
         cpu_seconds: CPU time of this process.
-        max_vio: per expert layer, (largest load - mean load) / mean load, before dropping.
+        max_vio: `dsv3.moe.max_vio` of each expert layer, before dropping.
         dropped: share of token-expert pairs that capacity dropped.
         health: "ok", or why the update was skipped.
     """
@@ -91,7 +92,6 @@ def train_step(
     tally = _over_ranks(_accumulate(state, rows, ranks), ranks)
     norm, health = _update(state, tally, ranks)
     routed = tally.counts.sum().item()
-    loads = tally.counts.double()
     return StepReport(
         step=state.step,
         losses={name: value.item() for name, value in tally.losses.items()},
@@ -101,7 +101,7 @@ def train_step(
         text_bytes=text_bytes,
         seconds=time.perf_counter() - wall,
         cpu_seconds=time.process_time() - cpu,
-        max_vio=tuple((loads.amax(dim=1) / loads.mean(dim=1) - 1).tolist()) if routed else (),
+        max_vio=tuple(max_vio(tally.counts).tolist()) if routed else (),
         dropped=1 - tally.kept.sum().item() / routed if routed else 0.0,
         health=health,
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ablations.catalogue import load
-from ablations.code import ROOT, code_digest, code_files, files_reached
+from ablations.code import ROOT, code_digest, code_files, experts_reached, files_reached
+from dsv3.moe.dispatch import chosen_here
 
 COIN = Path(__file__).with_name("coin_study.py")
 
@@ -39,6 +40,13 @@ def test_a_study_that_trains_reaches_the_model_and_the_step(name: str) -> None:
     files = {path.relative_to(ROOT).as_posix() for path in code_files(load(name).measure)}
     assert {"dsv3/model/transformer.py", "dsv3/train/step.py", "dsv3/attention/kernels/avx2.cpp"} <= files
     assert "ablations/study.py" not in files
+
+
+def test_which_dispatch_experts_take_is_asked_where_a_study_has_any() -> None:
+    training, plans = load("moe_capacity").measure, load("pipeline_bubble").measure
+    assert experts_reached(plans) is experts_reached() is None
+    assert experts_reached(plans, training) == chosen_here()
+    assert ROOT / "dsv3/moe/fastest.toml" in code_files(training), "another table makes other cells"
 
 
 def test_a_table_is_reached_with_the_module_that_reads_it() -> None:

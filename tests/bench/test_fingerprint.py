@@ -24,6 +24,18 @@ def test_load_does_not_change_the_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert fingerprint.machine_id() == before
 
 
+def test_which_dispatch_experts_take_is_told_stays_known_and_makes_no_other_machine(tmp_path: Path) -> None:
+    def told(**given: dict[str, str]) -> object:
+        fingerprint.save(tmp_path, **given)
+        return fingerprint.saved(tmp_path, fingerprint.machine_id())["expert_dispatch"]
+
+    assert told() is None, "nobody has asked"
+    for taken in ({"float32 training": "kernel"}, {"float32 training": "looped"}):
+        assert told(experts=taken) == taken
+        assert told() == taken, "a run without experts leaves it"
+    assert len(list((tmp_path / "machines").iterdir())) == 1
+
+
 def test_another_torch_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint.machine_id()
     monkeypatch.setattr(fingerprint, "version", lambda package: "2.99.0")

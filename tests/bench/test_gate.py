@@ -15,6 +15,7 @@ from bench import gate
 from bench.fingerprint import cpu_vendor
 from bench.instructions import Comparison
 from dsv3.attention.kernels import blocks
+from dsv3.moe.dispatch import chosen_here
 from tests.bench.gated import FIGURES, counting, row, with_peak
 
 
@@ -106,6 +107,7 @@ def test_every_run_is_noted_and_the_unstable_ones_of_this_key_are_counted(
     noted = [json.loads(line) for line in (file.parent / "reports" / "out" / "gate.jsonl").read_text().splitlines()]
     assert [run["outcome"] for run in noted] == ["equal", "unstable", "unknown"]
     assert noted[1]["figures"] == ["base.peak_bytes"]
+    assert [run["experts"] for run in noted] == [chosen_here()] * 3
 
 
 def test_a_rise_is_not_made_up_for_by_a_saving(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,3 +97,5 @@ def test_shuffled_blocks_that_are_even_over_all_are_at_their_floor() -> None:
 
 def test_loads_to_the_mean() -> None:
     assert to_mean(torch.tensor([3, 1, 0, 0])) == [3.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match=r"counts=\[0, 0\]: must be of at least one token"):
+        to_mean(torch.zeros(2, dtype=torch.int64))

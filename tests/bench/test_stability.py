@@ -9,7 +9,14 @@ from bench import gate, stability
 from bench.stability import Run, history, note, said
 
 FIRST = Run(time="2026-01-01T00:00:00+00:00", key="here", revision="abc", outcome="equal")
-SHAKY = Run(time="2026-01-02T00:00:00+00:00", key="here", revision="abc", outcome="unstable", figures=("base.flops",))
+SHAKY = Run(
+    time="2026-01-02T00:00:00+00:00",
+    key="here",
+    revision="abc",
+    outcome="unstable",
+    figures=("base.flops",),
+    experts={"float32 training": "kernel"},
+)
 
 
 def test_runs_are_kept_as_they_were_noted(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from bench import structure, variants
 from bench.differences import differences
 from bench.meters.saved import saved_bytes
 from dsv3.model import Transformer, cost
+from dsv3.moe.dispatch import kernel_instructions
+from dsv3.moe.fastest import fastest
+from dsv3.moe.kernels.experts import why_not
 from dsv3.parallel import ALONE
 from dsv3.precision import autocast
 from dsv3.train.loss import loss_parts
@@ -91,6 +94,21 @@ def test_one_tensor_more_in_a_training_step_is_seen(monkeypatch: pytest.MonkeyPa
     changes = list(differences(before, structure.measure_step(variants.base())))
     assert [change.where for change in changes] == ["allocations", "operators.aten.empty.memory_format"]
     assert all((change.found or 0) - (change.expected or 0) == 1 for change in changes)
+
+
+def test_another_dispatch_of_the_experts_is_seen_and_named_by_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = variants.BATCH * variants.LENGTH * 2 // 8
+    taken = fastest(kernel_instructions(), torch.float32, "training", rows)
+    as_is = structure.measure_step(variants.base())
+    found = {}
+    for name in ("looped", "grouped", *(() if why_not() else ("kernel",))):
+        monkeypatch.setattr("dsv3.moe.dispatch.fastest", lambda *_, name=name: name)
+        found[name] = structure.measure_step(variants.base())
+        assert bool(list(differences(as_is, found[name]))) == (name != taken)
+    named = {"grouped": "aten._grouped_mm.default", "kernel": "dsv3_experts.forward.default"}
+    for name, figures in found.items():
+        ran = [kind for kind, operator in named.items() if operator in figures["operators"]]
+        assert ran == [name] * (name in named)
 
 
 def test_an_empty_tensor_more_in_a_training_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsv3.moe import Routing
-from dsv3.moe.dispatch import Dispatch, choose, grouped, kernel, looped, padded, reference
+from dsv3.moe.dispatch import GROUPED, Dispatch, choose, chosen_here, grouped, kernel, looped, padded, reference
 from dsv3.moe.kernels.experts import fits, instruction_sets, why_not
 from dsv3.moe.looped import blocks
 from dsv3.moe.memory import ReusedMemory
@@ -177,6 +178,24 @@ def test_choice_on_a_cpu_is_that_of_the_table(
     monkeypatch.setattr("dsv3.moe.dispatch.why_not", lambda: "no compiler")
     choose(x, random_routing(12, 8, 2, dtype), down.detach())
     assert asked == [(best, dtype, "training", 3), (best, dtype, "forward", 3), ("none", dtype, "forward", 3)]
+
+
+@pytest.mark.parametrize("dtype", GROUPED, ids=str)
+@pytest.mark.parametrize("without", [False, True], ids=["as it is", "without the kernel"])
+def test_what_is_said_to_be_chosen_here_is_chosen(
+    dtype: torch.dtype, without: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setattr("dsv3.moe.dispatch.why_not", lambda: "no compiler")
+    said = chosen_here()
+    assert (said.pop("instructions") == "none") == (without or why_not() is not None)
+    for rows, place in ((4, 0), (1024, -1)):
+        x, routing = torch.zeros(rows, 16, dtype=dtype), random_routing(rows, 2, 2, dtype)
+        for direction in ("forward", "training"):
+            down = torch.zeros(2, 16, 16, dtype=dtype, requires_grad=direction == "training")
+            found = choose(x, routing, down)
+            steps = re.findall("kernel|grouped|looped", said[f"{str(dtype).removeprefix('torch.')} {direction}"])
+            assert getattr(found, "func", found).__name__ == steps[place]
 
 
 def test_memory_is_lent_again_once_nothing_uses_it() -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from dsv3.moe.fastest import Name, entries, fastest, table
+from dsv3.moe.fastest import Name, entries, fastest, in_words, table
 
 
 @pytest.mark.parametrize("row", table(), ids=lambda row: "-".join(map(str, list(row.values())[:4])))
@@ -29,3 +29,14 @@ def test_what_is_not_in_the_table_is_looped() -> None:
     assert fastest("none", torch.float64, "training", 8) == "looped"
     assert fastest("sve", torch.float32, "forward", 8) == "looped"
     assert entries("sve", "float32", "forward") == ()
+
+
+def test_an_entry_in_words_says_from_how_many_rows_on_another_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ((0, "grouped"), (32, "grouped"), (64, "looped"), (256, "kernel"))
+    monkeypatch.setattr("dsv3.moe.fastest._entries", lambda *_: steps)
+    said = in_words("none", torch.float32, "training")
+    assert said == "grouped (looped from 64 rows, kernel from 256 rows)"
+    monkeypatch.setattr("dsv3.moe.fastest._entries", lambda *_: steps[:2])
+    assert in_words("none", torch.float32, "training") == "grouped"
+    monkeypatch.setattr("dsv3.moe.fastest._entries", lambda *_: ())
+    assert in_words("sve", torch.float32, "training") == "looped"

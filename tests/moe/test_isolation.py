@@ -1,11 +1,11 @@
 """Separate gradient paths: what every sparse layer has to the bit, and a norm that does not know where experts are."""
 
+import functools
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from dsv3.moe.isolation import (
 )
 from tests.moe import sharded_experts
 from tests.moe.layers import layer_of
+from tests.moe.sharded_experts import LAYOUTS, STARVED
 from tests.train import small
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 RELATIVE = 1e-6  # about ten roundings of fp32 (eps 6e-8)
 MOE = MoE(n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8)
 quick = settings(max_examples=40)
@@ -241,46 +241,74 @@ def test_an_order_without_a_norm_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
-    """What two processes found, by layout and case."""
-    out = tmp_path_factory.mktemp("ranks") / "two.pt"
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+    """What four processes found, by layout and case."""
+    out = tmp_path_factory.mktemp("ranks") / "four.pt"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*TORCHRUN, "tests/moe/sharded_experts.py", str(out)]
+    command = [sys.executable, "tests/moe/sharded_experts.py", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, dict[str, Any]]] = torch.load(out, weights_only=True)
-    return found
+    loaded: dict[str, dict[str, dict[str, Any]]] = torch.load(out, weights_only=True)
+    return loaded
 
 
-every_case = pytest.mark.parametrize("case", sharded_experts.STARVED)
-every_layout = pytest.mark.parametrize("layout", sharded_experts.LAYOUTS)
-alone = partial(sharded_experts.measure, "data")
+every_case = pytest.mark.parametrize("case", STARVED)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_order = pytest.mark.parametrize("order", sharded_experts.ORDERS)
+
+
+@functools.cache
+def alone(case: str) -> dict[str, Any]:
+    """What one process finds."""
+    return sharded_experts.measure(LAYOUTS["data 2"], STARVED[case])
 
 
 @every_case
 @every_layout
 def test_gradients_and_norms_are_the_same_wherever_the_experts_are(
-    two_processes: dict[str, dict[str, dict[str, Any]]], layout: str, case: str
+    found: dict[str, dict[str, dict[str, Any]]], layout: str, case: str
 ) -> None:
-    one, two = alone(sharded_experts.STARVED[case]), two_processes[layout][case]
+    one, many = alone(case), found[layout][case]
     assert (one["tokens"][3] == 0) == (case == "one has none")
-    assert one["tokens"] == two["tokens"]
+    assert one["tokens"] == many["tokens"]
     for name, gradient in one["gradient"].items():
-        assert small.relative_distance(gradient, two["gradient"][name]) < RELATIVE, name
-    assert two["same on all"]
-    for order, norm in one["norms"].items():
-        assert two["norms"][order] == pytest.approx(norm, rel=RELATIVE), order
+        assert small.relative_distance(gradient, many["gradient"][name]) < RELATIVE, name
+    for order, norms in one["norms"].items():
+        assert many["norms"][order]["same on all"], order
+        assert many["norms"][order]["right"] == pytest.approx(norms["right"], rel=RELATIVE), order
 
 
 @every_case
-def test_the_wrong_norms_change_with_the_layout(two_processes: dict[str, dict[str, dict[str, Any]]], case: str) -> None:
-    right = alone(sharded_experts.STARVED[case])["norms"][2.0]
-    data, even, one_sided = (two_processes[layout][case] for layout in ("data", "even", "one_sided"))
-    assert data["averaged"] == pytest.approx(right, rel=RELATIVE), "right where every rank has everything"
-    assert data["counted per rank"] == pytest.approx(right * 2**0.5, rel=RELATIVE)
-    for found in (even, one_sided):
-        assert found["averaged"] < right * 0.95, "the mean of local norms misses experts of others"
-        assert right * 1.05 < found["counted per rank"] < right * 2**0.5 * 0.95, "what both have is counted twice"
-    assert abs(even["averaged"] / one_sided["averaged"] - 1) > 1000 * RELATIVE
-    first, second = one_sided["local"]
-    assert first / second > 1.1, "each would clip what both have by another factor"
+@every_order
+def test_norms_of_single_ranks_and_their_mean_change_with_the_layout(
+    found: dict[str, dict[str, dict[str, Any]]], order: float, case: str
+) -> None:
+    right = alone(case)["norms"][order]["right"]
+    norms = {layout: by_case[case]["norms"][order] for layout, by_case in found.items()}
+    whole = norms.pop("data 2")
+    assert [*whole["local"], whole["averaged"]] == pytest.approx([right] * 3, rel=RELATIVE), "each rank has everything"
+    for layout, wrong in norms.items():
+        assert wrong["averaged"] < right * 0.9, "the mean of the ranks' norms misses experts of others"
+        assert max(wrong["local"]) / min(wrong["local"]) > 1.3, "ranks would clip the trunk by different factors"
+        omits = "one-sided" not in layout
+        assert (wrong["local"][0] < right * 0.9) == omits, "a rank's norm omits the experts that it does not hold"
+        assert wrong["local"] == wrong["local"][:2] * LAYOUTS[layout].data
+
+
+@every_case
+@every_layout
+def test_ranks_norms_added_up_count_what_several_hold_so_many_times(
+    found: dict[str, dict[str, dict[str, Any]]], layout: str, case: str
+) -> None:
+    gradient, (data, owned) = alone(case)["gradient"], LAYOUTS[layout]
+    experts, others = (
+        sum(gradient[name].double().square().sum().item() for name in names)
+        for names in (("gate_up", "down"), ("trunk", "gate"))
+    )
+    wrong = found[layout][case]["norms"][2.0]
+    assert wrong["repeated"] == pytest.approx((data * experts + others) ** 0.5, rel=RELATIVE)
+    assert wrong["everything"] == pytest.approx((data * (experts + len(owned) * others)) ** 0.5, rel=RELATIVE)
+    assert (wrong["repeated"] > 1.2 * wrong["right"]) == (data > 1), "right until experts have replicas"
+    assert wrong["everything"] > 1.1 * wrong["right"]
+    largest = found[layout][case]["norms"][math.inf]
+    assert largest["repeated"] == largest["everything"] == largest["right"], "an infinity norm does not count"

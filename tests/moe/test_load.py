@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3.moe import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio_floor
+from dsv3.moe import LoadStatistics, drop_floor, dropped_share, load_statistics, max_vio, max_vio_floor
 from dsv3.moe.load import block_floor, distinct_experts, rank_max_vio, uniform_counts
 
 
@@ -20,6 +20,16 @@ def test_statistics_of_four_experts_by_hand() -> None:
     assert found.effective_experts == pytest.approx(2**1.5)
     assert found.excess_cv_squared == pytest.approx(0.5 - 2 / 8)
     assert found.dropped == 0.0
+
+
+def test_max_vio_of_layers_is_that_of_each_to_the_bit() -> None:
+    layers = torch.randint(1, 1000, (5, 7), generator=torch.Generator().manual_seed(0))
+    found = max_vio(layers)
+    assert found.dtype == torch.float64
+    assert found.tolist() == [load_statistics(layer, k=1).max_vio for layer in layers]
+    assert found.tolist() == [rank_max_vio(layer, 7) for layer in layers]
+    assert found.tolist() == [float(max(layer)) / (sum(layer) / 7) - 1 for layer in layers.tolist()]
+    assert max_vio(torch.zeros(2, dtype=torch.int64)).isnan()
 
 
 def test_perfect_balance_has_no_violation_and_all_experts_effective() -> None:
