@@ -3,8 +3,9 @@
 callgrind (valgrind) counts what the processor would execute, whatever the machine's load. The counts depend on the
 compiler, the libraries and the instruction set that valgrind offers, so none is stored: both sides are counted side by
 side, each in a process with a fixed address layout (`setarch -R`), hash seed and one thread. Equal code then counts
-equal to the last digit. Other code lies elsewhere in memory, where it hashes and aligns differently, which moves the
-total by up to 0.2%, but not what runs in torch's dispatcher, bindings and allocator. So a row is dearer than the base
+equal, but for a process in ten or so that is 0.02% apart; why has not been found. Other code lies elsewhere in memory,
+where it hashes and aligns differently, which moves the total by up to 0.2%, but not what runs in torch's dispatcher,
+bindings and allocator. So a row is dearer than the base
 
     in total       by more than MARGIN, 0.5%
     in dispatch    by more than DISPATCH_MARGIN instructions in the libraries DISPATCH; one torch.empty(0) takes 2,000
@@ -226,9 +227,7 @@ def started(tree: Path, work: Iterable[str] = ()) -> Iterator[Callable[[], Count
         # Of what is imported nothing is written down, or the second side would find it and lay out memory otherwise.
         fixed = {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
         with (Path(folder) / "log").open("w") as log:
-            process = subprocess.Popen(
-                command(Path(folder), work), env=environment(tree) | fixed, cwd=folder, stdout=log, stderr=log
-            )
+            process = subprocess.Popen(command(work), env=environment(tree) | fixed, cwd=folder, stdout=log, stderr=log)
         try:
             yield lambda: collect(process, Path(folder))
         finally:
@@ -236,15 +235,16 @@ def started(tree: Path, work: Iterable[str] = ()) -> Iterator[Callable[[], Count
             process.wait()
 
 
-def command(folder: Path, work: Iterable[str]) -> tuple[str, ...]:
-    """The command line of one counting process, which answers into that folder."""
+def command(work: Iterable[str]) -> tuple[str, ...]:
+    """The command line of one counting process, which answers into the folder where it runs."""
     callgrind = (
         "--tool=callgrind",
         "--instr-atstart=no",
         "--collect-atstart=no",
-        f"--callgrind-out-file={folder}/counts",
+        "--callgrind-out-file=counts",
     )
-    worker = (sys.executable, "-m", "bench.instrumented", str(folder / "answer.json"), *work)
+    # Names without the folder's: a string of other letters hashes elsewhere, and so makes other work.
+    worker = (sys.executable, "-m", "bench.instrumented", "answer.json", *work)
     return (*_fixed_layout(), "valgrind", *callgrind, *worker)
 
 

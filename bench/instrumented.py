@@ -6,7 +6,7 @@ Importing, building and the warm-up run before instrumentation begins (`--instr-
 time: that also loads the attention kernel, and compiles it where this revision's is not at hand yet. Then the collector
 is switched on for one call at a time, and each mark writes what was collected to callgrind's next file of output; the
 answer says which is whose. Garbage collection is off and one thread works. `bench.instructions` starts this, with the
-address layout and the hash seed fixed, so that a count repeats to the last digit.
+address layout and the hash seed fixed, so that a count repeats.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Instruction counts: the same to the last digit for the same code, and one empty tensor more is seen in them."""
+"""Instruction counts: the same for the same code, and one empty tensor more is seen in them."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import instructions, instrumented, variants
-from bench.instructions import DISPATCH_MARGIN, Comparison, Count, Counts, Row, copied, joined, read, started
+from bench.instructions import DISPATCH_MARGIN, MARGIN, Comparison, Count, Counts, Row, copied, joined, read, started
 from bench.revision import ROOT
 from bench.variants import Work
 
@@ -40,10 +40,13 @@ def count(tree: Path) -> Counts:
 
 @counted
 @pytest.mark.slow
-def test_equal_code_counts_equal_to_the_last_digit_in_fresh_processes(sides: tuple[Counts, ...]) -> None:
+def test_equal_code_counts_equal_in_fresh_processes_within_a_tenth_of_the_margins(sides: tuple[Counts, ...]) -> None:
     one, two, _ = sides
-    assert one == two
-    assert set(one.by_work) == set(WORK)
+    assert set(one.by_work) == set(two.by_work) == set(WORK)
+    assert one.reasons == two.reasons == {}
+    for work, found in one.by_work.items():
+        assert abs(two.by_work[work].total - found.total) < MARGIN / 10 * found.total
+        assert abs(two.by_work[work].dispatch - found.dispatch) < DISPATCH_MARGIN / 10
     assert all(0 < found.dispatch < found.total for found in one.by_work.values())
 
 
