@@ -28,6 +28,7 @@ def shade(picture: "Picture", panels: Sequence["Axes"], grids: Mapping[str, tupl
             cmap=colours,
             norm=LogNorm(1 / 8, 8),
             shading="nearest",
+            clip_on=False,  # which a picture would say again at each of its thousand cells
             label="load / mean load",
         )
         axes.set(title=arm, xlabel="step")

@@ -49,7 +49,7 @@ SIZES: Mapping[Profile, tuple[tuple[int, Ranks], ...]] = {
 STEPS: Mapping[Profile, int] = {"quick": 16, "full": 64}
 EVERY = 8  # of so many steps, a window of bursty, one is taken where all layers are drawn
 APART = (1, 2, 4)  # layers
-MAPPED, MAPPED_STEPS = 16, 48  # experts and steps of which a picture shows every load
+MAPPED, MAPPED_STEPS = 16, 32  # experts and steps of which a picture shows every load
 FEW = 2  # experts of a token where experts are few
 LOADS = ("excess_max_vio", "excess_cv_squared", "effective_experts", "dead_experts", "drop_share")
 

@@ -16,6 +16,7 @@ SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
 FACTOR = 1.2  # mean loads that an expert has room for, the article's
 LAYERS = 8
 BASELINE = "balanced"
+BURSTS = "bursty"
 CORRELATED, INDEPENDENT = "correlated_layers", "zipf"
 
 
@@ -42,14 +43,14 @@ def _loads(records: Sequence[Record], arms: Sequence[str], size: Size) -> str:
     uneven = {arm: _over_steps(records, arm, "excess_cv_squared", "mean", size) for arm in arms}
     order = sorted(arms, key=lambda arm: uneven[arm].value)
     told = ", ".join(f"{arm} {uneven[arm].value:.3g}" for arm in order)
-    burst = _over_steps(records, "bursty", "excess_cv_squared", "worst", size)
+    burst = _over_steps(records, BURSTS, "excess_cv_squared", "worst", size)
     drops = {arm: _over_steps(records, arm, "drop_share", "mean", size).value for arm in order}
     dropped = ", ".join(f"{arm} {_percent(share)}" for arm, share in drops.items())
     chance = estimate(records, arm=BASELINE, metric="drop_floor", **size).value
     return (
-        f"the squared CV of a step's loads exceeds chance's by {told}, and bursty's by {burst.value:.3g} at its worst "
-        f"step. With room for {FACTOR:g} mean loads experts drop, of all assignments, {dropped} (chance: "
-        f"{_percent(chance)})."
+        f"squared CV of a step's loads beyond chance's: {told}; {BURSTS} {burst.value:.3g} at its worst step. "
+        f"Assignments dropped where experts have room for {FACTOR:g} mean loads: {dropped}; by chance "
+        f"{_percent(chance)}."
     )
 
 
@@ -58,7 +59,7 @@ def _closed_forms(records: Sequence[Record], arms: Sequence[str], size: Size) ->
     metric = "squared_load_deviation"
     found = {arm: estimate(records, arm=arm, metric=metric, layers=LAYERS, **size) for arm in arms}
     drawn = sorted((arm for arm in arms if found[arm].value > 0), key=lambda arm: found[arm].value)
-    exact = " and ".join(f"{found[arm]} of {arm}" for arm in arms if found[arm].value == 0)
+    exact = " and ".join(f"{found[arm]} ({arm})" for arm in arms if found[arm].value == 0)
     least, most = drawn[0], drawn[-1]
     return (
         "Counts lie about the closed form as chance has it: the squared deviation of an expert's tokens is "
@@ -97,7 +98,8 @@ def _placed(records: Sequence[Record], arms: Sequence[str], size: Size) -> str:
     )
     return (
         f"The busiest of {ranks} ranks has so many times the mean load with experts in their order, placed by past "
-        f"loads, and placed by them with {redundant} redundant experts: {told}."
+        f"loads, and placed by them with {redundant} redundant experts, one a rank as DeepSeek-V3 has in prefilling: "
+        f"{told}. An expert that is there once stays whole, however it is placed."
     )
 
 

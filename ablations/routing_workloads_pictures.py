@@ -30,7 +30,7 @@ def maps(table: Any) -> "Picture":
     for arm, loads in rows.groupby("arm", sort=False):
         ratios = np.array(loads.sort_values("expert")["samples"].tolist())
         order = ratios[:, :WINDOW].sum(axis=1).argsort(kind="stable")
-        grids[str(arm)] = np.arange(ratios.shape[1]), ratios[order]
+        grids[str(arm)] = np.arange(ratios.shape[1]), ratios[order].round(2)
     picture = Picture(figsize=(6.4, 3.8), layout="constrained")
     panels = picture.subplots(-(-len(grids) // COLUMNS), COLUMNS, squeeze=False)
     every = [axes for row in panels for axes in row]
@@ -39,7 +39,7 @@ def maps(table: Any) -> "Picture":
         axes.remove()
     for axes, arm in zip(every, grids, strict=False):
         axes.set_title(arm, fontsize=8)  # as long as the panel is wide
-    picture.supylabel("experts, by load in the first steps")
+    picture.supylabel("experts, by load in the first steps", fontsize=9)
     return picture
 
 

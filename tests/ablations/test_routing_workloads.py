@@ -58,7 +58,7 @@ def readings() -> list[list[Reading]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing_workloads, "SIZES", {"quick": ((2, SMALL),)})
         patch.setattr(routing_workloads, "STEPS", {"quick": 16})
-        patch.setattr(routing_workloads, "SMALL", {"quick": (10,)})
+        patch.setattr(routing_workloads, "SMALL", {"quick": (12,)})
         return [measure(replace(CELL, seed=seed)) for seed in (0, 1)]
 
 
@@ -185,7 +185,7 @@ def test_a_map_has_a_panel_a_workload_and_each_step_its_loads(records: list[Reco
             expected = expected_loads(workload(table.caption), step=2) * 16 / 512
             assert sorted(ratios[:, 2]) == pytest.approx(sorted(expected), abs=1e-5)
     drifting = next(table for table in tables if table.caption == "drifting")
-    heads = {np.argmax([float(row[step]) for row in drifting.rows]) for step in (1, 17, 33)}
+    heads = {np.argmax([float(row[step]) for row in drifting.rows]) for step in (1, 17, 32)}
     assert len(heads) == 3, "its head walks"
     with pytest.raises(NoEvidence):
         maps(summary([row for row in records if row.metric != "load_to_mean"]))
