@@ -10,6 +10,7 @@ from ablations.traced import mark, sources_of
 UNITS = {"length": "tokens"}  # of axes whose name does not say it
 _SPELT = {
     "cpu": "CPU",
+    "cv": "CV",
     "gpu": "GPU",
     "flops": "FLOPs",
     "kv": "KV",

@@ -141,12 +141,12 @@ def test_the_answer_says_what_is_uneven_what_follows_the_closed_form_and_what_pl
     records: list[Record],
 ) -> None:
     said = Prose.of(answer(records))
-    assert said.startswith("At 16 experts, k=2 and 256 tokens a step: the squared CV")
-    order = [said.index(f"{arm} ", said.index("chance's by")) for arm in ("balanced", "hot_expert")]
+    assert said.startswith("At 16 experts, k=2 and 256 tokens a step: squared CV")
+    order = [said.index(f"{arm} ") for arm in ("balanced", "zipf", "adversarial")]
     assert order == sorted(order), "from even to uneven"
-    assert "and 0 of balanced and 0 of adversarial, whose counts are exact." in said
+    assert "binomial variances, and 0 (balanced) and 0 (adversarial), whose counts are exact." in said
     assert "The busiest of 2 ranks has so many times the mean load" in said
-    assert "with 2 redundant experts: balanced 1, 1, 1;" in said
+    assert "with 2 redundant experts, one a rank as DeepSeek-V3 has in prefilling: balanced 1, 1, 1;" in said
     assert "adversarial 2, 1, 1." in said
     assert "Knowing the step would gain most with " in said
     assert "On 4 ranks of 3 slots" in said
@@ -157,7 +157,7 @@ def test_the_answer_says_no_more_than_there_are_records_of(records: list[Record]
         answer([])
     some = [row for row in records if row.metric in (*LOADS, "drop_floor")]
     said = Prose.of(answer(some))
-    assert "(chance: " in said
+    assert said.endswith("%.")
     assert "closed form" not in said
     assert "ranks" not in said
 
@@ -180,10 +180,10 @@ def test_a_map_has_a_panel_a_workload_and_each_step_its_loads(records: list[Reco
     for table in tables:
         ratios = np.array([[float(cell) for cell in row[1:]] for row in table.rows])
         assert ratios.shape == (16, MAPPED_STEPS)
-        np.testing.assert_allclose(ratios.mean(axis=0), 1.0, atol=1e-5)
+        np.testing.assert_allclose(ratios.mean(axis=0), 1.0, atol=0.005)  # drawn to hundredths
         if table.caption in EXACT:
             expected = expected_loads(workload(table.caption), step=2) * 16 / 512
-            assert sorted(ratios[:, 2]) == pytest.approx(sorted(expected), abs=1e-5)
+            assert sorted(ratios[:, 2]) == pytest.approx(sorted(expected), abs=0.005)
     drifting = next(table for table in tables if table.caption == "drifting")
     heads = {np.argmax([float(row[step]) for row in drifting.rows]) for step in (1, 17, 32)}
     assert len(heads) == 3, "its head walks"
