@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ablations.balance_methods import STRENGTHS
 from ablations.evidence import NoEvidence
+from ablations.load_maps import shade
 from ablations.moe_balance_answer import HEADLINE
 
 if TYPE_CHECKING:
@@ -68,38 +69,19 @@ def _paths(axes: "Axes", points: Any) -> None:
 
 def heat(table: Any) -> "Picture":
     """Load of each expert of the last layer over training, a panel a method; experts by their load at the end."""
-    import numpy as np
-    from matplotlib import colormaps
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure as Picture
 
     rows = table[table["metric"] == "load_to_mean"]
     if rows.empty:
         raise NoEvidence("no loads were kept")
     rows = rows[rows["steps"] == rows["steps"].max()]
-    arms = list(dict.fromkeys(rows["arm"]))
-    picture = Picture(figsize=(6.4, 3.2), layout="constrained")
-    panels = picture.subplots(1, len(arms), squeeze=False)[0]
-    colours = colormaps["PuOr_r"].resampled(25)  # few enough for a bar that is drawn, not an image
-    colours = colours.with_extremes(bad=colours(0.0))  # a load of none has no logarithm
-    for axes, arm in zip(panels, arms, strict=True):
-        grid = rows[rows["arm"] == arm].pivot_table(index="expert", columns="step", values="value")
+    grids = {}
+    for arm, loads in rows.groupby("arm", sort=False):
+        grid = loads.pivot_table(index="expert", columns="step", values="value")
         grid = grid.sort_values(grid.columns[-1])
-        seen = axes.pcolormesh(
-            grid.columns.to_numpy(dtype=float),
-            np.arange(len(grid)),
-            grid.to_numpy(),
-            cmap=colours,
-            norm=LogNorm(1 / 8, 8),
-            shading="nearest",
-            label="load / mean load",
-        )
-        axes.set(title=arm, xlabel="step")
-        axes.set_yticks([])
+        grids[str(arm)] = grid.columns.to_numpy(dtype=float), grid.to_numpy()
+    picture = Picture(figsize=(6.4, 3.2), layout="constrained")
+    panels = picture.subplots(1, len(grids), squeeze=False)[0]
+    shade(picture, panels, grids)
     panels[0].set_ylabel("experts, by load at the end")
-    bar = picture.colorbar(
-        seen, ax=list(panels), label="load / mean load", ticks=[2.0**power for power in range(-3, 4)]
-    )
-    bar.ax.set_yticklabels(["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
-    bar.ax.minorticks_off()
     return picture

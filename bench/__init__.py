@@ -14,7 +14,8 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, inde
                 forced_balance.py, capacity.py, routed_training.py, gradient_paths.py: what the studies measure, and
                 cases too
 crossover.py, fastest.py   measure what code chooses by and write it to its tables (measured_table.py)
-routing_workloads.py   routing from a name and a seed; placed_loads.py: what placing experts takes off the busiest rank
+routing_workloads.py   routing from a name and a seed; workload_loads.py: what it does to experts; placed_loads.py: what
+                placing experts takes off the busiest rank (its sizes without torch: placement_sizes.py)
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
 budget/         what true-size models take: by arithmetic, traced on fake tensors, and where it fits on real memory

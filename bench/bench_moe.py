@@ -2,7 +2,7 @@
 what placing experts on ranks by past loads takes off the busiest one.
 
 `bench.expert_layers` says what the dispatches are; `ablations/moe_speed.py` measures them over a whole grid of shapes.
-Placements are of `bench.placed_loads`: counts, with no clock.
+Placements are of `bench.placed_loads`: counts, with no clock; `ablations/routing_workloads.py` has them over seeds.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,18 +18,13 @@ from bench.measurement import Measurement, Point
 from bench.meters.flops import flops
 from bench.meters.memory import memory
 from bench.meters.saved import saved_bytes
-from bench.placed_loads import BASELINE, Ranks, busiest_rank
+from bench.placed_loads import BASELINE, busiest_rank
+from bench.placement_sizes import CHOSEN, PLACED, TOKENS
 from bench.record import Profile
 from bench.routing_workloads import NAMES, Workload
 
 FEW_ROWS = {"quick": Shape(256, 256, 128, 16, 2), "full": Shape(2048, 256, 128, 128, 2)}
 MANY_ROWS = {"quick": Shape(256, 256, 128, 4, 2), "full": Shape(2048, 256, 128, 64, 8)}
-# DeepSeek-V3 serves its 256 experts from 32 ranks with as many experts again as ranks; quick is a fourth of it.
-PLACED: Mapping[Profile, tuple[int, Ranks]] = {
-    "quick": (1024, Ranks(experts=64, ranks=8, steps=12)),
-    "full": (8192, Ranks(experts=256, ranks=32, steps=32)),
-}
-CHOSEN = 8  # experts of a token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -78,9 +73,9 @@ def bench_placement(
     keep: Callable[..., None], run: Run, benchmark: Any, profile: Profile, workload: str, spare: str
 ) -> None:
     """The busiest rank with experts in their order, placed by past loads, and placed as if the step were known."""
-    tokens, shape = PLACED[profile]
+    shape = PLACED[profile]
     redundant = 0 if spare == "none" else shape.experts // 8
-    given = Workload(name=workload, tokens=tokens, experts=shape.experts, k=CHOSEN)
+    given = Workload(name=workload, tokens=TOKENS[profile], experts=shape.experts, k=CHOSEN)
     axes: dict[str, str | int | float] = {"workload": workload, "experts": shape.experts, "ranks": shape.ranks}
     axes["redundant"] = redundant
     try:

@@ -6,31 +6,24 @@ At every step experts are placed by the loads of the `PAST` steps before it, and
 
 1 is perfect balance. `in_order` has expert e on rank e R / E, with none twice, whatever is spare; `placed` is
 `dsv3.moe.placement` on the past; `foreseen` the same on the step itself, so that its distance from `placed` is what
-drift and chance cost. All of it is counted, nothing is timed.
+drift and chance cost. On a dozen slots `to_optimum` holds it to the best placement of all. All of it is counted,
+nothing is timed.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 import numpy as np
+from jaxtyping import Float
 
+from bench.placement_sizes import Ranks
 from bench.routing_workloads import Workload, draw
 from dsv3.config.rules import require
-from dsv3.moe.placement import lower_bound, place
+from dsv3.moe.placement import lower_bound, place, reference_largest_load
 
 PAST = 6  # which is no period of a workload's: an enemy of past loads must find them uneven
 BASELINE = "in_order"
 ROUNDING = 1e-9  # sums of quotients of counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """So many experts on so many ranks, judged at so many steps."""
-
-    experts: int
-    ranks: int
-    steps: int
 
 
 def busiest_rank(workload: Workload, shape: Ranks, redundant: int) -> Mapping[str, float]:
@@ -44,7 +37,7 @@ def busiest_rank(workload: Workload, shape: Ranks, redundant: int) -> Mapping[st
         rule = f"must be a multiple of ranks={shape.ranks}"
         require(slots % shape.ranks == 0, name, slots, rule, "give each rank as many")
     each = (shape.experts + redundant) // shape.ranks
-    loads = [_loads(workload, step) for step in range(PAST + shape.steps)]
+    loads = [loads_of(workload, step) for step in range(PAST + shape.steps)]
     ratios: dict[str, list[float]] = {BASELINE: [], "placed": [], "foreseen": []}
     for step in range(PAST, len(loads)):
         now, past = loads[step], np.sum(loads[step - PAST : step], axis=0)
@@ -58,7 +51,26 @@ def busiest_rank(workload: Workload, shape: Ranks, redundant: int) -> Mapping[st
     return {name: fmean(values) for name, values in ratios.items()}
 
 
-def _loads(workload: Workload, step: int) -> np.ndarray:
+def to_optimum(workload: Workload, *, ranks: int, slots: int, steps: Iterable[int]) -> list[float]:
+    """By step: the busiest rank under a placement that knows the step / under the best of all, which are tried: a dozen
+    slots at most.
+
+    Raises:
+        ValueError: fewer slots, `slots` on each of the ranks, than experts.
+        AssertionError: a placement that is better than the best.
+    """
+    ratios = []
+    for step in steps:
+        loads = loads_of(workload, step)
+        best = reference_largest_load(loads, ranks=ranks, slots=slots)
+        found = place(loads, ranks=ranks, slots=slots).largest
+        assert found >= best * (1 - ROUNDING), f"the busiest rank has {found}, below the least {best}"
+        ratios.append(max(1.0, found / best))
+    return ratios
+
+
+def loads_of(workload: Workload, step: int) -> Float[np.ndarray, " E"]:
+    """The tokens of each expert at a step."""
     return np.bincount(draw(workload, step=step).indices.ravel(), minlength=workload.experts).astype(np.float64)
 
 

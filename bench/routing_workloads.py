@@ -113,6 +113,24 @@ def expected_loads(workload: Workload, *, step: int, layer: int = 0) -> Float[Nu
     return loads
 
 
+def squared_deviation(workload: Workload, counts: Int[Numbers, " E"], *, step: int, layer: int = 0) -> float:
+    """How far counted tokens lie from `expected_loads`: (count - N pi)^2 / (N pi (1 - pi)), the mean over the experts.
+
+    Counts of a workload that is drawn by chance have 1 in the mean, exactly, since each is binomial; those of an exact
+    workload have 0. Experts with a pi of 0 or 1 leave nothing to chance, and are left out.
+
+    Raises:
+        ValueError: such an expert with another count.
+    """
+    expected = expected_loads(workload, step=step, layer=layer)
+    variance = expected * (1 - expected / max(workload.tokens, 1))
+    by_chance = variance > 0
+    wrong = np.flatnonzero((counts != expected) & ~by_chance).tolist()
+    rule = "must have all tokens or none, as their pi says"
+    require(not wrong, "experts", wrong, rule, "count the tokens of this step and layer, before any is dropped")
+    return float(((counts - expected)[by_chance] ** 2 / variance[by_chance]).mean()) if by_chance.any() else 0.0
+
+
 def expected_overlap(workload: Workload, *, apart: int) -> float:
     """How many experts of a token two layers of correlated_layers share in the mean, so many layers apart."""
     rule = "must be correlated_layers, the one whose layers are not independent"

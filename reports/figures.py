@@ -64,6 +64,10 @@ STYLE: Any = {
 
 
 _LONG = re.compile(r"-?\b\d+\.\d{3,}\b")
+_CELL = re.compile(r'<path d="M (\S+) (\S+) L (\S+) \2 L \3 (\S+) L \1 \4 L \1 \2 ?" style="fill: (#\w+)"/>')
+_CELLS = re.compile(rf"(?:{_CELL.pattern})+")
+_PATH = re.compile(r' d="([^"]*)"')
+_STEP = re.compile(r"([A-Za-z])([^A-Za-z]*)")
 _GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")
 
 
@@ -170,11 +174,42 @@ def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
 
 
 def _brief(svg: str) -> str:
-    """The same picture in fewer bytes: no id that nothing refers to, hundredths of a point, no indentation."""
+    """The same picture in fewer bytes: no id that nothing refers to, hundredths of a point, no indentation, lines along
+    an axis by one number, neighbouring cells of a map that have one colour as one.
+    """
     named = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r'\s+id="([^"]*)"', lambda given: given[0] if given[1] in named else "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><")
-    return re.sub(r"<[^>]*>", lambda tag: _LONG.sub(lambda digits: f"{float(digits[0]):.2f}", tag[0]), svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: _LONG.sub(lambda digits: f"{float(digits[0]):.2f}", tag[0]), svg)
+    return _PATH.sub(_straight, _CELLS.sub(_joined, svg))
+
+
+def _joined(cells: re.Match[str]) -> str:
+    joined: list[list[str]] = []
+    for left, low, right, high, fill in _CELL.findall(cells[0]):
+        if joined and joined[-1][1:] == [low, left, high, fill]:
+            joined[-1][2] = right
+        else:
+            joined.append([left, low, right, high, fill])
+    return "".join(
+        f'<path d="M {left} {low} L {right} {low} L {right} {high} L {left} {high} Z" style="fill: {fill}"/>'
+        for left, low, right, high, fill in joined
+    )
+
+
+def _straight(path: re.Match[str]) -> str:
+    """The path, its lines along an axis said by one number."""
+    said, at = "", ["", ""]
+    for letter, numbers in _STEP.findall(path[1]):
+        to = numbers.split()
+        if letter == "L" and at[1] == to[1]:
+            said += f"H{to[0]}"
+        elif letter == "L" and at[0] == to[0]:
+            said += f"V{to[1]}"
+        else:
+            said += letter + " ".join(to)
+        at = to[-2:] or ["", ""]
+    return f' d="{said}"'
 
 
 def _inked(grey: re.Match[str]) -> str:

@@ -14,7 +14,7 @@ from ablations.traced import sources_of, tracing
 from bench.metrics import metric as metric_named
 from bench.record import Record
 
-POINT = ("arm", "metric", "value", "low", "high", "n", "behind", "records")
+POINT = ("arm", "metric", "value", "low", "high", "n", "behind", "records", "samples")
 
 
 def axes_of(table: pd.DataFrame) -> list[str]:
@@ -23,8 +23,8 @@ def axes_of(table: pd.DataFrame) -> list[str]:
 
 
 def summary(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point: the mean over replicates, the 95% interval, n replicates, what they are, and the ids of their
-    records; errors left out.
+    """One row per point: the mean over replicates, the 95% interval, n replicates, what they are, the ids of their
+    records, and of a single one its samples; errors left out.
 
     An axis that has the name of a fixed column gets the prefix "axis_".
     """
@@ -34,7 +34,13 @@ def summary(records: Sequence[Record]) -> pd.DataFrame:
             if record.error is None:
                 key = (record.arm, record.metric, tuple(sorted(record.axes.items())))
                 points.setdefault(key, []).append(record)
-        return _table([_row(found[0], summarise(found), _behind(found)) for found in points.values()])
+        return _table(
+            [
+                _row(found[0], summarise(found), _behind(found))
+                | {"samples": found[0].samples if len(found) == 1 else None}
+                for found in points.values()
+            ]
+        )
 
 
 def differences(records: Sequence[Record], metric: str, baseline: str) -> pd.DataFrame:

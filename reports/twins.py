@@ -1,8 +1,8 @@
 """A figure's twin: the numbers that it shows, whole, as tables for readers who cannot see it or want to compute.
 
 A figure that a study declares is drawn from points, and so is its twin. Of one that draws itself the twin is read back
-from the picture: each line with a label by its data, each labelled bar by where it starts and ends, each labelled mesh
-by its cells. What has no label is decoration.
+from the picture: each line with a label by its data, row by row where rows have names, each labelled bar by where it
+starts and ends, each labelled mesh by its cells. What has no label is decoration.
 """
 
 from collections.abc import Sequence
@@ -62,24 +62,39 @@ def _lines(axes: Axes, caption: str) -> list[Table]:
     lines = [line for line in drawn if line not in across]
     if not lines:
         return []
+    levels = ", ".join(f"{line.get_label()} {exact(line.get_ydata()[0])}" for line in across)  # type: ignore[index]
+    told = f"levels: {levels}" if levels else ""
+    title, labels = axes.get_title(loc="left") or axes.get_title() or caption, [str(line.get_label()) for line in lines]
+    if names := _words(axes):
+        marks = [{_nearest(names, y): x for x, y in line.get_xydata().tolist()} for line in lines]  # type: ignore[union-attr]
+        named = [(name, *(exact(line[name]) if name in line else MISSING for line in marks)) for name in names.values()]
+        return [_table(title, ", ".join(filter(None, (axes.get_xlabel(), told))), ("row", *labels), named)]
     values = [dict(line.get_xydata().tolist()) for line in lines]  # type: ignore[union-attr]
     places = sorted({at for line in values for at in line})
     rows = [(exact(at), *(exact(line[at]) if at in line else MISSING for line in values)) for at in places]
-    head = (axes.get_xlabel(), *(str(line.get_label()) for line in lines))
-    levels = ", ".join(f"{line.get_label()} {exact(line.get_ydata()[0])}" for line in across)  # type: ignore[index]
-    note = ", ".join(filter(None, (axes.get_ylabel(), f"levels: {levels}" if levels else "")))
-    return [_table(axes.get_title(loc="left") or axes.get_title() or caption, note, head, rows)]
+    note = ", ".join(filter(None, (axes.get_ylabel(), told)))
+    return [_table(title, note, (axes.get_xlabel(), *labels), rows)]
+
+
+def _words(axes: Axes) -> dict[float, str]:
+    """What stands at the ticks up the side, where it is words; nothing where it is numbers."""
+    ticks = axes.get_yticks()
+    labels = axes.yaxis.get_major_formatter().format_ticks(list(ticks))
+    words = all(label[:1].isalpha() for label in labels)
+    return dict(zip(map(float, ticks), labels, strict=True)) if words else {}
+
+
+def _nearest(names: dict[float, str], at: float) -> str:
+    return names[min(names, key=lambda tick: abs(tick - at))]
 
 
 def _bars(axes: Axes, caption: str) -> list[Table]:
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle) and _labelled(patch)]
-    names = {float(at): label.get_text() for at, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)}
-    rows: dict[str, list[str]] = {}
+    names, rows = _words(axes), dict[str, list[str]]()
     for bar in sorted(bars, key=lambda bar: (bar.get_y() // 1, bar.get_x(), bar.get_y())):
-        middle = bar.get_y() + bar.get_height() / 2
-        name = names[min(names, key=lambda at: abs(at - middle))]
         start, end = exact(bar.get_x()), exact(bar.get_x() + bar.get_width())
-        rows.setdefault(name, []).append(f"{bar.get_label()} ({start} to {end})")
+        row = _nearest(names, bar.get_y() + bar.get_height() / 2)
+        rows.setdefault(row, []).append(f"{bar.get_label()} ({start} to {end})")
     told = [(name, ", ".join(said)) for name, said in rows.items()]
     title = axes.get_title(loc="left") or axes.get_title() or caption
     return [_table(title, "each bar with its start and end", ("row", "bars"), told, texts=2)] if rows else []

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bench import placed_loads
-from bench.bench_moe import PLACED
-from bench.placed_loads import BASELINE, Ranks, busiest_rank
+from bench.placed_loads import BASELINE, busiest_rank, to_optimum
+from bench.placement_sizes import PLACED, Ranks
 from bench.routing_workloads import NAMES, Workload
 from dsv3.moe.placement import Placement
 
@@ -29,7 +29,7 @@ def test_an_expert_that_every_token_wants_stays_whole_without_redundancy_and_is_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Of 10 tokens a step each goes to expert 0; the other three experts share 2 more.
-    monkeypatch.setattr(placed_loads, "_loads", lambda workload, step: np.array([10.0, 1.0, 1.0, 0.0]))
+    monkeypatch.setattr(placed_loads, "loads_of", lambda workload, step: np.array([10.0, 1.0, 1.0, 0.0]))
     shape = Ranks(experts=4, ranks=2, steps=3)
     assert found("hot_expert", 0, shape) == {BASELINE: 11 / 6, "placed": 10 / 6, "foreseen": 10 / 6}
     assert found("hot_expert", 2, shape) == {BASELINE: 11 / 6, "placed": 1.0, "foreseen": 1.0}
@@ -37,7 +37,7 @@ def test_an_expert_that_every_token_wants_stays_whole_without_redundancy_and_is_
 
 def test_loads_that_move_are_foreseen_better_than_they_are_placed(monkeypatch: pytest.MonkeyPatch) -> None:
     moving = [np.roll([9.0, 1.0, 1.0, 1.0], step) for step in range(20)]
-    monkeypatch.setattr(placed_loads, "_loads", lambda workload, step: moving[step])
+    monkeypatch.setattr(placed_loads, "loads_of", lambda workload, step: moving[step])
     ratios = found("drifting", 2, Ranks(experts=4, ranks=2, steps=6))
     assert ratios["placed"] > ratios["foreseen"] == 1.0
 
@@ -70,7 +70,7 @@ def test_a_placement_that_loses_tokens_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_placement_better_than_can_be_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placed_loads, "_loads", lambda workload, step: np.array([10.0, 1.0, 1.0, 0.0]))
+    monkeypatch.setattr(placed_loads, "loads_of", lambda workload, step: np.array([10.0, 1.0, 1.0, 0.0]))
     monkeypatch.setattr(Placement, "rank_loads", lambda self, loads: np.full(2, loads.sum() / 2))
     with pytest.raises(AssertionError, match=r"the busiest rank has 6\.0, below the least 10\.0"):
         found("hot_expert", 0, Ranks(experts=4, ranks=2, steps=1))
@@ -78,5 +78,20 @@ def test_a_placement_better_than_can_be_is_an_error(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("profile", ["quick", "full"])
 def test_the_cases_have_slots_that_divide(profile: str) -> None:
-    _, shape = PLACED[profile]  # type: ignore[index]
+    shape = PLACED[profile]  # type: ignore[index]
     assert shape.experts % shape.ranks == shape.experts // 8 % shape.ranks == 0
+
+
+def test_on_a_dozen_slots_the_best_placement_is_no_worse_and_placement_comes_near() -> None:
+    workload = Workload(name="zipf", tokens=512, experts=8, k=2)
+    ratios = to_optimum(workload, ranks=4, slots=3, steps=(0, 8))
+    assert len(ratios) == 2
+    assert all(1.0 <= ratio < 1.1 for ratio in ratios)
+    assert max(ratios) > 1.0, "greedy placement is not the best of all here"
+    assert to_optimum(Workload(name="balanced", tokens=512, experts=8, k=2), ranks=4, slots=2, steps=(0,)) == [1.0]
+
+
+def test_a_placement_better_than_the_best_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placed_loads, "reference_largest_load", lambda loads, ranks, slots: 2 * loads.sum())
+    with pytest.raises(AssertionError, match=r"the busiest rank has .*, below the least"):
+        to_optimum(Workload(name="zipf", tokens=64, experts=6, k=2), ranks=3, slots=2, steps=(0,))

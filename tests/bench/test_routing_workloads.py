@@ -28,6 +28,7 @@ from bench.routing_workloads import (
     expected_loads,
     expected_overlap,
     shares,
+    squared_deviation,
 )
 
 ALARM = 1e-6
@@ -158,6 +159,36 @@ def test_a_wrong_closed_form_is_seen() -> None:
     counts = loads(Workload(name="zipf", tokens=20_000, experts=64, k=1), 24)
     drifted = expected_loads(Workload(name="drifting", tokens=20_000, experts=64, k=1), step=24)
     assert stats.chisquare(counts, drifted).pvalue < ALARM
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_squared_deviation_is_that_of_binomial_counts_and_none_of_exact_ones(name: str) -> None:
+    workload = Workload(name=name, tokens=4096, experts=64, k=4)
+    found = np.array([squared_deviation(workload, loads(workload, step, 1), step=step, layer=1) for step in range(100)])
+    if name in EXACT:
+        assert not found.any()
+    else:
+        # Steps are independent, and their mean is 1 without an error of any approximation.
+        assert stats.ttest_1samp(found, 1.0).pvalue > ALARM
+        assert found.mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_squared_deviation_is_counted_by_hand_and_grows_with_a_wrong_closed_form() -> None:
+    workload = Workload(name="bursty", tokens=16, experts=4, k=2)
+    assert not burst(workload, step=0)
+    # Of 16 tokens each expert expects 8, with variance 16 / 2 / 2 = 4.
+    assert squared_deviation(workload, np.array([8, 8, 10, 6]), step=0) == pytest.approx((0 + 0 + 1 + 1) / 4)
+    drifting = Workload(name="drifting", tokens=4096, experts=64, k=4)
+    assert squared_deviation(drifting, loads(drifting, 40), step=0) > 10
+
+
+def test_an_expert_of_every_choice_must_have_every_token() -> None:
+    workload = Workload(name="hot_expert", tokens=50, experts=8, k=2)
+    counts = loads(workload, 3)
+    hot = int(counts.argmax())
+    counts[hot] -= 1
+    with pytest.raises(ValueError, match=rf"experts=\[{hot}\]: must have all tokens or none"):
+        squared_deviation(workload, counts, step=3)
 
 
 def test_zipf_is_one_over_the_place_until_an_expert_would_be_in_every_choice() -> None:

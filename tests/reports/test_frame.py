@@ -63,6 +63,13 @@ def test_a_summary_has_each_point_once_and_no_error(rows: list[Record]) -> None:
         assert (line["arm"], line["metric"], place) in points
 
 
+def test_a_point_of_one_record_has_its_samples_and_one_of_several_none() -> None:
+    alone = row(2.0, n=2, samples=(1.0, 3.0), axes={"expert": 0})
+    table = summary([alone, *(row(1.0, seed=seed, n=1, samples=(1.0,), axes={"expert": 1}) for seed in (0, 1))])
+    assert table["samples"].tolist() == [(1.0, 3.0), None]
+    assert axes_of(table) == ["expert"]
+
+
 @given(st.lists(FINITE, min_size=2, max_size=8), st.randoms())
 def test_a_summary_is_the_mean_with_its_interval_in_any_order(values: list[float], chance: random.Random) -> None:
     rows = [row(value, seed=seed, metric="loss_gap") for seed, value in enumerate(values)]

@@ -74,6 +74,21 @@ def test_a_picture_that_drew_itself_is_read_back_whole() -> None:
     assert table.rows == (("1", "0.5", "-"), ("2", "0.333333", "5"), ("4", "-", "6"))
 
 
+def test_marks_beside_named_rows_are_read_back_row_by_row() -> None:
+    picture = Picture()
+    left, right = picture.subplots(1, 2, sharey=True)
+    for axes in (left, right):
+        axes.plot([1.5, 1.5], [-0.2, 0.8], "o", label="placed")
+        axes.plot([4.0], [1.2], "s", label="in order")
+        axes.axvline(1.0)
+        axes.set(xlabel="busiest rank")
+    left.set_yticks(range(2), ["zipf", "even"])
+    for table in of_picture(picture, "Caption"):
+        assert (table.caption, table.note) == ("Caption", "busiest rank")
+        assert table.head == ("row", "placed", "in order")
+        assert table.rows == (("zipf", "1.5", "-"), ("even", "1.5", "4"))
+
+
 def test_the_bars_of_a_timeline_are_told_rank_by_rank() -> None:
     timeline = simulate(named("one_f_one_b").plan(2, 3), Times(f=1, b=1, w=1))
     (table,) = of_picture(timelines([timeline]), "c")

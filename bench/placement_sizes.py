@@ -1,0 +1,30 @@
+"""At which sizes placing experts on ranks is measured, apart from `bench.placed_loads` so that a study may say so
+without importing torch.
+
+DeepSeek-V3 serves its 256 experts from 32 ranks with as many experts again as ranks (arXiv:2412.19437 section 3.4.1);
+the quick profile has a quarter of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bench.record import Profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """So many experts on so many ranks, judged at so many steps."""
+
+    experts: int
+    ranks: int
+    steps: int
+
+
+TOKENS: Mapping[Profile, int] = {"quick": 2048, "full": 8192}  # of a step
+CHOSEN = 8  # experts of a token
+PLACED: Mapping[Profile, Ranks] = {
+    "quick": Ranks(experts=64, ranks=8, steps=12),
+    "full": Ranks(experts=256, ranks=32, steps=32),
+}
+SMALL: Mapping[Profile, tuple[int, ...]] = {"quick": (10, 12), "full": (8, 10, 12)}  # experts: all placements are tried
+SMALL_RANKS, SMALL_SLOTS = 4, 3  # slots of a rank: a dozen in all
