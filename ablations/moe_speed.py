@@ -70,7 +70,7 @@ def cells(profile: Profile) -> tuple[Cell, ...]:
     if profile == "quick":
         return grid(seconds=4, seeds=(0,), width=(256,), experts=(8,), dtype=("fp32",), least=(FEW,), threads=(1,))
     return grid(
-        seconds=300,
+        seconds=600,
         seeds=range(SEEDS[profile]),
         width=tuple(INNER),
         experts=(8, 64, 128),
