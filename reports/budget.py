@@ -15,7 +15,7 @@ from ablations.claims import Verdict, ledger
 from ablations.traced import Prose, mark
 from bench.metrics import METRICS
 from bench.record import Record
-from reports import figures, twins
+from reports import figures, inlined, twins
 from reports.numbers import number, place, plain
 from reports.pages import Drawn, Page, ruling
 from reports.tables import MISSING, Table, failures
@@ -297,7 +297,7 @@ def _drawn(kind: str, caption: str, picture: Picture, rows: Sequence[Record]) ->
     name = f"{STUDY}-{kind}"
     files = figures.render(picture, name, figures.provenance(STUDY, kind, rows))
     twin = tuple(twins.of_picture(picture, caption))
-    inline = figures.inline(files["svg"], name, caption, twin=bool(twin))
+    inline = inlined.inline(files["svg"], name, caption, twin=bool(twin))
     return Drawn(name=name, caption=caption, titled=False, files=files, inline=inline, twin=twin)
 
 

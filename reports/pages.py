@@ -24,7 +24,7 @@ from ablations.verdicts import current, mixed, standing, verdicts
 from bench.machines import other_machines, speaking
 from bench.metrics import METRICS, Metric, metric
 from bench.record import Profile, Record
-from reports import figures
+from reports import figures, inlined
 from reports.baseline import against_baseline
 from reports.frame import axes_of, summary
 from reports.implementations import implementations
@@ -268,7 +268,7 @@ def _drawn(study: Study, figure: Any, rows: Sequence[Record]) -> Drawn:
     name = f"{study.name}-{figure.name}"
     picture, twin = figures.draw(study, figure, rows)
     files = figures.render(picture, name, figures.provenance(study.name, figure.name, rows))
-    inline = figures.inline(files["svg"], name, figure.caption, twin=bool(twin))
+    inline = inlined.inline(files["svg"], name, figure.caption, twin=bool(twin))
     titled = figure.draw is None
     return Drawn(name=name, caption=figure.caption, titled=titled, files=files, inline=inline, twin=tuple(twin))
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from ablations.traced import Prose, mark
-from reports import figures, twins
+from reports import figures, inlined, twins
 from reports.numbers import plain
 from reports.pages import Drawn, Page
 from reports.tables import MISSING, Table
@@ -143,7 +143,7 @@ def _drawn(run: Any, steps: Sequence[Any], held_out: Sequence[Any]) -> Drawn:
     said["digest"] = sha256(json.dumps([run, *steps, *held_out], sort_keys=True).encode()).hexdigest()[:12]
     files = figures.render(picture, name, said)
     twin = tuple(twins.of_picture(picture, _CAPTION))
-    inline = figures.inline(files["svg"], name, _CAPTION, twin=bool(twin))
+    inline = inlined.inline(files["svg"], name, _CAPTION, twin=bool(twin))
     return Drawn(name=name, caption=_CAPTION, titled=False, files=files, inline=inline, twin=twin)
 
 
