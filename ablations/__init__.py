@@ -33,6 +33,7 @@ STUDIES: tuple[str, ...] = (
     "attention_gpu",
     "moe_speed",
     "moe_balance",
+    "moe_recovery",
     "moe_capacity",
     "moe_isolation",
     "precision_modes",
