@@ -28,25 +28,12 @@ def curves(table: Any) -> "Picture":
     if rows.empty:
         raise NoEvidence("no training has gone on from a collapse")
     picture = Picture(figsize=(7.2, 6.4), layout="constrained")
-    panels = picture.subplots(2, 2, sharex=True, sharey=True)
+    panels = picture.subplots(2, 2)
     for axes, (title, arms) in zip(panels.flat, PANELS.items(), strict=True):
         for place, arm in enumerate(arms):
             for strength in TRIED[arm]:
                 _curve(axes, rows[(rows["arm"] == arm) & (rows["strength"] == strength)], place)
-        axes.axhline(RECOVERED, color=GREY, linestyle="--", linewidth=0.9)
-        axes.axhline(1.0, color=GREY, linestyle=":", linewidth=0.9)
-        axes.axvline(ASKED, color=GREY, linestyle="--", linewidth=0.9)
-        axes.set(title=title, yscale="log")
-        axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
-        axes.set_xticks(TICKS, labels=list(map(str, TICKS)))
-        axes.set_yticks([1, 1.5, 3, 10, 30], labels=["1", "1.5", "3", "10", "30"])
-        axes.minorticks_off()
-        axes.grid(visible=True)
-        axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 0.08))
-    for axes in panels[-1]:
-        axes.set_xlabel("updates since the collapse")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("excess MaxVio (1: chance)")
+        _frame(axes, title)
     return picture
 
 
@@ -80,15 +67,31 @@ def steps(table: Any) -> "Picture":
 def _bar(axes: "Axes", at: int, share: float, after: Any, most: int) -> None:
     if after is None:
         said = f"not within {most}" if share == 0.0 else f"{share:.0%} within {most}"
-        axes.barh(at, most, color="none", edgecolor=GREY, hatch="///", height=0.7, label=said)
+        axes.barh(at, most, color="none", edgecolor=GREY, hatch="///", height=0.7, label=[said])
         axes.annotate(said, (1.02 * most, at), va="center", fontsize=8)
         return
     known = after["low"] == after["low"]  # a single training has no interval
     errors = [[after["value"] - after["low"]], [after["high"] - after["value"]]] if known else None
     said = f"{after['value']:.3g}" + (f" [{after['low']:.3g}, {after['high']:.3g}]" if known else "")
     end = after["high"] if known else after["value"]
-    axes.barh(at, after["value"], xerr=errors, color="C0", height=0.7, capsize=3, label="all recovered")
+    axes.barh(at, after["value"], xerr=errors, color="C0", height=0.7, capsize=3, label=["all recovered"])
     axes.annotate(said, (end + 0.02 * most, at), va="center", fontsize=8)
+
+
+def _frame(axes: "Axes", title: str) -> None:
+    """The scales, the border of recovery, chance, and by when it is asked."""
+    for level, line in ((RECOVERED, "--"), (1.0, ":")):
+        axes.axhline(level, color=GREY, linestyle=line, linewidth=0.9)
+    axes.axvline(ASKED, color=GREY, linestyle="--", linewidth=0.9)
+    axes.set(title=title, xlabel="updates since the collapse", ylabel="excess MaxVio (1: chance)")
+    axes.set(yscale="log", ylim=(0.9, 70))
+    axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
+    axes.set_xticks(TICKS, labels=list(map(str, TICKS)))
+    axes.set_yticks([1, 1.5, 3, 10, 30], labels=["1", "1.5", "3", "10", "30"])
+    axes.minorticks_off()
+    axes.grid(visible=True)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 0.08))
 
 
 def _curve(axes: "Axes", rows: Any, place: int) -> None:
@@ -103,4 +106,4 @@ def _curve(axes: "Axes", rows: Any, place: int) -> None:
     label = arm if strength == "default" else f"{arm}, {strength}"
     axes.plot(rows["updates"], rows["value"], color=colour, linestyle=line, linewidth=1.4, label=label)
     known = rows[rows["low"].notna()]
-    axes.fill_between(known["updates"], known["low"].clip(lower=0.5), known["high"], color=colour, alpha=0.15, lw=0)
+    axes.fill_between(known["updates"], known["low"].clip(lower=0.9), known["high"], color=colour, alpha=0.15, lw=0)

@@ -29,7 +29,7 @@ from dsv3.moe.routing import Routing
 from dsv3.train import TrainState, train_step
 
 BISECTIONS = 30
-LARGEST = 1024.0  # size of a shift, beyond any that a router of finite scores needs
+LARGEST = 8.0  # size of a shift: beyond it sigmoids round to 1, and ties choose
 
 
 @dataclass(frozen=True, kw_only=True)
