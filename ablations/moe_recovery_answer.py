@@ -18,6 +18,7 @@ SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
 RECOVERED = 1.5  # the excess MaxVio at which a method has led out of the collapse
 ASKED = 10  # updates within which it is asked to
 BASELINE = "deepseek_v3"
+RATE = SignBias().rate  # of the baseline's bias, as published
 LOOK_AHEAD = ("expert_choice",)  # no candidate for the best causal method
 EXACT: Mapping[str, tuple[Balance, ...]] = {
     "momentum 0.5": (QuantileBias(bins=None, momentum=0.5),),
@@ -73,8 +74,8 @@ def answer(records: Sequence[Record]) -> str:
     said = [
         _collapse(records, watched),
         f"Out of it, at {RECOVERED:g} times chance, are after at most {ASKED} updates, as asked, all trainings with "
-        f"{_listed(quick, records, watched)}; all, but some later, with {_listed(late, records, watched)}; some of "
-        f"them within {watched} updates with {_shares(part)}; none with {_names(never)}.",
+        f"{_listed(quick, records, watched)}; all, but some later, with {_listed(late, records, watched)}; a part, "
+        f"within {watched} updates, with {_shares(part)}; no training, in {watched} updates, with {_names(never)}.",
         _best([one for one in found if one.always and one.arm not in LOOK_AHEAD], records, watched),
         _published(records, watched),
         _dead(found, records, watched),
@@ -109,33 +110,32 @@ def _best(candidates: Sequence[Found], records: Sequence[Record], watched: int) 
     gap = mean([float(a.value or 0.0) - float(b.value or 0.0) for a, b in matched(ours, theirs)])
     return (
         f"The first out of the causal ones is {_named(best)}, at {soon} times chance after {early} updates and {last} "
-        f"after {watched}, with {dead} experts of a layer without a token in a batch after {early}. Its held-out loss "
-        f"after {watched} updates, less that of {BASELINE}, is {gap} nat/token."
+        f"after {watched} updates, with {dead} experts of a layer without a token in a batch after {early} updates. "
+        f"Its held-out loss after {watched} updates, less that of {BASELINE}, is {gap} nat/token."
     )
 
 
 def _published(records: Sequence[Record], watched: int) -> str:
     """How far DeepSeek-V3's bias and sequence loss come, and what a bias of their rate has to make up for."""
-    (rate,) = (method.rate for method in TRIED[BASELINE]["default"] if isinstance(method, SignBias))
     early = min(ASKED, watched)
     soon, last = (_excess(records, BASELINE, "default", update, watched) for update in (early, watched))
     offset = estimate(records, arm=BASELINE, metric="score_offset", router="collapsed", watched=watched)
     return (
-        f"DeepSeek-V3's design, a sign bias at rate {rate:g} with the sequence loss, is at {soon} times chance after "
-        f"{early} updates and {last} after {watched}: the collapse raised the scores of its experts by {offset} in the "
-        f"mean, and a bias that falls by {rate:g} an update there and rises as much elsewhere needs "
-        f"{offset.map(lambda score: score / (2 * rate))} updates to make up for that."
+        f"DeepSeek-V3's design, a sign bias at rate {RATE:g} with the sequence loss, is at {soon} times chance after "
+        f"{early} updates and {last} after {watched} updates: the collapse raised the scores of its experts by "
+        f"{offset} in the mean, and a bias that falls by {RATE:g} an update there and rises as much elsewhere needs "
+        f"{offset.map(lambda score: score / (2 * RATE))} updates to make up for that."
     )
 
 
 def _dead(found: Iterable[Found], records: Sequence[Record], watched: int) -> str:
-    """Which methods leave experts without a token in a batch at the end."""
+    """Which methods leave experts without a token in a batch at the end, one of a layer or more in the mean."""
     dead = {one: _at(records, one.arm, one.strength, "dead_experts", watched, updates=watched) for one in found}
-    left = sorted((one for one in dead if dead[one].value > 0.0), key=lambda one: -dead[one].value)
+    left = sorted((one for one in dead if dead[one].value >= 1.0), key=lambda one: -dead[one].value)
     if not left:
-        return f"After {watched} updates no method leaves an expert of any layer without a token in a batch."
-    told = ", ".join(f"{_named(one)} {dead[one]}" for one in left)
-    return f"After {watched} updates experts of a layer without a token in a batch are left by {told}; by no other."
+        return f"After {watched} updates no method leaves one expert a layer, in the mean, without a token in a batch."
+    told = ", ".join(f"{_named(one)} ({dead[one]})" for one in left)
+    return f"After {watched} updates one expert a layer or more, in the mean, has no token in a batch with {told}."
 
 
 def _found(records: Sequence[Record], arm: str, strengths: Iterable[str], watched: int) -> Iterable[Found]:
@@ -165,8 +165,9 @@ def _at(records: Sequence[Record], arm: str, strength: str, metric: str, watched
 
 
 def _named(one: Found) -> str:
-    """The method and its strength, which records have chosen."""
-    return mark(f"{one.arm} at {one.strength}", sources_of(one.share.value))
+    """The method, which records have chosen, and its strength where that is not the default."""
+    name = one.arm if one.strength == "default" else f"{one.arm} at {one.strength}"
+    return mark(name, sources_of(one.share.value))
 
 
 def _names(found: Sequence[Found]) -> str:

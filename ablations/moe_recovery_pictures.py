@@ -27,7 +27,7 @@ def curves(table: Any) -> "Picture":
     rows = rows[rows["updates"].notna() & (rows["watched"] == rows["watched"].max())]
     if rows.empty:
         raise NoEvidence("no training has gone on from a collapse")
-    picture = Picture(figsize=(7.2, 6.4), layout="constrained")
+    picture = Picture(figsize=(7.2, 7.6), layout="constrained")
     panels = picture.subplots(2, 2)
     for axes, (title, arms) in zip(panels.flat, PANELS.items(), strict=True):
         for place, arm in enumerate(arms):
@@ -58,6 +58,7 @@ def steps(table: Any) -> "Picture":
         _bar(axes, at, shares[key], after.get(key), most)
     axes.axvline(ASKED, color=GREY, linestyle="--")
     axes.set(xlim=(0, 1.5 * most), xlabel=f"updates until a batch is at {RECOVERED:g} times chance (line: {ASKED})")
+    axes.set_xticks([tick for tick in range(0, 101, 20) if tick <= most])
     axes.set_yticks(range(len(order)), [arm if at == "default" else f"{arm}, {at}" for arm, at in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.grid(visible=True, axis="x")
@@ -68,14 +69,13 @@ def _bar(axes: "Axes", at: int, share: float, after: Any, most: int) -> None:
     if after is None:
         said = f"not within {most}" if share == 0.0 else f"{share:.0%} within {most}"
         axes.barh(at, most, color="none", edgecolor=GREY, hatch="///", height=0.7, label=[said])
-        axes.annotate(said, (1.02 * most, at), va="center", fontsize=8)
-        return
-    known = after["low"] == after["low"]  # a single training has no interval
-    errors = [[after["value"] - after["low"]], [after["high"] - after["value"]]] if known else None
-    said = f"{after['value']:.3g}" + (f" [{after['low']:.3g}, {after['high']:.3g}]" if known else "")
-    end = after["high"] if known else after["value"]
-    axes.barh(at, after["value"], xerr=errors, color="C0", height=0.7, capsize=3, label=["all recovered"])
-    axes.annotate(said, (end + 0.02 * most, at), va="center", fontsize=8)
+    else:
+        value, low, high = after["value"], after["low"], after["high"]
+        known = low < high  # a single training has no interval
+        said = f"{value:.3g} [{low:.3g}, {high:.3g}]" if known else f"{value:.3g}"
+        errors = [[value - low], [min(high, most) - value]] if known else None
+        axes.barh(at, value, xerr=errors, color="C0", height=0.7, capsize=3, label=["all recovered"])
+    axes.annotate(said, (1.02 * most, at), va="center", fontsize=8)
 
 
 def _frame(axes: "Axes", title: str) -> None:
@@ -86,12 +86,13 @@ def _frame(axes: "Axes", title: str) -> None:
     axes.set(title=title, xlabel="updates since the collapse", ylabel="excess MaxVio (1: chance)")
     axes.set(yscale="log", ylim=(0.9, 70))
     axes.set_xscale("symlog", linthresh=1.0, linscale=0.4)
+    axes.set_xlim(0, TICKS[-1])
     axes.set_xticks(TICKS, labels=list(map(str, TICKS)))
     axes.set_yticks([1, 1.5, 3, 10, 30], labels=["1", "1.5", "3", "10", "30"])
     axes.minorticks_off()
     axes.grid(visible=True)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0.0, 0.08))
+        axes.legend(fontsize=7.5, ncols=2, handlelength=2.6, loc="upper left", bbox_to_anchor=(-0.15, -0.2))
 
 
 def _curve(axes: "Axes", rows: Any, place: int) -> None:
@@ -104,6 +105,7 @@ def _curve(axes: "Axes", rows: Any, place: int) -> None:
     arm, strength = rows["arm"].iloc[0], rows["strength"].iloc[0]
     line = "-" if strength == "default" else "--"
     label = arm if strength == "default" else f"{arm}, {strength}"
-    axes.plot(rows["updates"], rows["value"], color=colour, linestyle=line, linewidth=1.4, label=label)
+    width = max(0.9, 2.8 - 0.8 * place)  # a line on another is narrower
+    axes.plot(rows["updates"], rows["value"], color=colour, linestyle=line, linewidth=width, label=label)
     known = rows[rows["low"].notna()]
     axes.fill_between(known["updates"], known["low"].clip(lower=0.9), known["high"], color=colour, alpha=0.15, lw=0)
