@@ -105,12 +105,16 @@ def _best(candidates: Sequence[Found], records: Sequence[Record], watched: int) 
     early = min(ASKED, watched)
     soon, last = (_excess(records, best.arm, best.strength, update, watched) for update in (early, watched))
     dead = _at(records, best.arm, best.strength, "dead_experts", watched, updates=early)
-    ours = _losses(records, best.arm, best.strength, watched)
-    theirs = _losses(records, BASELINE, "default", watched)
-    gap = mean([float(a.value or 0.0) - float(b.value or 0.0) for a, b in matched(ours, theirs)])
+    behind = ", ".join(
+        f"{_named(one)} {_less(records, 'recovery_steps', (one.arm, one.strength), (best.arm, best.strength), watched)}"
+        for one in sorted(candidates, key=lambda one: sum(one.after))
+        if one is not best
+    )
+    gap = _less(records, "loss", (best.arm, best.strength), (BASELINE, "default"), watched)
     return (
         f"The first out of the causal ones is {_named(best)}, at {soon} times chance after {early} updates and {last} "
         f"after {watched} updates, with {dead} experts of a layer without a token in a batch after {early} updates. "
+        f"Updates of others less its own, the smallest of several means, which flatters it: {behind or 'none'}. "
         f"Its held-out loss after {watched} updates, less that of {BASELINE}, is {gap} nat/token."
     )
 
@@ -156,8 +160,15 @@ def _excess(records: Sequence[Record], arm: str, strength: str, update: int, wat
     return _at(records, arm, strength, "excess_max_vio", watched, updates=update)
 
 
-def _losses(records: Sequence[Record], arm: str, strength: str, watched: int) -> dict[int | None, Record]:
-    return replicates(records, arm=arm, metric="loss", strength=strength, watched=watched)
+def _less(
+    records: Sequence[Record], metric: str, ours: tuple[str, str], theirs: tuple[str, str], watched: int
+) -> Estimate:
+    """A figure of one method, at its strength, minus another's, by seed."""
+    mine, other = (
+        replicates(records, arm=arm, metric=metric, strength=strength, watched=watched)
+        for arm, strength in (ours, theirs)
+    )
+    return mean([float(a.value or 0.0) - float(b.value or 0.0) for a, b in matched(mine, other)])
 
 
 def _at(records: Sequence[Record], arm: str, strength: str, metric: str, watched: int, **where: Value) -> Estimate:

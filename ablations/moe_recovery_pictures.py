@@ -58,7 +58,7 @@ def steps(table: Any) -> "Picture":
         _bar(axes, at, shares[key], after.get(key), most)
     axes.axvline(ASKED, color=GREY, linestyle="--")
     axes.set(xlim=(0, 1.5 * most), xlabel=f"updates until a batch is at {RECOVERED:g} times chance (line: {ASKED})")
-    axes.set_xticks([tick for tick in range(0, 101, 20) if tick <= most])
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= most])
     axes.set_yticks(range(len(order)), [arm if at == "default" else f"{arm}, {at}" for arm, at in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.grid(visible=True, axis="x")

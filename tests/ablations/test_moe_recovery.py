@@ -188,6 +188,7 @@ def test_the_answer_says_who_is_in_time_later_in_part_and_never() -> None:
 def test_a_method_that_looks_ahead_is_not_the_best() -> None:
     said = Prose.of(answer(records()))
     assert "first out of the causal ones is quantile_exact, at 1.4 times chance after 10 updates" in said
+    assert "Updates of others less its own, the smallest of several means, which flatters it: quantile 1 [-1.57" in said
     assert "after 100 updates, less that of deepseek_v3, is -0.02 [-0.02, -0.02] nat/token" in said
 
 
