@@ -182,19 +182,19 @@ def _named(one: Found) -> str:
 
 
 def _names(found: Sequence[Found]) -> str:
-    return ", ".join(map(_named, found)) or "any"
+    return ", ".join(map(_named, found)) or "no method"
 
 
 def _listed(found: Sequence[Found], records: Sequence[Record], watched: int) -> str:
     """Methods under which all trainings recover, with the mean number of updates, the fastest first."""
     ordered = sorted(found, key=lambda one: sum(one.after))
     told = (f"{_named(one)} ({_at(records, one.arm, one.strength, 'recovery_steps', watched)})" for one in ordered)
-    return ", ".join(told) or "none"
+    return ", ".join(told) or "no method"
 
 
 def _shares(found: Sequence[Found]) -> str:
     told = (f"{_named(one)} ({one.share.map(lambda share: 100 * share)}%)" for one in found)
-    return ", ".join(told) or "none"
+    return ", ".join(told) or "no method"
 
 
 def _watched(records: Sequence[Record]) -> int:
