@@ -16,7 +16,8 @@ ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
 balance_methods.py, capacity_cells.py   what two studies of experts have too much of for one file; answers and pictures
                   alone: moe_balance_answer.py, capacity_curves.py, moe_balance_pictures.py, load_maps.py,
-                  routing_workloads_answer.py, routing_workloads_pictures.py, attention_hierarchical_pictures.py
+                  moe_recovery_answer.py, moe_recovery_pictures.py, routing_workloads_answer.py,
+                  routing_workloads_pictures.py, attention_hierarchical_pictures.py
 equal_time.py     language models compared when equal CPU time has passed
 STUDIES           the studies, in the order of the report
 
@@ -35,6 +36,7 @@ STUDIES: tuple[str, ...] = (
     "moe_gpu",
     "routing_workloads",
     "moe_balance",
+    "moe_recovery",
     "moe_capacity",
     "moe_isolation",
     "precision_modes",

@@ -212,7 +212,7 @@ STUDY = Study(
         "Losses at equal evenness are interpolated, and one learning rate serves all methods.",
         "Rivals of the most even method and the published contrast are judged by t intervals at "
         f"{ALPHA:g}/{COMPARISONS}, the strictest level of Holm's family in the table of losses.",
-        "Exact quantiles have no arm: a test holds histograms to them.",
+        "Exact quantiles have no arm here: moe_recovery has one, and a test holds histograms to them.",
         "Excess MaxVio alone has percentiles over layers; no arm drops a token: what a capacity drops, and by chance, "
         "stands in moe_capacity.",
     ),

@@ -11,8 +11,8 @@ interval.py     95% intervals of small samples; speed.py, peaks.py: rates, and p
 cases.py        what a case does with its arms; conftest.py gives it to pytest as fixtures
 bench_*.py      the cases, one file per room
 attention.py    (its sizes without torch: attention_sizes.py), decoding.py, indexed_attention.py, training.py,
-                forced_balance.py, capacity.py, routed_training.py, gradient_paths.py: what the studies measure, and
-                cases too
+                forced_balance.py, capacity.py, routed_training.py, collapsed_routing.py, gradient_paths.py: what the
+                studies measure, and cases too
 crossover.py, fastest.py   measure what code chooses by and write it to its tables (measured_table.py)
 routing_workloads.py   routing from a name and a seed; workload_loads.py: what it does to experts; placed_loads.py: what
                 placing experts takes off the busiest rank (its sizes without torch: placement_sizes.py)

@@ -153,6 +153,7 @@ def expert_layers() -> dict[str, Callable[[], dict[str, Any]]]:
         "proportional_bias": lambda: {"model.moe.balance": (choices.ProportionalBias(),)},
         "centred_sign_bias": lambda: {"model.moe.balance": (choices.CentredSignBias(),)},
         "quantile_bias": lambda: {"model.moe.balance": (choices.QuantileBias(bins=64),)},
+        "quantile_exact": lambda: {"model.moe.balance": (choices.QuantileBias(bins=None),)},
         "similarity_loss": lambda: {"model.moe.balance": (choices.SimilarityLoss(),)},
         "expert_choice": lambda: {"model.moe.balance": (choices.ExpertChoice(),)},
         "z_loss": lambda: {"model.moe.balance": (choices.SignBias(), choices.ZLoss())},

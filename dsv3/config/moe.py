@@ -90,15 +90,17 @@ class ProportionalBias:
 class QuantileBias:
     """Bias on the scores, for selection only, put where each expert would have had its share of the step's tokens.
 
-    bins      of the histogram that the share is read from, for each expert
+    bins      of the histogram that the share is read from, for each expert; None: the exact share, from all scores of
+              a step at once, which several microbatches or processes do not have
     momentum  how much of the old bias stays: 0 follows every step
     """
 
-    bins: int = 1000
+    bins: int | None = 1000
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(self, "bins")
+        if self.bins is not None:
+            require_positive(self, "bins")
         require_number(self, "momentum", low=0.0)
         require(self.momentum < 1, "momentum", self.momentum, "must be below 1", "lower it: at 1 the bias never moves")
 
@@ -213,6 +215,11 @@ class MoE:
         self._check_balance()
         self._check_expert_choice()
         self._check_groups()
+
+    @property
+    def reads_whole_steps(self) -> bool:
+        """Whether a method needs all scores of a step at once, which no sum over its parts holds."""
+        return any(isinstance(method, QuantileBias) and method.bins is None for method in self.balance)
 
     def _check_balance(self) -> None:
         known = get_args(Balance)

@@ -22,3 +22,7 @@ class Config:
         ahead = 0 if self.model.mtp is None else self.model.mtp.num_nextn_predict_layers
         rule = f"must exceed the {ahead} tokens that multi-token prediction looks ahead"
         require(length > ahead, "train.sequence_length", length, rule, "lengthen the sequences or lower model.mtp")
+        parts = self.train.accumulation_steps
+        whole = parts == 1 or self.model.moe is None or not self.model.moe.reads_whole_steps
+        rule = "must be 1 with QuantileBias(bins=None), which needs all scores of a step at once"
+        require(whole, "train.accumulation_steps", parts, rule, "give it bins, whose counts add up")

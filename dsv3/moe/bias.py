@@ -11,15 +11,16 @@ the a_n to stay; since they move as all biases do, a few steps are needed. It ha
 choice: only differences of biases are compared.
 
 A step's demand is a sum over microbatches and processes: the loads, or for quantiles how often a_n - s_ni falls into
-each of some bins for each expert. Scores lie in [0, 1], which bounds the bins by the bias that all processes have. An
-exact quantile needs every score of a step at once, which no sum holds: `quantile_bias` is for one batch. The bias is
-moved between steps, so that no token's experts depend on a later token.
+each of some bins for each expert. Scores lie in [0, 1], which bounds the bins by the bias that all processes have. The
+exact quantile (no bins) needs every a_n - s_ni of a step at once, which no sum holds: its step is one microbatch of one
+process, and configs and steps of more are refused. The bias is moved between steps, so that no token's experts depend
+on a later token.
 
 Sources: sign, arXiv 2408.15664; quantiles, J. Su 2026 and Megatron-LM, whose histograms have 1000 bins.
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from dsv3.config import CentredSignBias, MoE, ProportionalBias, QuantileBias, SignBias
@@ -27,16 +28,21 @@ from dsv3.moe.routing import Routing
 
 
 @torch.no_grad()
-def demand(routing: Routing, bias: Float[Tensor, " E"], moe: MoE) -> Int[Tensor, "E bins"] | None:
-    """What `moved` has to know of a microbatch, to be summed over all of a step; None: its loads."""
+def demand(routing: Routing, bias: Float[Tensor, " E"], moe: MoE) -> Num[Tensor, "E asked"] | None:
+    """What `moved` has to know of a microbatch, to be summed over all of a step; None: its loads. Exact quantiles ask
+    for margins, of a step that is one microbatch.
+    """
     for method in moe.balance:
-        if isinstance(method, QuantileBias):
-            return histogram(routing.scores, bias, moe.num_experts_per_tok, method.bins)
+        match method:
+            case QuantileBias(bins=None):
+                return margins(routing.scores, bias, moe.num_experts_per_tok)
+            case QuantileBias(bins=int(bins)):
+                return histogram(routing.scores, bias, moe.num_experts_per_tok, bins)
     return None
 
 
 @torch.no_grad()
-def moved(bias: Float[Tensor, " E"], asked: Int[Tensor, "E ..."], moe: MoE) -> Float[Tensor, " E"]:
+def moved(bias: Float[Tensor, " E"], asked: Num[Tensor, "E ..."], moe: MoE) -> Float[Tensor, " E"]:
     """The bias after a step whose demand was `asked`; as it was without a method that moves it."""
     for method in moe.balance:
         match method:
@@ -47,8 +53,9 @@ def moved(bias: Float[Tensor, " E"], asked: Int[Tensor, "E ..."], moe: MoE) -> F
                 return found - found.mean()
             case ProportionalBias(rate=rate):
                 return proportional_bias(bias, asked, rate)
-            case QuantileBias(momentum=momentum):
-                found = histogram_bias(bias, asked, moe.num_experts_per_tok)
+            case QuantileBias(bins=bins, momentum=momentum):
+                quantiles = quantile_bias if bins is None else histogram_bias
+                found = quantiles(bias, asked, moe.num_experts_per_tok)
                 return torch.lerp(found, bias, momentum)
     return bias
 
@@ -66,13 +73,19 @@ def proportional_bias(bias: Float[Tensor, " E"], counts: Int[Tensor, " E"], rate
     return bias + rate * (_error(counts).double() / counts.sum().clamp(min=1)).to(bias.dtype)
 
 
-def quantile_bias(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, " E"]:
-    """The exact quantiles of one batch, centred: what histograms come near to."""
+def margins(scores: Float[Tensor, "N E"], bias: Float[Tensor, " E"], k: int) -> Float[Tensor, "E asked"]:
+    """a_n - s_ni of each expert i and token n; of no token where every expert is chosen, whatever its bias."""
     experts = len(bias)
-    if k == experts or len(scores) == 0:
+    return scores.new_zeros(experts, 0) if k == experts else _margins(scores, bias, k).t()
+
+
+def quantile_bias(bias: Float[Tensor, " E"], asked: Float[Tensor, "E N"], k: int) -> Float[Tensor, " E"]:
+    """The exact quantiles of these margins, centred: what histograms come near to."""
+    experts, tokens = asked.shape
+    if tokens == 0:
         return bias - bias.mean()
-    below = max(1, round(len(scores) * k / experts))
-    found = _margins(scores, bias, k).kthvalue(below, dim=0).values.to(bias.dtype)
+    below = max(1, round(tokens * k / experts))
+    found = asked.kthvalue(below, dim=1).values.to(bias.dtype)
     return found - found.mean()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from dsv3.config import Adaptive, Dropless, ExpertChoice, Model, MoE
@@ -101,11 +101,11 @@ class MoELayer(KeepsBuffers):
         bias, average = self.gate.e_score_correction_bias, self.largest_load
         return drop(routing, self.moe, self.moe.capacity, bias=bias, average=average)
 
-    def demand(self, routing: Routing) -> Int[Tensor, "E bins"] | None:
+    def demand(self, routing: Routing) -> Num[Tensor, "E asked"] | None:
         """What `update_bias` has to know of a microbatch, to be summed over all of a step; None: its loads."""
         return demand(routing, self.gate.e_score_correction_bias, self.moe)
 
-    def update_bias(self, asked: Int[Tensor, "E ..."]) -> None:
+    def update_bias(self, asked: Num[Tensor, "E ..."]) -> None:
         """Move the selection bias by the demand of a whole step, after the optimizer's; it stays without a method."""
         bias = self.gate.e_score_correction_bias
         bias.copy_(moved(bias, asked.to(bias.device), self.moe))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dsv3.config.rules import require
 from dsv3.data.baseline import bits_per_byte
 from dsv3.data.pack import share
 from dsv3.model import ModelOutput, Transformer
@@ -81,7 +82,15 @@ class _Tally:
 def train_step(
     state: TrainState, rows: Int[Tensor, "B T1"], *, ranks: Ranks = ALONE, text_bytes: int = 0
 ) -> StepReport:
-    """Move `state` by one step on the global batch `rows`, of which each process takes its share."""
+    """Move `state` by one step on the global batch `rows`, of which each process takes its share.
+
+    Raises:
+        ValueError: several processes for routers whose biases need all scores of a step at once.
+    """
+    moe = state.config.model.moe
+    rule = "must be alone with QuantileBias(bins=None), which needs all scores of a step at once"
+    whole = ranks.world == 1 or moe is None or not moe.reads_whole_steps
+    require(whole, "processes", ranks.world, rule, "give it bins, whose counts add up")
     wall, cpu = time.perf_counter(), time.process_time()
     train = state.config.train
     state.step += 1

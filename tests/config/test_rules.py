@@ -21,6 +21,7 @@ from dsv3.config import (
     MoE,
     MultiHead,
     PerHead,
+    QuantileBias,
     Rope,
     Schedule,
     SignBias,
@@ -33,7 +34,7 @@ from dsv3.config import (
 
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
 LATENT = {"num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-
+EXACT = MoE(**EXPERTS, balance=(QuantileBias(bins=None),))
 INDEXER = Indexer(index_n_heads=2, index_head_dim=4, index_topk=3)
 
 REFUSED = [
@@ -124,6 +125,11 @@ REFUSED = [
     (lambda: Train(steps=0), r"steps=0"),
     (lambda: Train(batch_size=6, accumulation_steps=4), r"accumulation_steps=4: must divide batch_size=6"),
     (lambda: Train(precision="fp8"), r"precision='fp8'"),
+    (lambda: QuantileBias(bins=0), r"bins=0: must be a whole number of at least 1"),
+    (
+        lambda: vary(presets.tiny(), **{"model.moe": EXACT, "train.accumulation_steps": 2}),
+        r"train.accumulation_steps=2: must be 1 with QuantileBias\(bins=None\), which needs all scores",
+    ),
     (lambda: Data(validation=0.0), r"validation=0.0"),
     (lambda: vary(presets.tiny(), **{"model.first_k_dense_replace": 9}), r"first_k_dense_replace=9"),
     (lambda: vary(presets.tiny(), **{"model.attention": None}), r"attention=None"),

@@ -18,7 +18,7 @@ from dsv3.config import (
     ZLoss,
 )
 from dsv3.moe import Routing, histogram_bias, max_vio_floor, proportional_bias, quantile_bias, z_loss
-from dsv3.moe.bias import demand, histogram, moved
+from dsv3.moe.bias import demand, histogram, margins, moved
 from dsv3.moe.capacity import drop
 from dsv3.moe.router import select
 from dsv3.moe.routing import count
@@ -29,7 +29,9 @@ BIASES: dict[str, Balance] = {
     "centred sign": CentredSignBias(rate=0.01),
     "proportional": ProportionalBias(rate=0.01),
     "quantile": QuantileBias(bins=1000),
+    "exact quantile": QuantileBias(bins=None),
 }
+ADDS_UP = {name: method for name, method in BIASES.items() if name != "exact quantile"}
 every_bias = pytest.mark.parametrize("method", BIASES.values(), ids=BIASES.keys())
 
 
@@ -62,7 +64,7 @@ def test_quantile_bias_by_hand() -> None:
     second score minus its own, -0.8 to -0.2, of expert 1 zero. Half of the tokens lie at or below -0.6.
     """
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    bias = quantile_bias(scores, torch.zeros(2), k=1)
+    bias = quantile_bias(torch.zeros(2), margins(scores, torch.zeros(2), k=1), k=1)
     torch.testing.assert_close(bias, torch.tensor([-0.3, 0.3]))
     # at the border itself, so that one of both takes the token there; a hair beyond, loads are equal
     assert routed(scores, bias + torch.tensor([1e-3, 0.0]), moe_of(SignBias(), 2, 1)).counts.tolist() == [2, 2]
@@ -86,7 +88,7 @@ def test_histograms_come_as_near_to_the_exact_quantile_as_a_bin_is_wide(seed: in
     assert ((found - (low + high) / 2 + shift).abs() <= spread + 1e-4).all()
 
 
-@every_bias
+@pytest.mark.parametrize("method", ADDS_UP.values(), ids=ADDS_UP.keys())
 def test_updates_know_neither_units_nor_microbatches(method: Balance) -> None:
     moe, bias = moe_of(method), 0.1 * torch.randn(8, generator=torch.Generator().manual_seed(0))
     scores = drawn(120, 8, 1)
@@ -179,7 +181,9 @@ def steps_to_recover(method: Balance, collapse: str, seed: int, most: int = 11) 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("collapse", ["bias", "router"])
 def test_quantiles_lead_out_of_a_collapse_within_ten_steps(collapse: str, seed: int) -> None:
-    assert steps_to_recover(QuantileBias(), collapse, seed) <= 10
+    histograms, exact = (steps_to_recover(QuantileBias(bins=bins), collapse, seed) for bins in (1000, None))
+    assert histograms <= 10
+    assert exact <= 10
 
 
 @pytest.mark.parametrize("method", [SignBias(rate=0.001), SignBias(rate=0.01), ProportionalBias(rate=0.01)], ids=repr)
@@ -187,9 +191,10 @@ def test_steps_of_a_fixed_rate_take_longer(method: Balance) -> None:
     assert steps_to_recover(method, "router", seed=0) == 11
 
 
-def test_momentum_keeps_a_part_of_the_old_bias() -> None:
+@pytest.mark.parametrize("bins", [1000, None])
+def test_momentum_keeps_a_part_of_the_old_bias(bins: int | None) -> None:
     bias, scores = torch.zeros(8), drawn(100, 8, 7)
-    quick, slow = (moe_of(QuantileBias(momentum=momentum)) for momentum in (0.0, 0.75))
+    quick, slow = (moe_of(QuantileBias(bins=bins, momentum=momentum)) for momentum in (0.0, 0.75))
     full, part = (moved(bias, asked(routed(scores, bias, moe), bias, moe), moe) for moe in (quick, slow))
     torch.testing.assert_close(part, full / 4)
 
@@ -199,12 +204,22 @@ def test_where_every_expert_is_chosen_quantiles_move_nothing() -> None:
     assert torch.equal(
         moved(torch.zeros(4), asked(routed(scores, torch.zeros(4), moe), torch.zeros(4), moe), moe), torch.zeros(4)
     )
-    assert torch.equal(quantile_bias(scores, torch.zeros(4), 4), torch.zeros(4))
+    exact = moe_of(QuantileBias(bins=None), 4, 4)
+    routing = routed(scores, torch.zeros(4), exact)
+    assert torch.equal(moved(torch.zeros(4), asked(routing, torch.zeros(4), exact), exact), torch.zeros(4))
 
 
 def test_a_batch_without_tokens_centres_a_quantile_and_no_more() -> None:
     bias = torch.tensor([0.75, 0.25, 0.0, 0.0])
-    assert quantile_bias(torch.zeros(0, 4), bias, 2).tolist() == [0.5, 0.0, -0.25, -0.25]
+    assert quantile_bias(bias, margins(torch.zeros(0, 4), bias, 2), 2).tolist() == [0.5, 0.0, -0.25, -0.25]
+
+
+def test_an_exact_quantile_gives_each_expert_its_share_of_the_margins() -> None:
+    """Of 100 tokens a share 2 / 8 is 25, and so many of an expert's margins lie at or below its quantile."""
+    moe, bias, scores = moe_of(QuantileBias(bins=None)), torch.linspace(-0.2, 0.2, 8), drawn(100, 8, 9)
+    found = asked(routed(scores, bias, moe), bias, moe)
+    quantiles = found.sort(dim=1).values[:, 24]
+    torch.testing.assert_close(moved(bias, found, moe), quantiles - quantiles.mean())
 
 
 def test_z_loss_by_hand() -> None:

@@ -48,6 +48,7 @@ ARMS = {
     "centred sign": Arm((CentredSignBias(rate=0.1),)),
     "proportional": Arm((ProportionalBias(rate=0.1),)),
     "quantile": Arm((QuantileBias(),)),
+    "exact quantile": Arm((QuantileBias(bins=None),)),
     "sequence": Arm((SequenceLoss(),)),
     "switch": Arm((SwitchLoss(),)),
     "quadratic": Arm((QuadraticLoss(),)),

@@ -35,6 +35,7 @@ BALANCES = {
     "centred bias and z": (CentredSignBias(rate=0.01), ZLoss()),
     "proportional bias": (ProportionalBias(rate=0.01),),
     "quantile bias": (QuantileBias(bins=64),),
+    "exact quantile bias": (QuantileBias(bins=None),),
     "similarity": (SimilarityLoss(),),
     "expert choice": (ExpertChoice(), ZLoss(), SimilarityLoss()),
 }
@@ -58,7 +59,7 @@ VARIANTS = {
         capacity=CAPACITIES[capacity],
     )
     for scoring, groups, balance, capacity in product(SCORINGS, GROUPS, BALANCES, CAPACITIES)
-    if groups == "one group" or balance not in ("quantile bias", "expert choice")
+    if groups == "one group" or balance not in ("quantile bias", "exact quantile bias", "expert choice")
     if capacity == "dropless" or balance != "expert choice"
 }
 TOKENS_CHOOSE = {name: moe for name, moe in VARIANTS.items() if ExpertChoice() not in moe.balance}

@@ -114,8 +114,9 @@ def test_rows_without_padding_have_the_loss_and_the_gradient_that_they_had() -> 
     torch.testing.assert_close(*found, rtol=0, atol=1e-14)
 
 
-def test_padding_asks_nothing_of_a_bias() -> None:
-    layer = layer_of(replace(MOE, balance=(QuantileBias(bins=50),))).double()
+@pytest.mark.parametrize("bins", [50, None])
+def test_padding_asks_nothing_of_a_bias(bins: int | None) -> None:
+    layer = layer_of(replace(MOE, balance=(QuantileBias(bins=bins),))).double()
     x, tokens, here = padded(layer, [5, 12, 0])
     asked, expected = layer.demand(layer(x, here)[1]), layer.demand(layer(tokens)[1])
     assert asked is not None

@@ -13,11 +13,14 @@ from dsv3.config import (
     Float16,
     Precision,
     QuadraticLoss,
+    QuantileBias,
     SequenceLoss,
     SignBias,
     SwitchLoss,
     vary,
 )
+from dsv3.moe.bias import margins, quantile_bias
+from dsv3.parallel import Ranks
 from dsv3.train.state import TrainState
 from dsv3.train.step import StepReport, train_step
 from tests.train import small
@@ -88,6 +91,28 @@ def test_the_bias_moves_by_its_rate_against_the_loads_of_the_whole_batch() -> No
         expected = 0.25 * (loads.double().mean() - loads).sign().float()
         assert torch.equal(layer.gate.e_score_correction_bias, expected)
         assert expected.abs().sum() > 0
+
+
+def test_an_exact_quantile_is_of_all_scores_of_the_step() -> None:
+    config = small.config((QuantileBias(bins=None),))
+    state = TrainState.create(config, seed=0)
+    (rows,) = small.rows(config)
+    with torch.no_grad():
+        scores = [routing.scores for routing in state.model(rows[:, :-1]).routing]
+    train_step(state, rows)
+    for layer, each in zip(state.expert_layers, scores, strict=True):
+        expected = quantile_bias(torch.zeros(4), margins(each, torch.zeros(4), 2), 2)
+        assert torch.equal(layer.gate.e_score_correction_bias, expected)
+        assert expected.abs().sum() > 0
+
+
+def test_an_exact_quantile_is_refused_where_several_processes_share_a_step() -> None:
+    config = small.config((QuantileBias(bins=None),))
+    state = TrainState.create(config, seed=0)
+    (rows,) = small.rows(config)
+    with pytest.raises(ValueError, match=r"processes=2: must be alone with QuantileBias\(bins=None\)"):
+        train_step(state, rows, ranks=Ranks(rank=0, world=2))
+    assert state.step == 0
 
 
 def test_an_adaptive_capacity_follows_the_loads_of_whole_steps_and_drops_by_those_before() -> None:
