@@ -125,7 +125,7 @@ def _loss(records: Sequence[Record], best: str, even: Even) -> str:
         if best == BASELINE or BASELINE not in even:
             return f"{said}."
         gap = _apart(records, "loss", best, BASELINE, even)
-        return f"{said}, which less that of {_named(BASELINE, even)} ({even[BASELINE][1]}) is {gap}."
+        return f"{said}, which less that of {_named(BASELINE, even)} (excess squared CV {even[BASELINE][1]}) is {gap}."
     return ""
 
 

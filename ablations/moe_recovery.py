@@ -24,7 +24,7 @@ from ablations.moe_recovery_answer import ASKED, BASELINE, RECOVERED, SEEDS, TRI
 from ablations.moe_recovery_pictures import curves, steps
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
 from bench.measurement import Measurement
-from dsv3.config import Balance, Config, Dropless, MoE, MultiHead, Schedule, digest, presets, vary
+from dsv3.config import Balance, Config, Dropless, MoE, MultiHead, ProportionalBias, Schedule, digest, presets, vary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ def measure(cell: Cell) -> list[Reading]:
     if sick := sick_steps(train(state, prepared, cell.seed)):
         raise FloatingPointError(sick)
     readings = healthy(state, prepared, rows)
-    done = collapse(state, _batches(prepared, cell).next(), favoured=FAVOURED, max_vio=COLLAPSED)
+    done = collapse(state, _batches(prepared, cell).next(), favoured=FAVOURED, violation=COLLAPSED)
     offset = Measurement(metric="score_offset", value=sum(done.score_offset) / LAYERS)
     readings.append(Reading(arm=BASELINE, measurement=offset, axes={"router": "collapsed"}, corpus=prepared.digest))
     for arm, strengths in TRIED.items():
@@ -153,7 +153,11 @@ def followed(arm: str, strength: str, start: "TrainState", prepared: "Prepared",
     try:
         seen = watched(state, _batches(prepared, cell), int(cell.axes["watched"]))
     except FloatingPointError as diverged:
-        return [Reading(arm=arm, metric="loss", failed=str(diverged), axes=at)]
+        never = Measurement(metric="recovered_share", value=0.0)
+        return [
+            Reading(arm=arm, measurement=never, axes=at, config=digest(config), corpus=prepared.digest),
+            Reading(arm=arm, metric="loss", failed=str(diverged), axes=at),
+        ]
     points = [*figures(seen), ({}, {"loss": _loss(state, prepared)})]
     return [
         Reading(
@@ -232,17 +236,17 @@ STUDY = Study(
     configs={arm: going_on(arm, "default", cells("full")[0]) for arm in TRIED},
     figures=(
         Figure("curves", "Excess MaxVio after a collapse, by updates; bands: 95% intervals of the mean", draw=curves),
-        Figure("steps", "Updates until a batch is within 1.5 times chance again", draw=steps),
+        Figure("steps", f"Updates until a batch is within {RECOVERED:g} times chance again", draw=steps),
     ),
     answer=answer,
     limits=(
         "One kind of collapse, of the router's weight: a bias that went astray, or experts that died and have "
         "unlearnt, are not tried.",
         "Routers were evened by a Switch loss before; a router under a bias would start from that bias.",
-        "A small model at a constant rate, on rows of 16 tokens: what the collapse does to the loss of a long training "
-        "is not seen.",
-        "The proportional bias at its default moves a collapsed expert by 0.01 x 20 at once, about what this collapse "
-        "takes; a deeper one would take it longer.",
+        f"A small model at a constant rate, on rows of {LENGTH} tokens: what the collapse does to the loss of a long "
+        "training is not seen.",
+        f"The proportional bias at its default moves a collapsed expert by {ProportionalBias().rate:g} x "
+        f"{COLLAPSED:g} at once, about what this collapse takes; a deeper one would take it longer.",
         "A method recovers with its first batch at the border, which may be a lucky one; what it comes to is the "
         "excess at the end.",
     ),

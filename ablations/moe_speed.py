@@ -29,8 +29,7 @@ from bench.record import Profile, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-# Processes. Means over the grid differ between them by a percent or so: three tell what the answer says.
-SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 3}
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 5}  # processes
 ROWS = (8, 32, 256, 512)
 FEW, MANY = 32, 256  # rows of which products are short, and from which they are long
 # What is asked of the kernel: of the fastest dense layer's speed from MANY rows on and at FEW; of that of both peers in
@@ -56,7 +55,7 @@ CHANGES: Mapping[str, str] = {
     "looped": "this project's loop of torch's products",
     "padded_128": "rows filled up to multiples of 128 for the grouped product, as MegaBlocks does",
     "padded": "rows filled up to those of the fullest expert for one batched product",
-    "padded_1.2": "the same at capacity 1.2, which drops what finds no room",
+    "padded_1.2": f"the same at capacity {FACTOR:g}, which drops what finds no room",
     "dense": "no experts: a SwiGLU of as many FLOPs, torch's products",
     "dense_compiled": "the same, compiled by torch for each shape",
     "dense_kernel": "the same by this project's kernel, as one expert",
@@ -111,7 +110,7 @@ def _timed(cell: Cell, rows: int, k: int, routed: str, *, compiling: bool) -> li
     expert_layers.check(arms | build(names=expert_layers.TRUTHS), dtype)
     steps = {name: arm.step for name, arm in arms.items()}
     calls = max(1, FLOPS // shape.flops)
-    for name in set(steps) & set(DENSE):
+    for name in [name for name in steps if name in DENSE]:
         steps[name]()  # the check has warmed the others up
     taken = [time_block(steps, 2 * seed + block, calls, process_clock) for block in range(BLOCKS)]
     axes: dict[str, Value] = {"rows": rows, "k": k, "routing": routed}
@@ -318,8 +317,8 @@ STUDY = Study(
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
         "One thread by CPU time, all arms in one process. The time of compiling, once a shape, is left out.",
-        "In records of uniform routing, an older grid, the kernel and the loop alone compute the gradients of the gate "
-        "weights: the other arms are flattered there.",
+        "In records of an older grid, all those without `padded` beside them, the kernel and the loop alone compute "
+        "the gradients of the gate weights: the other arms are flattered there.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )

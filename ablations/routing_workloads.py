@@ -24,7 +24,7 @@ from ablations.routing_workloads_pictures import busiest, maps
 from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from bench.measurement import Measurement
 from bench.metrics import metric
-from bench.placement_sizes import CHOSEN, PLACED, SMALL, SMALL_RANKS, SMALL_SLOTS, TOKENS, Ranks
+from bench.placement_sizes import CHOSEN, PAST, PLACED, SMALL, SMALL_RANKS, SMALL_SLOTS, TOKENS, Ranks
 from bench.record import Profile
 
 if TYPE_CHECKING:
@@ -233,8 +233,8 @@ STUDY = Study(
     answer=answer,
     limits=(
         "Workloads are made up: which of them a trained router is like, its own loads must say.",
-        "Past loads are those of the 6 steps before; DeepSeek-V3 (arXiv:2412.19437 section 3.4.1) places by statistics "
-        "of minutes, within nodes, and reports no figure of what that gains.",
+        f"Past loads are those of the {PAST} steps before; DeepSeek-V3 (arXiv:2412.19437 section 3.4.1) places by "
+        "statistics of minutes, within nodes, and reports no figure of what that gains.",
         "An expert's replicas share its tokens evenly, and moving weights costs nothing.",
     ),
 )

@@ -60,9 +60,11 @@ def _closed_forms(records: Sequence[Record], arms: Sequence[str], size: Size) ->
     found = {arm: estimate(records, arm=arm, metric=metric, layers=LAYERS, **size) for arm in arms}
     drawn = sorted((arm for arm in arms if found[arm].value > 0), key=lambda arm: found[arm].value)
     exact = " and ".join(f"{found[arm]} ({arm})" for arm in arms if found[arm].value == 0)
+    if not drawn:
+        raise NoEvidence("no workload that chance draws has been counted")
     least, most = drawn[0], drawn[-1]
     return (
-        "Counts lie about the closed form as chance has it: the squared deviation of an expert's tokens is "
+        "The squared deviation of an expert's tokens from the closed form, which chance makes 1 in the mean, is "
         f"{found[least]} ({least}) to {found[most]} ({most}) binomial variances, and {exact}, whose counts are exact."
     )
 
@@ -110,8 +112,8 @@ def _unforeseen(records: Sequence[Record], arms: Sequence[str], size: Size) -> s
         {arm: _busiest(records, arm, placing, redundant, size) for arm in arms} for placing in ("placed", "foreseen")
     )
     most = sorted(arms, key=lambda arm: placed[arm].value - foreseen[arm].value, reverse=True)[:2]
-    told = " and ".join(f"{foreseen[arm].value:.3g} instead of {placed[arm].value:.3g} on {arm}" for arm in most)
-    return f"Knowing the step would gain most with {told}."
+    told = " and ".join(f"{arm}, {foreseen[arm].value:.3g} instead of {placed[arm].value:.3g}" for arm in most)
+    return f"With {redundant} redundant experts, knowing the step would gain most on these: {told}."
 
 
 def _optimum(records: Sequence[Record], arms: Sequence[str], size: Size) -> str:

@@ -12,7 +12,7 @@ cases.py        what a case does with its arms; conftest.py gives it to pytest a
 bench_*.py      the cases, one file per room
 attention.py    (its sizes without torch: attention_sizes.py), decoding.py, indexed_attention.py, training.py,
                 forced_balance.py, capacity.py, routed_training.py, collapsed_routing.py, gradient_paths.py: what the
-                studies measure, and cases too
+                studies measure, and cases too; expert_layers.py, with its routing of real text: text_routing.py
 crossover.py, fastest.py   measure what code chooses by and write it to its tables (measured_table.py)
 routing_workloads.py   routing from a name and a seed; workload_loads.py: what it does to experts; placed_loads.py: what
                 placing experts takes off the busiest rank (its sizes without torch: placement_sizes.py)

@@ -24,6 +24,7 @@ from bench.training import sick_steps
 from dsv3.config.rules import require
 from dsv3.data.pack import Batches
 from dsv3.model import Transformer
+from dsv3.moe import max_vio
 from dsv3.moe.layer import Gate
 from dsv3.moe.routing import Routing
 from dsv3.train import TrainState, train_step
@@ -41,22 +42,25 @@ class Collapse:
 
 
 @torch.no_grad()
-def collapse(state: TrainState, rows: Int[Tensor, "B T1"], *, favoured: int, max_vio: float) -> Collapse:
+def collapse(state: TrainState, rows: Int[Tensor, "B T1"], *, favoured: int, violation: float) -> Collapse:
     """Collapse all routers of a model without multi-token prediction, in place, on the first `favoured` experts, to
-    that MaxVio of the batch `rows`.
+    a MaxVio of `violation` on the batch `rows`.
 
     Raises:
-        ValueError: a MaxVio that no shift of so many experts gives.
+        ValueError: a model that looks ahead; a MaxVio that no shift of so many experts gives, which leaves the model
+            part collapsed.
     """
+    rule = "must be None: routers that look ahead are not run"
+    require(state.config.model.mtp is None, "model.mtp", state.config.model.mtp, rule, "leave it out")
     offsets, violations = [], []
     for layer in state.expert_layers:
         x = _read(state.model, layer.gate, rows)
         most = len(layer.gate.weight) / layer.moe.num_experts_per_tok - 1
         rule = f"must be at most E / K - 1 = {most:g}, all tokens at one expert"
-        require(max_vio <= most, "max_vio", max_vio, rule, "lower it, or take more experts")
-        offset, violation = _collapsed(layer.gate, x, favoured, max_vio)
+        require(violation <= most, "violation", violation, rule, "lower it, or take more experts")
+        offset, found = _collapsed(layer.gate, x, favoured, violation)
         offsets.append(offset)
-        violations.append(violation)
+        violations.append(found)
     return Collapse(score_offset=tuple(offsets), max_vio=tuple(violations))
 
 
@@ -92,7 +96,7 @@ def _read(model: Transformer, gate: Gate, rows: Tensor) -> Float[Tensor, "N D"]:
     return seen[0]
 
 
-def _collapsed(gate: Gate, x: Tensor, favoured: int, max_vio: float) -> tuple[float, float]:
+def _collapsed(gate: Gate, x: Tensor, favoured: int, asked_for: float) -> tuple[float, float]:
     before, middle = gate.weight.clone(), x.mean(dim=0)
     direction = middle / middle.dot(middle)
 
@@ -103,11 +107,10 @@ def _collapsed(gate: Gate, x: Tensor, favoured: int, max_vio: float) -> tuple[fl
         return routing
 
     def violation(size: float) -> float:
-        loads = shifted(size).counts.double()
-        return float(loads.max() / loads.mean()) - 1
+        return float(max_vio(shifted(size).counts))
 
     healthy = shifted(0.0).scores[:, :favoured].mean()
-    found = violation(size := _least(lambda size: violation(size) >= max_vio))
+    found = violation(size := _least(lambda size: violation(size) >= asked_for))
     return float(shifted(size).scores[:, :favoured].mean() - healthy), found
 
 

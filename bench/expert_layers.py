@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from bench.text_routing import text_routing
 from dsv3.config import Fixed, MoE
+from dsv3.config.rules import require
 from dsv3.layers import SwiGLU
 from dsv3.layers.swiglu import swiglu
 from dsv3.moe import Routing
@@ -138,7 +139,13 @@ LENDING = ("kernel", "looped")  # memory, to their gradients
 
 
 def routing_of(shape: Shape, routed: str, seed: int = 0) -> Routing:
-    """Which experts the tokens go to, with random gate weights."""
+    """Which experts the tokens go to; gate weights are random, but of text the router's.
+
+    Raises:
+        ValueError: a way of routing that there is not.
+    """
+    rule = "must be uniform, balanced or text"
+    require(routed in ("uniform", "balanced", "text"), "routed", routed, rule, "choose one of them")
     if routed == "text":
         return text_routing(shape.tokens, _config(shape.experts, shape.k), seed=seed)
     random = torch.Generator().manual_seed(seed)

@@ -16,12 +16,11 @@ from statistics import fmean
 import numpy as np
 from jaxtyping import Float
 
-from bench.placement_sizes import Ranks
+from bench.placement_sizes import PAST, Ranks
 from bench.routing_workloads import Workload, draw
 from dsv3.config.rules import require
 from dsv3.moe.placement import lower_bound, place, reference_largest_load
 
-PAST = 6  # which is no period of a workload's: an enemy of past loads must find them uneven
 BASELINE = "in_order"
 ROUNDING = 1e-9  # sums of quotients of counts
 

@@ -1,7 +1,7 @@
 """At which sizes placing experts on ranks is measured, apart from `bench.placed_loads` so that a study may say so
 without importing torch.
 
-DeepSeek-V3 serves its 256 experts from 32 ranks with as many experts again as ranks (arXiv:2412.19437 section 3.4.1);
+DeepSeek-V3 serves its 256 experts from 32 ranks with one redundant expert on each (arXiv:2412.19437 section 3.4.1);
 the quick profile has a quarter of it.
 """
 
@@ -27,4 +27,5 @@ PLACED: Mapping[Profile, Ranks] = {
     "full": Ranks(experts=256, ranks=32, steps=32),
 }
 SMALL: Mapping[Profile, tuple[int, ...]] = {"quick": (10, 12), "full": (8, 10, 12)}  # experts: all placements are tried
+PAST = 6  # steps that a placement knows; no period of a workload's: an enemy of past loads must find them uneven
 SMALL_RANKS, SMALL_SLOTS = 4, 3  # slots of a rank: a dozen in all

@@ -19,7 +19,8 @@ from torch import Tensor
 from dsv3.config import MoE, presets
 from dsv3.data.pack import Batches
 from dsv3.data.prepare import Split, prepare
-from dsv3.moe import Routing, quantile_bias
+from dsv3.moe import Routing
+from dsv3.moe.bias import margins, quantile_bias
 from dsv3.moe.router import route, router_logits, score
 
 WIDTH = 64  # of the embedding
@@ -50,8 +51,9 @@ def _router(moe: MoE, seed: int) -> Router:
     weight = torch.randn(moe.n_routed_experts, WIDTH, generator=random) / WIDTH**0.5
     bias = torch.zeros(moe.n_routed_experts)
     scores = score(router_logits(_hidden(_text()[1], BALANCED_ON, embedding, seed), weight), moe)
+    k = moe.num_experts_per_tok
     for _ in range(ROUNDS):
-        bias = quantile_bias(scores, bias, moe.num_experts_per_tok)
+        bias = quantile_bias(bias, margins(scores, bias, k), k)
     return Router(embedding, weight, bias)
 
 

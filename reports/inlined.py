@@ -39,9 +39,7 @@ def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
 
 
 def _brief(svg: str) -> str:
-    """The same picture in fewer bytes: no id that nothing refers to, hundredths of a point, no indentation, lines along
-    an axis by one number, neighbouring cells of a map that have one colour as one.
-    """
+    """The same picture in fewer bytes."""
     named = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
     svg = re.sub(r'\s+id="([^"]*)"', lambda given: given[0] if given[1] in named else "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg).replace("> <", "><")

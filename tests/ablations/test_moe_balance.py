@@ -225,7 +225,7 @@ def test_the_most_even_method_stands_beside_those_it_is_not_told_from_and_its_lo
     rivals = said[said.index("does not tell it from") :].split(". ")[0]
     assert "proportional at default (0.0121 [" in rivals
     assert "quantile" not in rivals
-    assert "nat/token, which less that of sign_bias at default (0.0125) is 0.055 [" in said
+    assert "nat/token, which less that of sign_bias at default (excess squared CV 0.0125) is 0.055 [" in said
 
 
 def test_the_answer_begins_with_the_headline_in_a_batch_and_over_all_of_the_text() -> None:

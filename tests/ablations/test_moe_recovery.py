@@ -158,8 +158,10 @@ def test_a_training_that_diverges_is_a_failure_of_its_arm(monkeypatch: pytest.Mo
     monkeypatch.setattr("bench.collapsed_routing.watched", diverges)
     monkeypatch.setattr(moe_recovery, "TRIED", {"quantile": {"default": TRIED["quantile"]["default"]}})
     monkeypatch.setattr(moe_recovery, "HELD_OUT", 64)
-    *start, reading = measure(cell)
+    *start, share, reading = measure(cell)
     assert (reading.arm, reading.failed) == ("quantile", "step 1: loss is not finite")
+    assert share.measurement is not None
+    assert (share.arm, share.measurement.metric, share.measurement.value) == ("quantile", "recovered_share", 0.0)
     assert all(one.arm == BASELINE for one in start)
 
 

@@ -148,7 +148,7 @@ def test_the_answer_says_what_is_uneven_what_follows_the_closed_form_and_what_pl
     assert "The busiest of 2 ranks has so many times the mean load" in said
     assert "with 2 redundant experts, one a rank as DeepSeek-V3 has in prefilling: balanced 1, 1, 1;" in said
     assert "adversarial 2, 1, 1." in said
-    assert "Knowing the step would gain most with " in said
+    assert "redundant experts, knowing the step would gain most on these: " in said
     assert "On 4 ranks of 3 slots" in said
 
 

@@ -144,3 +144,8 @@ def test_a_hundred_steps_need_no_more_than_one() -> None:
         return peak_bytes(lambda: anew()["kernel"], call)[0].value
 
     assert steps(100) == steps(1)
+
+
+def test_a_way_of_routing_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="routed='even': must be uniform, balanced or text; choose one of them"):
+        routing_of(SMALL, "even")

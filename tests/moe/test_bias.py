@@ -17,7 +17,7 @@ from dsv3.config import (
     SignBias,
     ZLoss,
 )
-from dsv3.moe import Routing, histogram_bias, max_vio_floor, proportional_bias, quantile_bias, z_loss
+from dsv3.moe import Routing, histogram_bias, max_vio, max_vio_floor, proportional_bias, quantile_bias, z_loss
 from dsv3.moe.bias import demand, histogram, margins, moved
 from dsv3.moe.capacity import drop
 from dsv3.moe.router import select
@@ -170,7 +170,7 @@ def steps_to_recover(method: Balance, collapse: str, seed: int, most: int = 11) 
         preference += 0.02 * torch.randn(experts, generator=generator)
         scores = (preference + torch.randn(tokens, experts, generator=generator)).sigmoid()
         routing = routed(scores, bias, moe)
-        violation = float(routing.counts.max() / routing.counts.double().mean()) - 1
+        violation = float(max_vio(routing.counts))
         assert step > 0 or violation > 15, "no collapse to recover from"
         if violation <= 1.5 * max_vio_floor(experts, k, tokens):
             return step
