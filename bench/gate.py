@@ -119,9 +119,12 @@ def run(chosen: argparse.Namespace, stored: Stored, base: str | None) -> int:
     here = key()
     verdict = guarded(lambda: measure_and_judge(chosen, stored, base, here))
     if not chosen.accept:
-        outcome, about, taken = OUTCOMES[verdict.code], verdict.about, experts()
+        outcome = OUTCOMES[verdict.code]
+        taken = experts()
         print(f"experts: the table's entries for {taken['instructions']}")
-        noted = Run(time=utc_now(), key=here, revision=revision(), outcome=outcome, figures=about, experts=taken)
+        noted = Run(
+            time=utc_now(), key=here, revision=revision(), outcome=outcome, figures=verdict.about, experts=taken
+        )
         print(f"{note(chosen.out / 'gate.jsonl', noted)} ({chosen.out / 'gate.jsonl'})")
     return verdict.code
 
