@@ -5,6 +5,7 @@ own name, and after it those that take names from it; then the named test runs i
 it is, run anew in the same way.
 """
 
+import gc
 import importlib
 import sys
 import tomllib
@@ -80,6 +81,7 @@ def run_anew(name: str, old: str = "", new: str = "") -> Iterator[None]:
         for module, names in saved:
             vars(module).clear()
             vars(module).update(names)
+        gc.enable()  # which a mutation may have left off
 
 
 def source(module: ModuleType) -> str:
