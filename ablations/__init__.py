@@ -14,10 +14,10 @@ catalogue.py      a study by its name or path
 run.py            every cell in a fresh process (cell.py), once (cache.py, and code.py: what code a result depends on)
 ray_cluster.py    the same cells as tasks of a Ray cluster
 adopt.py          finished cells outlive a change of code that changes no figure
-balance_methods.py, capacity_cells.py   what two studies of experts have too much of for one file; answers and pictures
-                  alone: moe_balance_answer.py, capacity_curves.py, moe_balance_pictures.py, load_maps.py,
-                  moe_recovery_answer.py, moe_recovery_pictures.py, routing_workloads_answer.py,
-                  routing_workloads_pictures.py, attention_hierarchical_pictures.py
+balance_methods.py, capacity_cells.py   what two studies of experts share, and what a third has too much of for one
+                  file; answers and pictures alone: moe_balance_answer.py, capacity_curves.py,
+                  moe_balance_pictures.py, load_maps.py, moe_recovery_answer.py, moe_recovery_pictures.py,
+                  routing_workloads_answer.py, routing_workloads_pictures.py, attention_hierarchical_pictures.py
 equal_time.py     language models compared when equal CPU time has passed
 STUDIES           the studies, in the order of the report
 

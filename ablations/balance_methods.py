@@ -1,11 +1,17 @@
-"""Every way of balancing, at the strengths that `moe_balance` tries, and what it is in words."""
+"""Every way of balancing in words and at the strengths that `moe_balance` and `moe_recovery` try, and the small model
+that they try it on.
+"""
 
 from collections.abc import Mapping
 
 from dsv3.config import (
     Balance,
     CentredSignBias,
+    Config,
+    Dropless,
     ExpertChoice,
+    MoE,
+    MultiHead,
     ProportionalBias,
     QuadraticLoss,
     QuantileBias,
@@ -14,6 +20,8 @@ from dsv3.config import (
     SimilarityLoss,
     SwitchLoss,
     ZLoss,
+    presets,
+    vary,
 )
 
 MICROBATCHES = 4  # of `switch`
@@ -87,3 +95,69 @@ CHANGES: Mapping[str, str] = {
     "z_loss": "ST-MoE's loss on the size of logits, which balances nothing",
     "deepseek_v3": "bias and sequence loss together, as published",
 }
+
+
+ASKED = 10  # updates within which a method is asked to lead out of a collapse
+EXACT: Mapping[str, tuple[Balance, ...]] = {
+    "momentum 0.5": (QuantileBias(bins=None, momentum=0.5),),
+    "default": (QuantileBias(bins=None),),
+}
+
+
+def ends(strengths: Mapping[str, tuple[Balance, ...]]) -> dict[str, tuple[Balance, ...]]:
+    """The default and the strongest of strengths from weak to strong; where they are one, the next weaker one too."""
+    names = list(strengths)
+    chosen = names[-2:] if names[-1] == "default" else ["default", names[-1]]
+    return {name: strengths[name] for name in chosen}
+
+
+TRIED: Mapping[str, Mapping[str, tuple[Balance, ...]]] = {
+    **{arm: ends(strengths) for arm, strengths in STRENGTHS.items()},
+    "quantile_exact": EXACT,
+}
+
+
+def small_training(
+    balance: tuple[Balance, ...],
+    *,
+    experts: int,
+    k: int,
+    layers: int,
+    length: int,
+    held_out: int,
+    parts: int,
+    steps: int,
+    rows: int,
+) -> Config:
+    """A training with DeepSeek-V3's router and a shared expert under these methods, nothing dropped; `rows` of `length`
+    tokens a step, in so many parts, and rows held out.
+    """
+    moe = MoE(
+        n_routed_experts=experts,
+        num_experts_per_tok=k,
+        moe_intermediate_size=32,
+        n_shared_experts=1,
+        balance=balance,
+        capacity=Dropless(),
+    )
+    return vary(
+        presets.article_small(),
+        **{
+            "model.hidden_size": 64,
+            "model.num_hidden_layers": layers,
+            "model.intermediate_size": 128,
+            "model.attention": MultiHead(num_attention_heads=2, head_dim=32),
+            "model.moe": moe,
+            "train.steps": steps,
+            "train.batch_size": rows,
+            "train.sequence_length": length,
+            "train.eval_sequences": held_out,
+            "train.accumulation_steps": parts,
+            "train.optimizer.lr": 3e-3,
+        },
+    )
+
+
+def parts_of(arm: str) -> int:
+    """Into how many microbatches a method's batch is cut."""
+    return MICROBATCHES if arm == "switch" else 1

@@ -23,9 +23,10 @@ _HOUSES = ("dsv3", "bench", "ablations", "reports")
 _MEASURING = (
     "dsv3",
     "bench",
+    "ablations.balance_methods",
     "ablations.capacity_cells",
     "ablations.tuning",
-)  # of ablations what trains; the rest says what is asked
+)  # of ablations what is trained and what trains; the rest says what is asked
 _KERNELS = (".cpp", ".cu", ".h")
 _TABLE = ".toml"
 _DISPATCH = Path("dsv3", "moe", "dispatch.py")

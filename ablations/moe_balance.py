@@ -27,7 +27,7 @@ larger, and so shows how small a difference means nothing.
 from collections.abc import Mapping
 from typing import Any
 
-from ablations.balance_methods import CHANGES, MICROBATCHES, STRENGTHS
+from ablations.balance_methods import CHANGES, STRENGTHS, parts_of, small_training
 from ablations.comparison import Compared
 from ablations.moe_balance_answer import (
     BASELINE,
@@ -44,7 +44,7 @@ from ablations.moe_balance_pictures import heat, trade
 from ablations.significance import ALPHA
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
 from bench.measurement import Measurement
-from dsv3.config import Config, Dropless, MoE, MultiHead, digest, presets, vary
+from dsv3.config import Config, digest
 
 EXPERTS, K, LAYERS, LENGTH = 32, 2, 4, 128
 RANKS = 8  # that the experts are laid out on, for the largest load of a rank
@@ -55,29 +55,16 @@ LOOKS = 12  # at the loads over a training
 
 def configured(arm: str, strength: str, *, steps: int, rows: int) -> Config:
     """The training of an arm at one strength."""
-    moe = MoE(
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=K,
-        moe_intermediate_size=32,
-        n_shared_experts=1,
-        balance=STRENGTHS[arm][strength],
-        capacity=Dropless(),
-    )
-    return vary(
-        presets.article_small(),
-        **{
-            "model.hidden_size": 64,
-            "model.num_hidden_layers": LAYERS,
-            "model.intermediate_size": 128,
-            "model.attention": MultiHead(num_attention_heads=2, head_dim=32),
-            "model.moe": moe,
-            "train.steps": steps,
-            "train.batch_size": rows,
-            "train.sequence_length": LENGTH,
-            "train.eval_sequences": HELD_OUT,
-            "train.accumulation_steps": MICROBATCHES if arm == "switch" else 1,
-            "train.optimizer.lr": 3e-3,
-        },
+    return small_training(
+        STRENGTHS[arm][strength],
+        experts=EXPERTS,
+        k=K,
+        layers=LAYERS,
+        length=LENGTH,
+        held_out=HELD_OUT,
+        parts=parts_of(arm),
+        steps=steps,
+        rows=rows,
     )
 
 

@@ -1,8 +1,9 @@
 """How fast is a layer of experts on a GPU, beside transformers' and beside dense products of cuBLAS?
 
 Forward and backward of one layer in bf16, its routing given (`bench.expert_layers` says what the arms are), at two
-shapes: one that public kernels are timed at, where the peer is asked to be beaten, and DeepSeek-V3's experts as one of
-32 ranks holds them, 8 of its 256 with the rows that a batch brings, where what is left of the dense speed is asked.
+shapes: that of Qwen3-30B-A3B (arXiv 2505.09388), at which the peer is asked to be beaten, and DeepSeek-V3's experts as
+one of 32 ranks holds them (arXiv:2412.19437 section 3.4.1), 8 of its 256 with the rows that a batch brings, at which
+what is left of the dense speed is asked.
 The peer is timed as it is and compiled, the dense layer too. All arms are checked against the plainest form and timed
 in one process, in turns, by wall time with the GPU's queue emptied.
 
@@ -30,7 +31,7 @@ SHAPES: Mapping[str, Mapping[str, int]] = {
     DEEPSEEK: {"tokens": 32768, "hidden": 7168, "inner": 2048, "experts": 8, "k": 1},
 }
 WORDS: Mapping[str, str] = {
-    PUBLIC: "At the shape that public kernels are timed at",
+    PUBLIC: "At the experts of Qwen3-30B-A3B",
     DEEPSEEK: "At DeepSeek-V3's experts on one of 32 ranks",
 }
 ROUTINGS = ("text", "balanced")

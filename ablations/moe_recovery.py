@@ -19,12 +19,13 @@ little that an even router's are as even as chance. Both floors of the router be
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
-from ablations.balance_methods import CHANGES, MICROBATCHES, STRENGTHS
-from ablations.moe_recovery_answer import ASKED, BASELINE, RECOVERED, SEEDS, TRIED, answer
+from ablations.balance_methods import ASKED, CHANGES, STRENGTHS, TRIED, parts_of, small_training
+from ablations.moe_recovery_answer import BASELINE, SEEDS, answer
 from ablations.moe_recovery_pictures import curves, steps
 from ablations.study import Arm, Cell, Figure, Profile, Reading, Study, Value, grid
 from bench.measurement import Measurement
-from dsv3.config import Balance, Config, Dropless, MoE, MultiHead, ProportionalBias, Schedule, digest, presets, vary
+from bench.metrics import RECOVERED
+from dsv3.config import Balance, Config, ProportionalBias, Schedule, digest, vary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,38 +43,15 @@ SHOWN = (*range(9), 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)  # updates afte
 
 def configured(balance: tuple[Balance, ...], *, parts: int, steps: int, rows: int) -> Config:
     """A training under these methods; its rate is constant, as long before a run's end."""
-    moe = MoE(
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=K,
-        moe_intermediate_size=32,
-        n_shared_experts=1,
-        balance=balance,
-        capacity=Dropless(),
-    )
-    return vary(
-        presets.article_small(),
-        **{
-            "model.hidden_size": 64,
-            "model.num_hidden_layers": LAYERS,
-            "model.intermediate_size": 128,
-            "model.attention": MultiHead(num_attention_heads=2, head_dim=32),
-            "model.moe": moe,
-            "train.steps": steps,
-            "train.batch_size": rows,
-            "train.sequence_length": LENGTH,
-            "train.eval_sequences": HELD_OUT,
-            "train.accumulation_steps": parts,
-            "train.optimizer.lr": 3e-3,
-            "train.schedule": Schedule(warmup=0.0, decay=0.0),
-        },
-    )
+    sizes = {"experts": EXPERTS, "k": K, "layers": LAYERS, "length": LENGTH, "held_out": HELD_OUT}
+    found = small_training(balance, parts=parts, steps=steps, rows=rows, **sizes)
+    return vary(found, **{"train.schedule": Schedule(warmup=0.0, decay=0.0)})
 
 
 def going_on(arm: str, strength: str, cell: Cell) -> Config:
     """The whole training of an arm at one strength, with what came before the collapse."""
-    parts = MICROBATCHES if arm == "switch" else 1
     length = int(cell.axes["trained"]) + int(cell.axes["watched"])
-    return configured(TRIED[arm][strength], parts=parts, steps=length, rows=int(cell.axes["rows"]))
+    return configured(TRIED[arm][strength], parts=parts_of(arm), steps=length, rows=int(cell.axes["rows"]))
 
 
 def cells(profile: Profile) -> tuple[Cell, ...]:

@@ -8,35 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ablations.balance_methods import STRENGTHS
+from ablations.balance_methods import ASKED, TRIED
 from ablations.evidence import Estimate, NoEvidence, Value, estimate, matched, mean, replicates
 from ablations.traced import mark, sources_of
+from bench.metrics import RECOVERED
 from bench.record import Profile, Record
-from dsv3.config import Balance, QuantileBias, SignBias
+from dsv3.config import SignBias
 
 SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 6}
-RECOVERED = 1.5  # the excess MaxVio at which a method has led out of the collapse
-ASKED = 10  # updates within which it is asked to
 BASELINE = "deepseek_v3"
 RATE = SignBias().rate  # of the baseline's bias, as published
 LOOK_AHEAD = ("expert_choice",)  # no candidate for the best causal method
-EXACT: Mapping[str, tuple[Balance, ...]] = {
-    "momentum 0.5": (QuantileBias(bins=None, momentum=0.5),),
-    "default": (QuantileBias(bins=None),),
-}
-
-
-def ends(strengths: Mapping[str, tuple[Balance, ...]]) -> dict[str, tuple[Balance, ...]]:
-    """The default and the strongest of strengths from weak to strong; where they are one, the next weaker one too."""
-    names = list(strengths)
-    chosen = names[-2:] if names[-1] == "default" else ["default", names[-1]]
-    return {name: strengths[name] for name in chosen}
-
-
-TRIED: Mapping[str, Mapping[str, tuple[Balance, ...]]] = {
-    **{arm: ends(strengths) for arm, strengths in STRENGTHS.items()},
-    "quantile_exact": EXACT,
-}
 
 
 @dataclass(frozen=True)

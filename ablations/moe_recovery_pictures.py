@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ablations.balance_methods import ASKED, TRIED
 from ablations.evidence import NoEvidence
-from ablations.moe_recovery_answer import ASKED, RECOVERED, TRIED
+from bench.metrics import RECOVERED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

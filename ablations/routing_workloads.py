@@ -19,13 +19,13 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ablations.routing_workloads_answer import BASELINE, FACTOR, LAYERS, SEEDS, answer
+from ablations.routing_workloads_answer import BASELINE, SEEDS, answer
 from ablations.routing_workloads_pictures import busiest, maps
 from ablations.study import Arm, Cell, Figure, Reading, Study, Value, grid
 from bench.measurement import Measurement
 from bench.metrics import metric
-from bench.placement_sizes import CHOSEN, PAST, PLACED, SMALL, SMALL_RANKS, SMALL_SLOTS, TOKENS, Ranks
 from bench.record import Profile
+from bench.workload_sizes import CHOSEN, FACTOR, LAYERS, PAST, PLACED, SMALL, SMALL_RANKS, SMALL_SLOTS, TOKENS, Ranks
 
 if TYPE_CHECKING:
     from bench.routing_workloads import Workload

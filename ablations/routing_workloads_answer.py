@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ablations.evidence import Estimate, NoEvidence, Value, estimate, mean
-from bench.placement_sizes import SMALL_RANKS, SMALL_SLOTS
 from bench.record import Profile, Record
+from bench.workload_sizes import FACTOR, LAYERS, SMALL_RANKS, SMALL_SLOTS
 
 SEEDS: Mapping[Profile, int] = {"quick": 2, "full": 6}
-FACTOR = 1.2  # mean loads that an expert has room for, the article's
-LAYERS = 8
 BASELINE = "balanced"
 BURSTS = "bursty"
 CORRELATED, INDEPENDENT = "correlated_layers", "zipf"

@@ -15,7 +15,7 @@ attention.py    (its sizes without torch: attention_sizes.py), decoding.py, inde
                 studies measure, and cases too; expert_layers.py, with its routing of real text: text_routing.py
 crossover.py, fastest.py   measure what code chooses by and write it to its tables (measured_table.py)
 routing_workloads.py   routing from a name and a seed; workload_loads.py: what it does to experts; placed_loads.py: what
-                placing experts takes off the busiest rank (its sizes without torch: placement_sizes.py)
+                placing experts takes off the busiest rank (its sizes without torch: workload_sizes.py)
 
 __main__.py     runs the cases; replicate.py joins the records of fresh processes
 budget/         what true-size models take: by arithmetic, traced on fake tensors, and where it fits on real memory

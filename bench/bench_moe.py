@@ -19,9 +19,9 @@ from bench.meters.flops import flops
 from bench.meters.memory import memory
 from bench.meters.saved import saved_bytes
 from bench.placed_loads import BASELINE, busiest_rank
-from bench.placement_sizes import CHOSEN, PLACED, TOKENS
 from bench.record import Profile
 from bench.routing_workloads import NAMES, Workload
+from bench.workload_sizes import CHOSEN, PLACED, TOKENS
 
 FEW_ROWS = {"quick": Shape(256, 256, 128, 16, 2), "full": Shape(2048, 256, 128, 128, 2)}
 MANY_ROWS = {"quick": Shape(256, 256, 128, 4, 2), "full": Shape(2048, 256, 128, 64, 8)}

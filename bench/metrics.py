@@ -15,6 +15,8 @@ from typing import Literal
 
 from bench.record import Noise
 
+RECOVERED = 1.5  # the excess MaxVio at which a router has left a collapse
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -248,10 +250,12 @@ METRICS: tuple[Metric, ...] = (
            formula="bytes of one layer's cache that a decoded token reads",
            bias="each byte once; rows that are gathered come in whole cache lines"),
     Metric("recovered_share", "share", "higher", "absolute", transfers=True,
-           formula="trainings of which a batch has, after a collapse, MaxVio of at most 1.5 times chance's / all",
+           formula=f"trainings of which a batch has, after a collapse, MaxVio of at most {RECOVERED:g} times "
+                   "chance's / all",
            bias="of one training 0 or 1, and of the updates watched alone; the first such batch may be a lucky one"),
     Metric("recovery_steps", "steps", "lower", "absolute", transfers=True,
-           formula="updates after a collapse until a batch has MaxVio, mean over layers, of at most 1.5 times chance's",
+           formula=f"updates after a collapse until a batch has MaxVio, mean over layers, of at most {RECOVERED:g} "
+                   "times chance's",
            bias="only trainings that recover while watched have it, so that a mean needs a recovered_share of 1"),
     Metric("refused_share", "share", "lower", "exact", transfers=True,
            formula="assignments that ask a full expert, whether dropped or sent on / all assignments",

@@ -16,8 +16,8 @@ from statistics import fmean
 import numpy as np
 from jaxtyping import Float
 
-from bench.placement_sizes import PAST, Ranks
 from bench.routing_workloads import Workload, draw
+from bench.workload_sizes import PAST, Ranks
 from dsv3.config.rules import require
 from dsv3.moe.placement import lower_bound, place, reference_largest_load
 

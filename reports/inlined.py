@@ -20,9 +20,7 @@ _GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")
 
 
 def inline(svg: bytes, name: str, description: str, *, twin: bool) -> str:
-    """The SVG as it stands in a page: no prolog, metadata or outside names, ids of its own, in the page's colours,
-    light or dark, described by its caption and, where it has a twin, by that.
-    """
+    """The SVG as it stands in a page, described by its caption and, where it has a twin, by that."""
     text = svg.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)

@@ -24,7 +24,7 @@ TIMES = {"transformers": 6.0, "transformers_compiled": 4.0, gpu.OURS: 2.0, "dens
 
 
 def timed() -> list[Record]:
-    """Six processes of the public shape, which agree."""
+    """Six processes of the first shape, which agree."""
     return [
         record(
             Point(

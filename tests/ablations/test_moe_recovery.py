@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from ablations import moe_recovery
-from ablations.balance_methods import STRENGTHS
+from ablations.balance_methods import ASKED, EXACT, STRENGTHS, TRIED, ends
 from ablations.evidence import NoEvidence
 from ablations.moe_balance_answer import COMPARISONS
 from ablations.moe_recovery import COLLAPSED, EXPERTS, LAYERS, STUDY, K, cells, figures, measure
-from ablations.moe_recovery_answer import ASKED, BASELINE, EXACT, RECOVERED, TRIED, answer, ends
+from ablations.moe_recovery_answer import BASELINE, answer
 from ablations.moe_recovery_pictures import PANELS, curves, steps
 from ablations.study import Cell, Reading
 from ablations.traced import Prose
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
+from bench.metrics import RECOVERED
 from bench.record import Record
 from dsv3.config import QuantileBias
 from dsv3.moe.load import max_vio_floor

@@ -9,6 +9,7 @@ from ablations import moe_speed
 from ablations.evidence import NoEvidence
 from ablations.moe_speed import CHANGES, COMPILED_PEER, LIMITED, PEER, ROWS, over_grid
 from ablations.traced import Prose
+from bench import expert_layers
 from bench.fingerprint import provenance
 from bench.measurement import Measurement, Point, record
 from bench.record import Record
@@ -72,6 +73,7 @@ def test_a_capacity_turns_padding_into_speed_on_routing_of_text_alone() -> None:
     said = Prose.of(moe_speed.answer(records()))
     gained = "a capacity of 1.2 are 2 times as fast as up to the fullest expert, for 11% of the pairs dropped"
     assert f"{gained}; the kernel, which drops none, is 4.24" in said
+    assert moe_speed.FACTOR == expert_layers.FACTOR
     balanced = [replace(row, axes={**row.axes, "routing": "balanced"}) for row in records()]
     assert "capacity" not in moe_speed.answer(balanced)
     assert said == Prose.of(moe_speed.answer(records() + [row for row in balanced if row.arm == LIMITED]))

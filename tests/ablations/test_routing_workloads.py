@@ -30,9 +30,9 @@ from bench import placed_loads, workload_loads
 from bench.fingerprint import provenance
 from bench.measurement import Point, record
 from bench.placed_loads import busiest_rank
-from bench.placement_sizes import Ranks
 from bench.record import Record
 from bench.routing_workloads import EXACT, NAMES, Workload, expected_loads
+from bench.workload_sizes import Ranks
 from reports import twins
 from reports.frame import summary
 from reports.pages import study_page

@@ -5,8 +5,8 @@ import pytest
 
 from bench import placed_loads
 from bench.placed_loads import BASELINE, busiest_rank, to_optimum
-from bench.placement_sizes import PLACED, Ranks
 from bench.routing_workloads import NAMES, Workload
+from bench.workload_sizes import PLACED, Ranks
 from dsv3.moe.placement import Placement
 
 SHAPE = Ranks(experts=16, ranks=4, steps=4)

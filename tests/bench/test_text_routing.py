@@ -25,6 +25,7 @@ def test_every_token_has_its_distinct_experts_and_the_seed_says_which(experts: i
 
 def test_a_batch_is_less_even_than_chance_and_much_text_more_even_than_a_batch() -> None:
     batch, text = (load_statistics(text_routing(tokens, moe(64, 2)).counts, 2) for tokens in (2048, 65536))
+    # 64 rows an expert: chance gives 1, give or take a tenth; a router that nobody balances has 10 and more.
     assert 1.2 < batch.excess_max_vio < 5.0
-    assert text.max_vio < 0.75 * batch.max_vio
+    assert text.max_vio < 0.75 * batch.max_vio  # 32 batches: what each wants differs, and the bias is of other text
     assert text.dead == 0

@@ -1,5 +1,5 @@
-"""At which sizes placing experts on ranks is measured, apart from `bench.placed_loads` so that a study may say so
-without importing torch.
+"""At which sizes routing workloads are counted and their experts placed on ranks, apart from what does so, that a study
+may say it without importing torch.
 
 DeepSeek-V3 serves its 256 experts from 32 ranks with one redundant expert on each (arXiv:2412.19437 section 3.4.1);
 the quick profile has a quarter of it.
@@ -22,6 +22,8 @@ class Ranks:
 
 TOKENS: Mapping[Profile, int] = {"quick": 2048, "full": 8192}  # of a step
 CHOSEN = 8  # experts of a token
+FACTOR = 1.2  # mean loads that an expert has room for, the article's
+LAYERS = 8  # that are drawn together
 PLACED: Mapping[Profile, Ranks] = {
     "quick": Ranks(experts=64, ranks=8, steps=12),
     "full": Ranks(experts=256, ranks=32, steps=32),
