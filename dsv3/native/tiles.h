@@ -212,11 +212,11 @@ constexpr int64_t STEPS_AHEAD = 24;
 
 // One panel: M rows of N vectors of sums in registers over all of K. ROWS: A lies row by row, `lead` apart; else column
 // by column. What comes from memory is asked for on the way: of A the rows of the next panel, of B the lines some steps
-// ahead.
+// ahead, which are kept for later panels where there is `room`.
 enum class Far { none, a, b };
 template <int M, int N, bool HALF, bool ROWS, Far FAR, class Finish>
 INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count, const Finish& finish,
-                  int64_t row, int64_t column) {
+                  int64_t row, int64_t column, Word* room = nullptr) {
   Vector sum[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -232,6 +232,9 @@ INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, in
     Bits line[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) line[n] = *(const LooseBits*)(b + k * lead_b + LANES * n);
+    if (FAR == Far::b && room)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) *(LooseBits*)(room + (k * N + n) * LANES) = line[n];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       Word one = ROWS ? a[m * lead + k] : a[k * lead + m];
@@ -247,12 +250,14 @@ INLINE void panel(const Word* a, int64_t lead, const Word* b, int64_t lead_b, in
 
 template <int N, bool HALF, bool ROWS, Far FAR, class Finish>
 static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int64_t lead_b, int64_t count,
-                  const Finish& finish, int64_t column) {
+                  const Finish& finish, int64_t column, Word* room) {
   constexpr Far LATER = FAR == Far::b ? Far::none : FAR;  // the first panel has B come
   int64_t row = 0, step = ROWS ? lead : 1;
   if (FAR == Far::b && rows >= PANEL) {
-    panel<PANEL, N, HALF, ROWS, FAR>(a, lead, b, lead_b, count, finish, 0, column);
+    if (rows == PANEL) room = nullptr;
+    panel<PANEL, N, HALF, ROWS, FAR>(a, lead, b, lead_b, count, finish, 0, column, room);
     row = PANEL;
+    if (room) b = room, lead_b = N * LANES;
   }
   for (; row + PANEL <= rows; row += PANEL)
     panel<PANEL, N, HALF, ROWS, LATER>(a + row * step, lead, b, lead_b, count, finish, row, column);
@@ -263,25 +268,25 @@ static void strip(int64_t rows, const Word* a, int64_t lead, const Word* b, int6
 
 template <bool HALF, bool ROWS, Far FAR, class Finish>
 INLINE void product_in_strips(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
-                              int64_t lead_b, const Finish& finish) {
+                              int64_t lead_b, const Finish& finish, Word* room = nullptr) {
   int64_t column = 0;
   for (; column + WIDE * LANES <= columns; column += WIDE * LANES)
-    strip<WIDE, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
+    strip<WIDE, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column, room);
   if (WIDE > 2)
     for (; column + 2 * LANES <= columns; column += 2 * LANES)
-      strip<WIDE < 2 ? WIDE : 2, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
+      strip<WIDE < 2 ? WIDE : 2, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column, room);
   for (; column < columns; column += LANES)
-    strip<1, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column);
+    strip<1, HALF, ROWS, FAR>(rows, a, lead, b + column, lead_b, count, finish, column, room);
 }
 
 #ifndef HAS_BF16
 #include "widened.h"
 #endif
 
-// `columns` is a multiple of 16, and a Matrices<HALF> is alive.
+// `columns` is a multiple of 16, and a Matrices<HALF> is alive. `room`: for count x WIDE vectors of a B that is Far.
 template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
-                    int64_t lead_b, const Finish& finish) {
+                    int64_t lead_b, const Finish& finish, Word* room = nullptr) {
 #ifdef HAS_AMX
   if (HALF && (ROWS || count <= SHORT))
     return product_in_squares<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
@@ -294,5 +299,5 @@ INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a,
   if constexpr (WIDENED)
     product_widened<ROWS>(rows, columns, count, a, lead, b, lead_b, finish);
   else
-    product_in_strips<HALF, ROWS, FAR>(rows, columns, count, a, lead, b, lead_b, finish);
+    product_in_strips<HALF, ROWS, FAR>(rows, columns, count, a, lead, b, lead_b, finish, room);
 }

@@ -7,12 +7,11 @@
 //     inputs     dx[token] += dh W_gate_up^T
 //
 // Weights are read as they lie wherever a product allows: with inputs before outputs they are factor B of the forward
-// products, and row by row factor A of the backward ones, whose B is the few rows of an expert, turned. Only bf16's
-// forward pass has to copy them, in pairs of rows, and without instructions for bf16 every product of more than a few
-// rows. So few rows an expert cost little more each than many.
+// products, and row by row factor A of the backward ones, whose B is the few rows of an expert, turned. bf16's forward
+// pass has to copy them, in pairs of rows, and without instructions for bf16 every product of more than a few rows;
+// fp32's copies a strip while it is read first. So few rows an expert cost little more each than many.
 
-constexpr int64_t TALL = 96;   // rows that a forward product takes at a time: whole panels, and with B in L2
-constexpr int64_t STRIP = 64;  // columns of its B: the widest panel; with 1024 rows of fp32 a quarter of a megabyte
+constexpr int64_t STRIP = 64;  // columns of a forward product's B: the widest panel; 1024 rows of fp32 are 256 KiB
 constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
@@ -100,6 +99,10 @@ static void paired(const char* x, int64_t rows, int64_t columns, int64_t lead, W
   }
 }
 
+// In fp32 nothing is copied for B alone: the first panel keeps what it reads, and later ones find it in few pages.
+template <bool HALF>
+constexpr Far FROM_MEMORY = HALF ? Far::none : Far::b;
+
 struct Factor {
   const Word* data;
   int64_t lead;
@@ -112,9 +115,9 @@ INLINE Factor as_right(const char* x, int64_t rows, int64_t columns, int64_t lea
 }
 
 #ifdef HAS_AMX
-constexpr bool LEFT_IN_ROWS = true;  // factor A of a product over rows of bf16: registers of matrices want it turned
+constexpr bool LEFT_IN_ROWS = true;   // factor A of a product over rows of bf16: registers of matrices want it turned
 #else
-constexpr bool LEFT_IN_ROWS = false;
+constexpr bool LEFT_IN_ROWS = false;  // in fp32 it is turned everywhere, to come from few pages
 #endif
 
 // Rows of bf16 in pairs as factor A, which begins with rows before the `first`; `lead` words apart.
@@ -166,7 +169,7 @@ struct HiddenRoom : Scratch {
   HiddenRoom(const Problem& p, char* scratch) : Scratch{scratch} {
     int64_t deep = words<HALF>(p.hidden);
     rows = take<Word>(p.longest * deep);
-    strip = take<Word>(HALF ? deep * STRIP : 0);
+    strip = take<Word>(deep * STRIP);
   }
 };
 
@@ -174,7 +177,7 @@ template <bool HALF>
 struct OutRoom : Scratch {
   Word* strip;
   OutRoom(const Problem& p, char* scratch) : Scratch{scratch} {
-    strip = take<Word>(HALF ? words<HALF>(p.inner) * STRIP : 0);
+    strip = take<Word>(words<HALF>(p.inner) * STRIP);
   }
 };
 
@@ -183,16 +186,17 @@ struct OutRoom : Scratch {
 // pairs to be turned.
 template <bool HALF>
 struct WeightsRoom : Scratch {
-  static constexpr bool IN_ROWS = HALF && LEFT_IN_ROWS;
+  static constexpr bool IN_ROWS = !HALF || LEFT_IN_ROWS;
   int64_t all;  // rows of an expert, or pairs of them
-  Word *of_hidden, *of_inner, *rows, *turned;
+  Word *of_hidden, *of_inner, *rows, *turned, *strip;
   WeightsRoom(const Problem& p, char* scratch) : Scratch{scratch} {
     int64_t d = p.hidden, f = p.inner, tile = least(TILE, padded(p.longest));
     all = IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
     of_hidden = take<Word>(all * d);
     of_inner = take<Word>(all * (HALF ? 2 * f : f));
-    rows = take<Word>(tile * (HALF ? most(words<HALF>(d), f) : f));
+    rows = take<Word>(tile * most(words<HALF>(d), f));
     turned = take<Word>(tile * most(padded(words<HALF>(d)), f));  // rows are turned a whole vector at a time
+    strip = take<Word>(HALF ? 0 : p.longest * STRIP);
   }
 };
 
@@ -230,10 +234,9 @@ static void hidden_of(const Problem& p, int64_t e, char* scratch) {
   for (int64_t c = 0; c < 2 * f; c += STRIP) {
     Factor weights =
         as_right<HALF>(p.gate_up + (e * d * 2 * f + c) * size, d, least(STRIP, 2 * f - c), 2 * f, room.strip);
-    for (int64_t i = first; i < stop; i += TALL)
-      product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, stop - i), least(STRIP, 2 * f - c), deep,
-                                                     room.rows + (i - first) * deep, deep, weights.data, weights.lead,
-                                                     Put<HALF>{p.h + (i * 2 * f + c) * size, 2 * f});
+    product<HALF, true, FROM_MEMORY<HALF>>(stop - first, least(STRIP, 2 * f - c), deep, room.rows, deep, weights.data,
+                                           weights.lead, Put<HALF>{p.h + (first * 2 * f + c) * size, 2 * f},
+                                           room.strip);
   }
   for (int64_t i = first; i < stop; ++i)
     activate<HALF>(p.h + i * 2 * f * size, f, p.weight[i], p.a + i * f * size);
@@ -246,14 +249,14 @@ static void out_of(const Problem& p, int64_t column, int64_t columns, char* scra
   constexpr int64_t size = size_of<HALF>();
   int64_t d = p.hidden, f = p.inner, deep = words<HALF>(f);
   for (int64_t e = 0; e < p.experts; ++e) {
-    if (p.start[e] == p.start[e + 1]) continue;
+    int64_t first = p.start[e], stop = p.start[e + 1];
+    if (first == stop) continue;
     for (int64_t c = column; c < column + columns; c += STRIP) {
       int64_t wide = least(STRIP, column + columns - c);
       Factor weights = as_right<HALF>(p.down + (e * f * d + c) * size, f, wide, d, room.strip);
-      for (int64_t i = p.start[e]; i < p.start[e + 1]; i += TALL)
-        product<HALF, true, HALF ? Far::none : Far::b>(least(TALL, p.start[e + 1] - i), wide, deep,
-                                                       (const Word*)(p.a + i * f * size), deep, weights.data,
-                                                       weights.lead, Scatter{p.y + c, d, p.token + i});
+      product<HALF, true, FROM_MEMORY<HALF>>(stop - first, wide, deep, (const Word*)(p.a + first * f * size), deep,
+                                             weights.data, weights.lead, Scatter{p.y + c, d, p.token + first},
+                                             room.strip);
     }
   }
 }
@@ -275,14 +278,17 @@ static void down_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& room, 
     turn_rows(own_dy, deep, n, deep, room.turned, lead);
     product<HALF, true, Far::a>(f, lead, deep, down, deep, room.turned, lead, Put<false>{(char*)room.rows, lead});
     turn_rows(room.rows, lead, f, lead, g, f);
-    char* own_a = (char*)(HALF ? room.rows : a + i * f);
+    char* own_a = (char*)room.rows;
     for (int64_t j = 0; j < n; ++j)
       p.dweight[row + j] = backward_row<HALF>((const float*)g + j * f, p.h + (row + j) * 2 * f * size, f,
                                               p.weight[row + j], p.dh + (row + j) * 2 * f * size, own_a + j * f * size);
-    if (HALF) paired_left(own_a, n, f, i, a, lead_a, room.turned);
+    if (HALF)
+      paired_left(own_a, n, f, i, a, lead_a, room.turned);
+    else
+      turn_rows((Word*)own_a, f, n, f, a + i, lead_a);
   }
-  product<HALF, IN_ROWS>(f, d, words<HALF>(count), a, lead_a, dy, d,
-                         PutAway<HALF>{p.ddown + e * f * d * size, d, past});
+  product<HALF, IN_ROWS, FROM_MEMORY<HALF>>(f, d, words<HALF>(count), a, lead_a, dy, d,
+                                            PutAway<HALF>{p.ddown + e * f * d * size, d, past}, room.strip);
 }
 
 // dgate_up of an expert whose dh is there.
@@ -296,13 +302,17 @@ static void gate_up_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& roo
   const char* dh = p.dh + first * 2 * f * size;
   for (int64_t i = 0; i < count; i += TILE) {
     int64_t n = least(TILE, count - i);
-    char* own_x = (char*)(HALF ? room.rows : x + i * d);
+    char* own_x = (char*)room.rows;
     gather(p.x, d * size, p.token + first + i, n, own_x);
-    if (HALF) paired_left(own_x, n, d, i, x, lead_x, room.turned);
+    if (HALF)
+      paired_left(own_x, n, d, i, x, lead_x, room.turned);
+    else
+      turn_rows((Word*)own_x, d, n, d, x + i, lead_x);
   }
   if (HALF) paired(dh, count, 2 * f, 2 * f, room.of_inner);
-  product<HALF, IN_ROWS>(d, 2 * f, words<HALF>(count), x, lead_x, HALF ? room.of_inner : (const Word*)dh, 2 * f,
-                         PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past});
+  const Word* right = HALF ? room.of_inner : (const Word*)dh;
+  product<HALF, IN_ROWS, FROM_MEMORY<HALF>>(d, 2 * f, words<HALF>(count), x, lead_x, right, 2 * f,
+                                            PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past}, room.strip);
 }
 
 template <bool HALF>
