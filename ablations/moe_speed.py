@@ -29,7 +29,7 @@ from bench.record import Profile, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
-SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 5}  # processes
+SEEDS: Mapping[Profile, int] = {"quick": 1, "full": 3}  # processes
 ROWS = (8, 32, 256, 512)
 FEW, MANY = 32, 256  # rows of which products are short, and from which they are long
 # What is asked of the kernel: of the fastest dense layer's speed from MANY rows on and at FEW; of that of both peers in
@@ -317,8 +317,6 @@ STUDY = Study(
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
         "One thread by CPU time, all arms in one process. The time of compiling, once a shape, is left out.",
-        "In records of an older grid, all those without `padded` beside them, the kernel and the loop alone compute "
-        "the gradients of the gate weights: the other arms are flattered there.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )
