@@ -12,6 +12,7 @@
 // fp32's copies a strip while it is read first. So few rows an expert cost little more each than many.
 
 constexpr int64_t STRIP = 64;  // columns of a forward product's B: the widest panel; 1024 rows of fp32 are 256 KiB
+constexpr int64_t FEW_ROWS = 6;  // as the highest panel has: no other reads a strip again
 constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
@@ -163,13 +164,19 @@ static float backward_row(const float* g, const char* h, int64_t inner, float we
 
 // ---- scratch memory: what a pass takes of it, `next` being where that ends
 
+// For factor B of a product that is `deep` words long: bf16 always copies it, fp32 keeps it for more than FEW_ROWS.
+template <bool HALF>
+INLINE Word* strip_of(Scratch& scratch, const Problem& p, int64_t deep) {
+  return HALF || p.longest > FEW_ROWS ? scratch.take<Word>(deep * STRIP) : nullptr;
+}
+
 template <bool HALF>
 struct HiddenRoom : Scratch {
   Word *rows, *strip;
   HiddenRoom(const Problem& p, char* scratch) : Scratch{scratch} {
     int64_t deep = words<HALF>(p.hidden);
     rows = take<Word>(p.longest * deep);
-    strip = take<Word>(deep * STRIP);
+    strip = strip_of<HALF>(*this, p, deep);
   }
 };
 
@@ -177,7 +184,7 @@ template <bool HALF>
 struct OutRoom : Scratch {
   Word* strip;
   OutRoom(const Problem& p, char* scratch) : Scratch{scratch} {
-    strip = take<Word>(words<HALF>(p.inner) * STRIP);
+    strip = strip_of<HALF>(*this, p, words<HALF>(p.inner));
   }
 };
 
@@ -196,7 +203,7 @@ struct WeightsRoom : Scratch {
     of_inner = take<Word>(all * (HALF ? 2 * f : f));
     rows = take<Word>(tile * most(words<HALF>(d), f));
     turned = take<Word>(tile * most(padded(words<HALF>(d)), f));  // rows are turned a whole vector at a time
-    strip = take<Word>(HALF ? 0 : p.longest * STRIP);
+    strip = HALF ? nullptr : strip_of<HALF>(*this, p, p.longest);
   }
 };
 
