@@ -23,6 +23,7 @@ constexpr int LANES = REGISTER / 4, WHOLE = 16;  // numbers of a vector, and tho
 constexpr float LOG2E = 1.44269504088896340736f, LN2 = 0.69314718055994530942f;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t padded(int64_t n) { return (n + WHOLE - 1) / WHOLE * WHOLE; }
 INLINE Vector spread(float x) { return x - Vector{}; }  // -0 and NaN stay what they are
 INLINE Vector load(const float* x) { return *(const Loose*)x; }
@@ -175,7 +176,22 @@ INLINE void turn(Bits (&x)[LANES]) {
   }
 }
 
-// Rows of words, `lead` apart, as columns; `columns` is whole vectors, and what pads the rows is zeros.
+// A whole vector, or without PAD as many of its numbers as there are.
+template <bool PAD>
+INLINE void store_some(Word* to, Bits x, int64_t there) {
+  if (PAD || there >= LANES) {
+    *(LooseBits*)to = x;
+    return;
+  }
+#ifdef HAS_AVX512
+  _mm512_mask_storeu_epi32(to, (__mmask16)((1u << most(0, there)) - 1), (__m512i)x);
+#else
+  for (int64_t i = 0; i < there; ++i) to[i] = x[i];
+#endif
+}
+
+// Rows of words, `lead` apart, as columns; `columns` is whole vectors. PAD: zeros follow the rows up to a whole vector.
+template <bool PAD = true>
 static void turn_rows(const Word* from, int64_t lead, int64_t rows, int64_t columns, Word* to, int64_t lead_to) {
   for (int64_t r = 0; r < padded(rows); r += LANES)
     for (int64_t c = 0; c < columns; c += LANES) {
@@ -184,7 +200,7 @@ static void turn_rows(const Word* from, int64_t lead, int64_t rows, int64_t colu
       for (int64_t i = 0; i < LANES; ++i) x[i] = r + i < rows ? *(const LooseBits*)(from + (r + i) * lead + c) : Bits{};
       turn(x);
 #pragma GCC unroll 16
-      for (int64_t i = 0; i < LANES; ++i) *(LooseBits*)(to + (c + i) * lead_to + r) = x[i];
+      for (int64_t i = 0; i < LANES; ++i) store_some<PAD>(to + (c + i) * lead_to + r, x[i], rows - r);
     }
 }
 

@@ -59,19 +59,26 @@ std::string names_of(std::initializer_list<const Kernels*> all) {
 
 inline int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
-// Every number below `count` once, by whichever of the threads is free. Each has `room` bytes of scratch memory, taken
-// from torch so that whoever measures memory sees it.
+// Scratch memory of `room` bytes for each thread that does one of `count` things, taken from torch so that whoever
+// measures memory sees it.
+inline at::Tensor scratch_for(int64_t count, int64_t room, int64_t threads = at::get_num_threads()) {
+  return at::empty({std::min(threads, count), (room + 63) / 64 * 64}, at::kByte);
+}
+
+// Every number below `count` once, by whichever of the threads is free; each has a row of the scratch memory.
 template <class Work>
-void shared_out(int64_t count, int64_t room, const Work& work, int64_t threads = at::get_num_threads()) {
-  threads = std::min(threads, count);
-  int64_t stride = (room + 63) / 64 * 64;
-  at::Tensor scratch = at::empty({threads * stride}, at::kByte);
+void shared_out(int64_t count, const at::Tensor& scratch, const Work& work) {
   char* memory = (char*)scratch.data_ptr();
+  int64_t stride = scratch.size(1);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, std::min(scratch.size(0), count), 1, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin)
       for (int64_t i; (i = next.fetch_add(1)) < count;) work(i, memory + begin * stride);
   });
+}
+template <class Work>
+void shared_out(int64_t count, int64_t room, const Work& work, int64_t threads = at::get_num_threads()) {
+  shared_out(count, scratch_for(count, room, threads), work);
 }
 
 }  // namespace dsv3

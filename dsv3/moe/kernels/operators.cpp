@@ -89,11 +89,16 @@ int64_t columns_at_once(const Problem& p) {
 }
 
 template <class Work>
-void by_columns(const Problem& p, int64_t room, const Work& work) {
+void by_columns(const Problem& p, const Tensor& memory, const Work& work) {
   int64_t wide = columns_at_once(p);
-  shared_out(pieces(p.hidden, wide), room, [&](int64_t i, char* scratch) {
+  shared_out(pieces(p.hidden, wide), memory, [&](int64_t i, char* scratch) {
     work(i * wide, std::min(wide, p.hidden - i * wide), scratch);
   });
+}
+
+// For a pass over experts and, when that is done, one over columns.
+Tensor memory_for(const Problem& p, int64_t by_expert, int64_t by_columns) {
+  return scratch_for(std::max(p.experts, pieces(p.hidden, columns_at_once(p))), std::max(by_expert, by_columns));
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& gate_up, const Tensor& down,
@@ -106,8 +111,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   Tensor y = at::zeros(x.sizes(), x.options().dtype(at::kFloat));
   p.h = (char*)h.data_ptr(), p.a = (char*)a.data_ptr(), p.y = y.data_ptr<float>();
   Rooms rooms = kernels.rooms(p, columns_at_once(p));
-  shared_out(p.experts, rooms.hidden, [&](int64_t e, char* scratch) { kernels.hidden(p, e, scratch); });
-  by_columns(p, rooms.out,
+  Tensor memory = memory_for(p, rooms.hidden, rooms.out);
+  shared_out(p.experts, memory, [&](int64_t e, char* scratch) { kernels.hidden(p, e, scratch); });
+  by_columns(p, memory,
              [&](int64_t column, int64_t columns, char* scratch) { kernels.out(p, column, columns, scratch); });
   return {y.to(x.scalar_type()), h};
 }
@@ -132,8 +138,9 @@ std::tuple<Tensor, Tensor> backward_into(const Tensor& grad, const Tensor& h, co
   p.dx = dx.data_ptr<float>(), p.dweight = dweight.data_ptr<float>();
   p.dgate_up = (char*)dgate_up.data_ptr(), p.ddown = (char*)ddown.data_ptr();
   Rooms rooms = kernels.rooms(p, columns_at_once(p));
-  shared_out(p.experts, rooms.weights, [&](int64_t e, char* scratch) { kernels.weights(p, e, scratch); });
-  by_columns(p, rooms.inputs,
+  Tensor memory = memory_for(p, rooms.weights, rooms.inputs);
+  shared_out(p.experts, memory, [&](int64_t e, char* scratch) { kernels.weights(p, e, scratch); });
+  by_columns(p, memory,
              [&](int64_t column, int64_t columns, char* scratch) { kernels.inputs(p, column, columns, scratch); });
   return {dx, dweight};
 }

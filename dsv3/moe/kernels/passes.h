@@ -17,7 +17,6 @@ constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
 
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <bool HALF>
 constexpr int64_t size_of() {
   return HALF ? 2 : 4;
@@ -189,21 +188,21 @@ struct OutRoom : Scratch {
 };
 
 // What is not needed at the same time lies in the same place: dy and a, factors of one product, and then x and dh, of
-// the next (fp32's dh lies in place); of a tile, dy as it comes, g turned and what is to be paired; dy turned, g and
-// pairs to be turned.
+// the next (fp32's dh lies in place); of a tile, dy as it comes, g turned and what is to be paired; dy turned, g, what
+// is to be turned, and the strip that a product keeps.
 template <bool HALF>
 struct WeightsRoom : Scratch {
   static constexpr bool IN_ROWS = !HALF || LEFT_IN_ROWS;
   int64_t all;  // rows of an expert, or pairs of them
-  Word *of_hidden, *of_inner, *rows, *turned, *strip;
+  Word *of_hidden, *of_inner, *rows, *turned;
   WeightsRoom(const Problem& p, char* scratch) : Scratch{scratch} {
     int64_t d = p.hidden, f = p.inner, tile = least(TILE, padded(p.longest));
-    all = IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
+    all = HALF && IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
     of_hidden = take<Word>(all * d);
     of_inner = take<Word>(all * (HALF ? 2 * f : f));
-    rows = take<Word>(tile * most(words<HALF>(d), f));
-    turned = take<Word>(tile * most(padded(words<HALF>(d)), f));  // rows are turned a whole vector at a time
-    strip = HALF ? nullptr : strip_of<HALF>(*this, p, p.longest);
+    rows = take<Word>(tile * (HALF ? most(words<HALF>(d), f) : f));
+    // rows are turned a whole vector at a time
+    turned = take<Word>(most(tile * most(padded(words<HALF>(d)), f), HALF ? 0 : p.longest * STRIP));
   }
 };
 
@@ -292,10 +291,10 @@ static void down_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& room, 
     if (HALF)
       paired_left(own_a, n, f, i, a, lead_a, room.turned);
     else
-      turn_rows((Word*)own_a, f, n, f, a + i, lead_a);
+      turn_rows<false>((Word*)own_a, f, n, f, a + i, lead_a);
   }
   product<HALF, IN_ROWS, FROM_MEMORY<HALF>>(f, d, words<HALF>(count), a, lead_a, dy, d,
-                                            PutAway<HALF>{p.ddown + e * f * d * size, d, past}, room.strip);
+                                            PutAway<HALF>{p.ddown + e * f * d * size, d, past}, room.turned);
 }
 
 // dgate_up of an expert whose dh is there.
@@ -309,17 +308,17 @@ static void gate_up_of(const Problem& p, int64_t e, const WeightsRoom<HALF>& roo
   const char* dh = p.dh + first * 2 * f * size;
   for (int64_t i = 0; i < count; i += TILE) {
     int64_t n = least(TILE, count - i);
-    char* own_x = (char*)room.rows;
+    char* own_x = (char*)(HALF ? room.rows : room.turned);
     gather(p.x, d * size, p.token + first + i, n, own_x);
     if (HALF)
       paired_left(own_x, n, d, i, x, lead_x, room.turned);
     else
-      turn_rows((Word*)own_x, d, n, d, x + i, lead_x);
+      turn_rows<false>((Word*)own_x, d, n, d, x + i, lead_x);
   }
   if (HALF) paired(dh, count, 2 * f, 2 * f, room.of_inner);
   const Word* right = HALF ? room.of_inner : (const Word*)dh;
   product<HALF, IN_ROWS, FROM_MEMORY<HALF>>(d, 2 * f, words<HALF>(count), x, lead_x, right, 2 * f,
-                                            PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past}, room.strip);
+                                            PutAway<HALF>{p.dgate_up + e * d * 2 * f * size, 2 * f, past}, room.turned);
 }
 
 template <bool HALF>
