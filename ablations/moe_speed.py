@@ -106,7 +106,7 @@ def _timed(cell: Cell, rows: int, k: int, routed: str, *, compiling: bool) -> li
     lacking = dict.fromkeys(() if compiling else expert_layers.COMPILED, "compiling takes longer than a quick run")
     torch.compiler.reset()  # of too many shapes it would compile none
     arms = build(names=[name for name in CHANGES if name not in lacking])
-    if rows <= FEW:  # a reference that counts in fp64 takes longer than all else from there on
+    if rows <= FEW:  # with more, a reference in float64 takes longer than all arms together
         expert_layers.check(arms | build(names=expert_layers.TRUTHS), dtype)
     steps = {name: arm.step for name, arm in arms.items()}
     for step in steps.values():
@@ -317,6 +317,7 @@ STUDY = Study(
     limits=(
         "One layer by itself, its routing given: no router, no attention, no optimizer that reads the gradients.",
         "One thread by CPU time, all arms in one process. The time of compiling, once a shape, is left out.",
+        f"Arms are checked against a reference in float64 up to {FEW} rows an expert; with more they are only timed.",
         "Our arms get their memory for gradients back from call to call, as in training; transformers asks anew.",
     ),
 )

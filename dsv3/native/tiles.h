@@ -299,7 +299,8 @@ INLINE void product_in_strips(int64_t rows, int64_t columns, int64_t count, cons
 #include "widened.h"
 #endif
 
-// `columns` is a multiple of 16, and a Matrices<HALF> is alive. `room`: for count x WIDE vectors of a B that is Far.
+// `columns` is a multiple of 16, and a Matrices<HALF> is alive. `room`: count x WIDE vectors, where
+// a B that is Far is kept; without it every panel reads B as it lies.
 template <bool HALF, bool ROWS, Far FAR = Far::none, class Finish>
 INLINE void product(int64_t rows, int64_t columns, int64_t count, const Word* a, int64_t lead, const Word* b,
                     int64_t lead_b, const Finish& finish, Word* room = nullptr) {

@@ -11,9 +11,9 @@
 // pass has to copy them, in pairs of rows, and without instructions for bf16 every product of more than a few rows;
 // fp32's copies a strip while it is read first. So few rows an expert cost little more each than many.
 
-constexpr int64_t STRIP = 64;  // columns of a forward product's B: the widest panel; 1024 rows of fp32 are 256 KiB
-constexpr int64_t FEW_ROWS = 6;  // as the highest panel has: no other reads a strip again
-constexpr int64_t TILE = 64;   // rows that a backward product has in its lanes
+constexpr int64_t STRIP = 64;    // columns of B that are copied at a time: the widest panel; 1024 of fp32 are 256 KiB
+constexpr int64_t FEW_ROWS = 6;  // one panel takes so many with any instructions but portable ones: B is read once
+constexpr int64_t TILE = 64;     // rows that a backward product has in its lanes
 constexpr int64_t ROWS_AHEAD = 16, SUMS_AHEAD = 4;
 constexpr int64_t CACHED = 1 << 23;  // bytes of gradients that caches may still hold when an optimizer asks for them
 
@@ -99,7 +99,8 @@ static void paired(const char* x, int64_t rows, int64_t columns, int64_t lead, W
   }
 }
 
-// In fp32 nothing is copied for B alone: the first panel keeps what it reads, and later ones find it in few pages.
+// In fp32 the first panel of a product keeps what it reads of B. Its rows often lie a power of two apart: each step
+// of every panel would touch another page and the same few sets of the cache.
 template <bool HALF>
 constexpr Far FROM_MEMORY = HALF ? Far::none : Far::b;
 
@@ -117,7 +118,7 @@ INLINE Factor as_right(const char* x, int64_t rows, int64_t columns, int64_t lea
 #ifdef HAS_AMX
 constexpr bool LEFT_IN_ROWS = true;   // factor A of a product over rows of bf16: registers of matrices want it turned
 #else
-constexpr bool LEFT_IN_ROWS = false;  // in fp32 it is turned everywhere, to come from few pages
+constexpr bool LEFT_IN_ROWS = false;  // in fp32 it is turned everywhere, so that it too comes from few pages
 #endif
 
 // Rows of bf16 in pairs as factor A, which begins with rows before the `first`; `lead` words apart.
@@ -197,11 +198,11 @@ struct WeightsRoom : Scratch {
   Word *of_hidden, *of_inner, *rows, *turned;
   WeightsRoom(const Problem& p, char* scratch) : Scratch{scratch} {
     int64_t d = p.hidden, f = p.inner, tile = least(TILE, padded(p.longest));
-    all = HALF && IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
+    all = HALF && LEFT_IN_ROWS ? padded(words<HALF>(p.longest)) : words<HALF>(p.longest);
     of_hidden = take<Word>(all * d);
     of_inner = take<Word>(all * (HALF ? 2 * f : f));
     rows = take<Word>(tile * (HALF ? most(words<HALF>(d), f) : f));
-    // rows are turned a whole vector at a time
+    // Rows are turned a whole vector at a time; in fp32 a product keeps its strip here when they are.
     turned = take<Word>(most(tile * most(padded(words<HALF>(d)), f), HALF ? 0 : p.longest * STRIP));
   }
 };
